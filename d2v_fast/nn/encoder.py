@@ -1,0 +1,180 @@
+"""One Transformer for speech, images and text.
+
+Dims: B batch, T positions (frames, patches with the class token, tokens), C channels, H heads, F hidden channels.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2v_fast.nn.attention import SelfAttention
+from d2v_fast.nn.config import EncoderConfig
+
+
+class EncoderOutput(NamedTuple):
+    """What :class:`TransformerEncoder` returns."""
+
+    x: Tensor  # [B, T, C]; after the final norm in pre-norm encoders
+    layer_results: list[Tensor]  # of the last ``top_k`` executed layers, each [B, T, C]
+    hidden_states: list[Tensor]  # input of the first layer and output of every layer, if asked for
+
+
+class ConvPositions(nn.Module):
+    """Convolutional relative positions, several layers deep: conv, layer norm without affine, GELU (data2vec speech)."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        kernel = max(3, config.pos_conv_width // config.pos_conv_depth)
+        self.convs = nn.ModuleList(
+            nn.Conv1d(config.dim, config.dim, kernel, padding=kernel // 2, groups=config.pos_conv_groups)
+            for _ in range(config.pos_conv_depth)
+        )
+        self.trim = kernel % 2 == 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, T, C] -> [B, T, C]."""
+        for conv in self.convs:
+            x = conv(x.transpose(1, 2)).transpose(1, 2)
+            x = x[:, :-1] if self.trim else x
+            x = F.gelu(F.layer_norm(x, x.shape[-1:]))
+        return x
+
+
+class RelativePositionBias(nn.Module):
+    """Learned bias per head and patch offset, shared by all layers; the class token has three entries of its own (BEiT)."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        grid = config.relative_grid
+        distances = (2 * grid - 1) ** 2
+        self.table = nn.Parameter(torch.zeros(distances + 3, config.heads))
+        y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+        dy = y.reshape(-1, 1) - y.reshape(1, -1) + grid - 1  # [P, P], query minus key
+        dx = x.reshape(-1, 1) - x.reshape(1, -1) + grid - 1
+        index = torch.full((grid * grid + 1, grid * grid + 1), distances + 2)  # class token with itself
+        index[0, 1:] = distances
+        index[1:, 0] = distances + 1
+        index[1:, 1:] = dy * (2 * grid - 1) + dx
+        # not persistent: it follows from the grid, and a copy read from a file or averaged could only be wrong
+        self.register_buffer("index", index, persistent=False)
+
+    def forward(self) -> Tensor:
+        """Bias [H, 1 + P, 1 + P] for P patches."""
+        return F.embedding(self.index, self.table).permute(2, 0, 1)
+
+
+def drop_path(x: Tensor, p: float, training: bool) -> Tensor:
+    """Zero a residual branch x [B, T, C] for whole samples with probability ``p``; scale the others by 1 / (1 - p)."""
+    if p == 0 or not training:
+        return x
+    keep = torch.empty(x.shape[0], 1, 1, dtype=x.dtype, device=x.device).bernoulli_(1 - p)
+    return x * keep / (1 - p)
+
+
+class Block(nn.Module):
+    """One Transformer layer, post-norm (speech, text) or pre-norm with LayerScale and DropPath (images)."""
+
+    def __init__(self, config: EncoderConfig, drop_path: float) -> None:
+        super().__init__()
+        self.pre_norm = config.norm == "pre"
+        self.dropout, self.activation_dropout, self.drop_path = config.dropout, config.activation_dropout, drop_path
+        self.attention = SelfAttention(config)
+        self.norm1 = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        self.fc1 = nn.Linear(config.dim, config.ffn_dim)
+        self.fc2 = nn.Linear(config.ffn_dim, config.dim)
+        self.norm2 = nn.LayerNorm(config.dim, eps=config.norm_eps)
+        scale = torch.full((config.dim,), config.layer_scale)
+        self.scale1 = nn.Parameter(scale.clone()) if config.layer_scale > 0 else None
+        self.scale2 = nn.Parameter(scale.clone()) if config.layer_scale > 0 else None
+
+    def _ffn(self, x: Tensor) -> Tensor:
+        hidden = F.dropout(F.gelu(self.fc1(x)), self.activation_dropout, self.training)  # [B, T, F]
+        return self.fc2(hidden)
+
+    def _branch(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        x = x if scale is None else x * scale
+        return drop_path(F.dropout(x, self.dropout, self.training), self.drop_path, self.training)
+
+    def forward(self, x: Tensor, bias: Tensor | None, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x [B, T, C] -> (block output [B, T, C], FFN output before dropout and residual [B, T, C])."""
+        if self.pre_norm:
+            x = x + self._branch(self.attention(self.norm1(x), bias, padding_mask), self.scale1)
+            ffn = self._ffn(self.norm2(x))
+            return x + self._branch(ffn, self.scale2), ffn
+        x = self.norm1(x + self._branch(self.attention(x, bias, padding_mask), self.scale1))
+        ffn = self._ffn(x)
+        return self.norm2(x + self._branch(ffn, self.scale2)), ffn
+
+
+class TransformerEncoder(nn.Module):
+    """Positions, layers and norms between front-end and head (fairseq ``TransformerEncoder``, BEiT blocks)."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.pos_conv = ConvPositions(config) if config.pos_conv_depth else None
+        self.relative_bias = RelativePositionBias(config) if config.relative_grid else None
+        # speech normalises after adding positions, pre-norm encoders at the end; text has its norm in the embedding
+        has_norm = config.norm == "pre" or config.pos_conv_depth > 0
+        self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps) if has_norm else None
+        rates = torch.linspace(0, config.drop_path, config.layers).tolist()
+        self.layers = nn.ModuleList(Block(config, rate) for rate in rates)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise the linear layers: N(0, 0.02) ("bert"), or truncated at one sigma and depth-scaled ("beit")."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                init_linear(module, self.config.init)
+        if self.config.init == "beit":
+            for depth, layer in enumerate(self.layers, start=1):
+                layer.attention.out.weight.data.div_((2 * depth) ** 0.5)
+                layer.fc2.weight.data.div_((2 * depth) ** 0.5)
+
+    def _kept_layers(self) -> list[int]:
+        """Indices of the layers to run: all of them, less those that LayerDrop skips while training."""
+        count = len(self.layers)
+        if not self.training or self.config.layerdrop == 0:
+            return list(range(count))
+        keep = torch.rand(count) > self.config.layerdrop  # drawn on the CPU: the host needs the answer
+        return [i for i in range(count) if keep[i]]
+
+    def forward(
+        self,
+        x: Tensor,  # [B, T, C]
+        *,
+        padding_mask: Tensor | None = None,  # [B, T] bool, True = padding
+        top_k: int = 0,
+        hidden_states: bool = False,
+    ) -> EncoderOutput:
+        """Run the encoder, keeping the results of the last ``top_k`` layers (what targets are built from)."""
+        if padding_mask is not None:
+            x = x.masked_fill(padding_mask[..., None], 0.0)
+        if self.pos_conv is not None:
+            x = x + self.pos_conv(x)
+        pre_norm = self.config.norm == "pre"
+        if self.norm is not None and not pre_norm:
+            x = self.norm(x)
+        if self.pos_conv is not None:
+            x = F.dropout(x, self.config.dropout, self.training)
+        bias = self.relative_bias() if self.relative_bias is not None else None  # [H, T, T]
+        results, states = [], [x] if hidden_states else []
+        for index in self._kept_layers():
+            x, ffn = self.layers[index](x, bias, padding_mask)
+            if index >= len(self.layers) - top_k:
+                results.append(ffn if self.config.layer_result == "ffn" else x)
+            if hidden_states:
+                states.append(x)
+        return EncoderOutput(self.norm(x) if pre_norm else x, results, states)
+
+
+def init_linear(module: nn.Linear, init: str) -> None:
+    """Initialise one linear layer; see :meth:`TransformerEncoder.reset_parameters`."""
+    if init == "beit":
+        nn.init.trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)
+    else:
+        nn.init.normal_(module.weight, std=0.02)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
