@@ -98,11 +98,11 @@ class Block(nn.Module):
         return drop_path(F.dropout(x, self.dropout, self.training), self.drop_path, self.training)
 
     def forward(self, x: Tensor, bias: Tensor | None, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x [B, T, C] -> (block output [B, T, C], FFN output before dropout and residual [B, T, C])."""
+        """x [B, T, C] -> (block output [B, T, C], FFN output [B, T, C]: before the residual, and after LayerScale)."""
         if self.pre_norm:
             x = x + self._branch(self.attention(self.norm1(x), bias, padding_mask), self.scale1)
-            ffn = self._ffn(self.norm2(x))
-            return x + self._branch(ffn, self.scale2), ffn
+            ffn = self._branch(self._ffn(self.norm2(x)), self.scale2)
+            return x + ffn, ffn
         x = self.norm1(x + self._branch(self.attention(x, bias, padding_mask), self.scale1))
         ffn = self._ffn(x)
         return self.norm2(x + self._branch(ffn, self.scale2)), ffn

@@ -1,0 +1,21 @@
+"""The data2vec model and its parts."""
+
+from d2v_fast.nn.batch import Batch, make_batch
+from d2v_fast.nn.config import Data2VecConfig
+from d2v_fast.nn.data2vec import Data2Vec, LossOutput
+from d2v_fast.nn.encoder import TransformerEncoder
+from d2v_fast.nn.frontends import PatchEmbed, SpeechFrontEnd, TextEmbedding
+from d2v_fast.nn.teacher import EMATeacher
+
+__all__ = [
+    "Batch",
+    "Data2Vec",
+    "Data2VecConfig",
+    "EMATeacher",
+    "LossOutput",
+    "PatchEmbed",
+    "SpeechFrontEnd",
+    "TextEmbedding",
+    "TransformerEncoder",
+    "make_batch",
+]

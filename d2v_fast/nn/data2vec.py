@@ -1,0 +1,133 @@
+"""data2vec 1.0: a student that predicts, at masked positions, what its moving-average teacher sees there.
+
+Dims: B batch, T positions, P encoder positions (T, plus the class token of images), C channels, N masked positions.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from d2v_fast.nn.batch import Batch
+from d2v_fast.nn.config import Data2VecConfig
+from d2v_fast.nn.encoder import TransformerEncoder
+from d2v_fast.nn.frontends import build_frontend
+from d2v_fast.nn.heads import build_head
+from d2v_fast.nn.teacher import EMATeacher
+from d2v_fast.ops import layer_targets, masked_smooth_l1
+
+
+class LossOutput(NamedTuple):
+    """Result of one forward; everything but ``num_masked`` stays on the device."""
+
+    loss: Tensor  # [] fp32, summed over the masked positions; divide by the number of masked positions of the update
+    target_var: Tensor  # [] fp32, mean over channels of the targets' standard deviation (fairseq's name and formula)
+    pred_var: Tensor  # [] fp32, the same of the predictions
+    num_masked: int  # N of this batch
+
+
+def mean_std(y: Tensor) -> Tensor:
+    """Mean over channels of the standard deviation over the rows of y [N, C] (fairseq ``compute_var``); 0 for N < 2."""
+    if y.shape[0] < 2:
+        return y.new_zeros((), dtype=torch.float32)
+    return (y.float().var(dim=0) + 1e-6).sqrt().mean()
+
+
+class Data2Vec(nn.Module):
+    """The whole model. ``forward`` is a training step's forward; ``encode`` gives features for other uses."""
+
+    def __init__(self, config: Data2VecConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.frontend = build_frontend(config)
+        self.encoder = TransformerEncoder(config.encoder)
+        self.head = build_head(config)
+        tracked = {"encoder": self.encoder}
+        if config.modality != "speech":  # speech: the teacher reads the student's own features
+            tracked["frontend"] = self.frontend
+        self.teacher = EMATeacher(nn.ModuleDict(tracked), config.ema, config.ema.skip)
+
+    @property
+    def _class_tokens(self) -> int:
+        return 1 if self.config.modality == "image" else 0
+
+    def forward(self, batch: Batch) -> LossOutput:
+        """Loss of the student on ``batch`` against the current teacher.
+
+        Raises:
+            ValueError: the mask does not fit the inputs (wrong shape for the number of frames, patches or tokens).
+        """
+        if self.config.modality == "speech":
+            features = self.frontend.features(batch.inputs)  # [B, T, C]
+            teacher_input, teacher_padding = features.detach(), batch.padding_mask
+            self._check_mask(batch, features.shape[1])
+            student_input = self.frontend.apply_mask(features, batch.mask)
+        else:
+            student_input = self.frontend(batch.inputs, batch.mask, batch.padding_mask)  # [B, P, C]
+            self._check_mask(batch, student_input.shape[1] - self._class_tokens)
+            teacher_input, teacher_padding = self._teacher_input(batch)
+
+        target = self._targets(batch, teacher_input, teacher_padding)  # [N, C] fp32
+        x = self.encoder(student_input, padding_mask=batch.padding_mask).x  # [B, P, C]
+        pred = self.head(x.flatten(0, 1).index_select(0, self._rows(batch)))  # [N, C]
+        loss = self.config.loss
+        return LossOutput(
+            masked_smooth_l1(pred, target, beta=loss.beta, scale=loss.scale_for(target.shape[1]), reduction="sum"),
+            mean_std(target),
+            mean_std(pred.detach()),
+            batch.num_masked,
+        )
+
+    def _rows(self, batch: Batch) -> Tensor:
+        """Masked positions [N] as rows of the encoder's flattened output, which may hold class tokens."""
+        if not self._class_tokens:
+            return batch.positions
+        return batch.positions + batch.positions // batch.mask.shape[1] + 1
+
+    @torch.no_grad()
+    def _teacher_input(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """What the teacher's encoder reads, with its padding mask, when the teacher has a front-end of its own."""
+        inputs, padding = batch.inputs, batch.padding_mask
+        if self.config.targets.teacher_input == "masked":  # the released text code shows it the masked tokens only
+            inputs, padding = inputs.masked_fill(~batch.mask, self.config.frontend.pad_index), ~batch.mask
+        return self.teacher.module["frontend"](inputs, None, padding), padding
+
+    @torch.no_grad()
+    def _targets(self, batch: Batch, x: Tensor, padding_mask: Tensor | None) -> Tensor:
+        """Normalised average [N, C] of the teacher's last ``top_k`` layer results at the masked positions."""
+        targets = self.config.targets
+        results = self.teacher.module["encoder"](x, padding_mask=padding_mask, top_k=targets.top_k).layer_results
+        return layer_targets(
+            [result[:, self._class_tokens :] for result in results],
+            norm=targets.norm,
+            post_norm=targets.post_norm,
+            positions=batch.positions,
+            lengths=batch.lengths if targets.padding_aware else None,
+        )
+
+    def _check_mask(self, batch: Batch, positions: int) -> None:
+        expected = (batch.inputs.shape[0], positions)
+        if tuple(batch.mask.shape) != expected:
+            raise ValueError(f"batch.mask must be {expected} for these inputs, got {tuple(batch.mask.shape)}")
+
+    def hidden_states(self, inputs: Tensor, padding_mask: Tensor | None = None) -> list[Tensor]:
+        """Input of the student's first layer and output of each layer, [B, P, C]; nothing masked.
+
+        ``padding_mask`` bool [B, T], True = padding, counts frames or tokens. Images have the class token first.
+        """
+        x = self.frontend(inputs, None, padding_mask)
+        return self.encoder(x, padding_mask=padding_mask, hidden_states=True).hidden_states
+
+    def encode(self, inputs: Tensor, padding_mask: Tensor | None = None, layer: int | None = None) -> Tensor:
+        """Features [B, P, C] of unmasked inputs: the encoder's output, or that of ``layer`` (0 = the first layer's input).
+
+        Dropout follows ``self.training``: call ``eval()`` first for features to keep.
+
+        Raises:
+            ValueError: ``layer`` is not one of 0 .. number of layers.
+        """
+        if layer is None:
+            return self.encoder(self.frontend(inputs, None, padding_mask), padding_mask=padding_mask).x
+        if not 0 <= layer <= self.config.encoder.layers:
+            raise ValueError(f"layer must be in 0..{self.config.encoder.layers}, got {layer}")
+        return self.hidden_states(inputs, padding_mask)[layer]

@@ -1,0 +1,16 @@
+"""From raw inputs to encoder inputs, one front-end per modality."""
+
+from torch import nn
+
+from d2v_fast.nn.config import Data2VecConfig
+from d2v_fast.nn.frontends.image import PatchEmbed
+from d2v_fast.nn.frontends.speech import SpeechFrontEnd
+from d2v_fast.nn.frontends.text import TextEmbedding
+
+__all__ = ["PatchEmbed", "SpeechFrontEnd", "TextEmbedding", "build_frontend"]
+
+
+def build_frontend(config: Data2VecConfig) -> nn.Module:
+    """The front-end of ``config.modality``, giving ``config.encoder.dim`` channels."""
+    classes = {"speech": SpeechFrontEnd, "image": PatchEmbed, "text": TextEmbedding}
+    return classes[config.modality](config.frontend, config.encoder)

@@ -1,0 +1,79 @@
+"""Waveform to frames: strided convolutions, each with norm and GELU, then layer norm and projection.
+
+fairseq: ``ConvFeatureExtractionModel``, ``layer_norm``, ``post_extract_proj`` and ``mask_emb`` of ``Data2VecAudioModel``.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2v_fast.nn.config import EncoderConfig, SpeechFrontEndConfig
+
+
+class ConvLayer(nn.Module):
+    """Conv1d, then layer norm over channels, group norm with one group per channel, or nothing, then GELU."""
+
+    def __init__(self, in_dim: int, out_dim: int, kernel: int, stride: int, bias: bool, norm: str) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(in_dim, out_dim, kernel, stride, bias=bias)
+        nn.init.kaiming_normal_(self.conv.weight)
+        norms = {"layer": nn.LayerNorm, "group": lambda dim: nn.GroupNorm(dim, dim), "none": lambda dim: None}
+        self.norm = norms[norm](out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C_in, S_in] -> [B, C_out, S_out]."""
+        x = self.conv(x)
+        if isinstance(self.norm, nn.LayerNorm):
+            return F.gelu(self.norm(x.transpose(1, 2))).transpose(1, 2)
+        return F.gelu(x if self.norm is None else self.norm(x))
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """x unchanged, its gradient multiplied by ``factor`` (fairseq ``GradMultiply``)."""
+    return x if factor == 1 else x.detach() + (x - x.detach()) * factor
+
+
+class SpeechFrontEnd(nn.Module):
+    """Waveforms [B, S] to frames [B, T, C]; student and teacher share the result."""
+
+    def __init__(self, config: SpeechFrontEndConfig, encoder: EncoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        layers, in_dim = [], 1
+        for index, (out_dim, kernel, stride) in enumerate(config.conv_layers):
+            # wav2vec 2.0 "default" mode: group norm after the first convolution only
+            norm = config.conv_norm if config.conv_norm == "layer" or index == 0 else "none"
+            layers.append(ConvLayer(in_dim, out_dim, kernel, stride, config.conv_bias, norm))
+            in_dim = out_dim
+        self.convs = nn.Sequential(*layers)
+        self.norm = nn.LayerNorm(in_dim)
+        self.proj = nn.Linear(in_dim, encoder.dim)
+        self.mask_embedding = nn.Parameter(torch.rand(encoder.dim))
+
+    def features(self, waveforms: Tensor) -> Tensor:
+        """Waveforms [B, S], normalised to zero mean and unit variance each, to frames [B, T, C] before masking.
+
+        Raises:
+            ValueError: not [B, S] of floats, or fewer samples than one frame needs.
+        """
+        if waveforms.ndim != 2 or not waveforms.is_floating_point():
+            raise ValueError(f"waveforms must be float [B, S], got {waveforms.dtype} {tuple(waveforms.shape)}")
+        if waveforms.shape[1] < self.config.min_samples:
+            raise ValueError(
+                f"waveforms must have at least {self.config.min_samples} samples, got {waveforms.shape[1]}"
+            )
+        factor = self.config.feature_grad_mult
+        with torch.set_grad_enabled(torch.is_grad_enabled() and factor > 0):
+            x = self.convs(waveforms[:, None])  # [B, 512, T]
+        x = scale_gradient(x, factor) if factor > 0 else x
+        return self.proj(self.norm(x.transpose(1, 2)))
+
+    def apply_mask(self, features: Tensor, mask: Tensor) -> Tensor:
+        """Replace the masked rows of ``features`` [B, T, C] by the mask embedding; ``mask`` bool [B, T]."""
+        features = F.dropout(features, self.config.input_dropout, self.training)
+        return torch.where(mask[..., None], self.mask_embedding.to(features.dtype), features)
+
+    def forward(self, waveforms: Tensor, mask: Tensor | None = None, padding_mask: Tensor | None = None) -> Tensor:
+        """Waveforms [B, S] to encoder input [B, T, C]; padding is the encoder's business."""
+        features = self.features(waveforms)
+        return features if mask is None else self.apply_mask(features, mask)
