@@ -1,0 +1,1 @@
+"""Pretraining: configs and presets, data, the training step and loop, logging."""

@@ -1,0 +1,1 @@
+"""Data loaders: folders of audio, images or text to batches."""

@@ -1,0 +1,257 @@
+"""What every dataset has in common: a plan per epoch, batches that depend on nothing but their place in it, resuming.
+
+A batch is a function of (seed, epoch, index): the plan, the crops and the masks are drawn from NumPy generators keyed
+by these numbers and by nothing else. So the batches do not depend on the number of workers, and a resumed run sees
+exactly those that the interrupted one would have seen.
+"""
+
+import logging
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from d2v_fast.nn.batch import Batch
+
+logger = logging.getLogger(__name__)
+
+Skipped = tuple[tuple[str, str], ...]  # (file, reason)
+Spec = tuple[int, int, tuple[int, ...]]  # epoch, index of the batch in the epoch, its items
+T = TypeVar("T")
+
+
+class DataError(ValueError):
+    """The data on disk cannot be used: a path is missing, or nothing under it can be read or is long enough."""
+
+
+class UnreadableFile(DataError):
+    """One file cannot be used; ``reason`` says why."""
+
+    def __init__(self, path: str | Path, reason: str) -> None:
+        super().__init__(path, reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"cannot use {self.args[0]}: {self.reason}"
+
+
+class PretrainData(Dataset, ABC):
+    """A source of pretraining batches. Subclasses define :meth:`plan`, :meth:`load` and :meth:`describe`."""
+
+    ORDER, CROP, MASK = range(3)  # independent random streams, see rng
+
+    skipped: Sequence[tuple[str, str]] = ()  # (file, reason), found while scanning
+    unread: Skipped = ()  # what made the last load return None
+
+    def __init__(self, seed: int) -> None:
+        if not isinstance(seed, int) or seed < 0:
+            raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
+        self.seed = seed
+
+    @abstractmethod
+    def plan(self, epoch: int) -> list[tuple[int, ...]]:
+        """The batches of an epoch as tuples of item ids; a function of (seed, epoch)."""
+
+    @abstractmethod
+    def load(self, epoch: int, index: int, items: tuple[int, ...]) -> Batch | None:
+        """Read batch ``index`` of ``plan(epoch)``; a function of (seed, epoch, index).
+
+        Unreadable items are left out and named in ``Batch.skipped``. None, with the names left in ``self.unread``,
+        only if none of the items could be read.
+        """
+
+    @abstractmethod
+    def describe(self) -> str:
+        """One line for the log: how much data there is, and how many files were left out."""
+
+    def augment(self, batch: Batch) -> Batch:
+        """Random changes that are cheap on the batch's device; they draw from torch's global generator."""
+        return batch
+
+    def rng(self, stream: int, epoch: int, index: int = 0) -> np.random.Generator:
+        """A generator for one purpose (ORDER, CROP or MASK) in one batch."""
+        return np.random.default_rng([self.seed, stream, epoch, index])
+
+    def read_each(
+        self, items: tuple[int, ...], names: Sequence[str], read: Callable[[int], T]
+    ) -> tuple[list[T], Skipped]:
+        """Call ``read`` on each item; an :class:`UnreadableFile` becomes (name, reason). Sets ``self.unread``."""
+        found, skipped = [], []
+        for item in items:
+            try:
+                found.append(read(item))
+            except UnreadableFile as error:
+                skipped.append((names[item], error.reason))
+        self.unread = () if found else tuple(skipped)
+        return found, tuple(skipped)
+
+    def __getitem__(self, spec: Spec) -> "_Loaded":
+        epoch, index, items = spec
+        batch = self.load(epoch, index, items)
+        return _Loaded(epoch, index, batch, self.unread if batch is None else batch.skipped)
+
+
+@dataclass
+class _Loaded:
+    """What a worker sends back."""
+
+    epoch: int
+    index: int
+    batch: Batch | None
+    skipped: Skipped
+
+    def pin_memory(self) -> "_Loaded":
+        return replace(self, batch=None if self.batch is None else self.batch.pin_memory())
+
+
+class _Specs:
+    """The sampler: every batch from (epoch, index) on, without end. Always iterated in the main process."""
+
+    def __init__(self, data: PretrainData, epoch: int, index: int) -> None:
+        self.data, self.epoch, self.index = data, epoch, index
+
+    def __iter__(self) -> Iterator[Spec]:
+        epoch, start = self.epoch, self.index
+        while True:
+            plan = self.data.plan(epoch)
+            if not plan:
+                raise DataError(f"epoch {epoch} has no batches: {self.data.describe()}")
+            for index in range(start, len(plan)):
+                yield epoch, index, plan[index]
+            epoch, start = epoch + 1, 0
+
+
+def batches(
+    data: PretrainData,
+    *,
+    epoch: int = 0,
+    index: int = 0,
+    num_workers: int = 0,
+    pin_memory: bool = False,
+    prefetch: int = 2,
+) -> Iterator[tuple[int, int, Batch]]:
+    """Yield (epoch, index, batch) without end, starting with batch ``index`` of ``epoch``.
+
+    The batches are the same for every ``num_workers``, and torch's global generator is left alone. A batch of which
+    nothing could be read is left out; its files are named in the next one's ``skipped``.
+
+    Args:
+        data: what to load.
+        epoch, index: where to start; an ``index`` past the end of the epoch starts the next one.
+        num_workers: processes that read ahead (each with one torch thread); 0 reads in the calling thread.
+        pin_memory: page-lock the batches; needs an accelerator.
+        prefetch: batches that each worker reads ahead.
+
+    Raises:
+        ValueError: a negative argument.
+        DataError: no batch of a whole epoch could be read.
+    """
+    numbers = {"epoch": epoch, "index": index, "num_workers": num_workers, "prefetch - 1": prefetch - 1}
+    for name, value in numbers.items():
+        if value < 0:
+            raise ValueError(f"{name} must be >= 0, got {value}")
+    loader = DataLoader(
+        data,
+        batch_size=None,
+        sampler=_Specs(data, epoch, index),
+        num_workers=num_workers,
+        collate_fn=_unchanged,
+        pin_memory=pin_memory,
+        prefetch_factor=prefetch if num_workers else None,
+        generator=torch.Generator(),  # else the loader takes its workers' seed from the global generator
+    )
+    return _readable(data, loader, (epoch, index))
+
+
+def _unchanged(loaded: _Loaded) -> _Loaded:
+    return loaded
+
+
+def _readable(data: PretrainData, loader: DataLoader, start: tuple[int, int]) -> Iterator[tuple[int, int, Batch]]:
+    """Drop the batches that came back empty, hand on their files' names, and log each name once."""
+    pending: Skipped = ()
+    named: set[str] = set()
+    # the epoch whose batches are being counted; one that was entered in the middle is not judged
+    current, count = start[0], int(start[1] > 0)
+    for loaded in loader:
+        if loaded.epoch != current:
+            if count == 0:
+                name, reason = pending[-1] if pending else ("?", "unknown")
+                raise DataError(f"nothing readable in epoch {current} of {data.describe()}; last: {name}: {reason}")
+            current, count = loaded.epoch, 0
+        for name, reason in loaded.skipped:
+            if name not in named:
+                logger.warning("skipped %s: %s", name, reason)
+                named.add(name)
+        if loaded.batch is None:
+            pending += loaded.skipped
+            continue
+        count += 1
+        yield loaded.epoch, loaded.index, replace(loaded.batch, skipped=pending + loaded.batch.skipped)
+        pending = ()
+
+
+def list_files(path: str | Path, extensions: tuple[str, ...], what: str) -> list[Path]:
+    """The files under ``path`` (or ``path`` itself, a file) with one of ``extensions``, sorted by path.
+
+    Folders are searched to any depth, through links; hidden files and folders are left out.
+
+    Raises:
+        DataError: ``path`` does not exist or holds no such file.
+    """
+    root = Path(path).expanduser()
+    expected = f"{what} ({', '.join(extensions)})"
+    if not root.exists():
+        raise DataError(f"data path {root} does not exist; expected a folder with {expected}")
+    if root.is_file():
+        files = [root]
+    else:
+        files, seen = [], {os.path.realpath(root)}
+        for folder, subfolders, names in os.walk(root, followlinks=True):
+            files += [Path(folder, name) for name in names if name[0] != "."]
+            real = {os.path.realpath(os.path.join(folder, s)): s for s in sorted(subfolders) if s[0] != "."}
+            # links may lead back up, or to a folder that is there already: each is entered once
+            subfolders[:] = [name for target, name in real.items() if target not in seen]
+            seen.update(real)
+    files = sorted(f for f in files if f.suffix.lower() in extensions)
+    if not files:
+        raise DataError(f"data path {root} holds no {expected}")
+    return files
+
+
+def relative_names(root: str | Path, files: Sequence[Path]) -> list[str]:
+    """The names by which files are reported: relative to ``root``, or the bare file name if ``root`` is the file."""
+    root = Path(root).expanduser()
+    return [f.name if f == root else f.relative_to(root).as_posix() for f in files]
+
+
+def fixed_batches(rng: np.random.Generator, num_items: int, batch_size: int) -> list[tuple[int, ...]]:
+    """Shuffle ``num_items`` items into batches; a smaller last one is dropped unless it is the only one."""
+    order = rng.permutation(num_items).tolist()
+    end = num_items - num_items % batch_size or num_items
+    return [tuple(order[i : i + batch_size]) for i in range(0, end, batch_size)]
+
+
+def log_skipped(skipped: Sequence[tuple[str, str]], total: int) -> None:
+    """One warning for everything that a scan left out."""
+    if skipped:
+        examples = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
+        logger.warning("skipped %d of %d files (%s%s)", len(skipped), total, examples, "; ..." * (len(skipped) > 3))
+
+
+def nothing_left(path: str | Path, skipped: Sequence[tuple[str, str]], expected: str) -> DataError:
+    """The error for a scan after which no file is left."""
+    examples = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
+    return DataError(f"none of the {len(skipped)} files under {path} can be used; expected {expected}. {examples}")
+
+
+def require(condition: bool, name: str, expected: str, value: object) -> None:
+    """Raise the ``ValueError`` of a configuration field."""
+    if not condition:
+        raise ValueError(f"{name} must be {expected}, got {value!r}")
