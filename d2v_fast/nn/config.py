@@ -119,7 +119,7 @@ class EncoderConfig:
     pos_conv_depth: int = 0  # convolutional positions (speech); 0 = none
     pos_conv_width: int = 95  # fairseq conv_pos: each of the layers has kernel max(3, width // depth)
     pos_conv_groups: int = 16
-    relative_grid: int = 0  # side of the patch grid for a shared relative-position bias (images); 0 = none
+    relative_bias: bool = False  # learned bias per head and patch offset, shared by all layers (images)
     init: Literal["bert", "beit"] = "bert"
 
     def __post_init__(self) -> None:
@@ -222,12 +222,9 @@ class Data2VecConfig:
             f"targets.top_k {self.targets.top_k} must not exceed encoder.layers {self.encoder.layers}",
         )
         _require(self.head_layers >= 1, f"head_layers must be at least 1, got {self.head_layers}")
-        if isinstance(self.frontend, ImageFrontEndConfig):
-            grid = self.frontend.grid
-            _require(
-                self.encoder.relative_grid in (0, grid),
-                f"encoder.relative_grid must be 0 or the patch grid {grid}, got {self.encoder.relative_grid}",
-            )
+        is_image = isinstance(self.frontend, ImageFrontEndConfig)
+        _require(is_image or not self.encoder.relative_bias, "encoder.relative_bias is for images only")
+        if is_image:
             _require(
                 self.mask.num_masked < self.frontend.num_patches,
                 f"mask.num_masked must be below the {self.frontend.num_patches} patches, got {self.mask.num_masked}",
@@ -261,7 +258,7 @@ class Data2VecConfig:
             layer_scale=1e-5 if large else 1e-4,
             key_bias=False,
             layer_result="block",
-            relative_grid=14,
+            relative_bias=True,
             init="beit",
         )
         config = cls(

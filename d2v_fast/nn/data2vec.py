@@ -40,7 +40,7 @@ class Data2Vec(nn.Module):
         super().__init__()
         self.config = config
         self.frontend = build_frontend(config)
-        self.encoder = TransformerEncoder(config.encoder)
+        self.encoder = TransformerEncoder(config.encoder, getattr(config.frontend, "grid", 0))
         self.head = build_head(config)
         tracked = {"encoder": self.encoder}
         if config.modality != "speech":  # speech: the teacher reads the student's own features

@@ -45,11 +45,10 @@ class ConvPositions(nn.Module):
 class RelativePositionBias(nn.Module):
     """Learned bias per head and patch offset, shared by all layers; the class token has three entries of its own (BEiT)."""
 
-    def __init__(self, config: EncoderConfig) -> None:
+    def __init__(self, heads: int, grid: int) -> None:
         super().__init__()
-        grid = config.relative_grid
         distances = (2 * grid - 1) ** 2
-        self.table = nn.Parameter(torch.zeros(distances + 3, config.heads))
+        self.table = nn.Parameter(torch.zeros(distances + 3, heads))
         y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
         dy = y.reshape(-1, 1) - y.reshape(1, -1) + grid - 1  # [P, P], query minus key
         dx = x.reshape(-1, 1) - x.reshape(1, -1) + grid - 1
@@ -109,18 +108,21 @@ class Block(nn.Module):
 
 
 class TransformerEncoder(nn.Module):
-    """Positions, layers and norms between front-end and head (fairseq ``TransformerEncoder``, BEiT blocks)."""
+    """Positions, layers and norms between front-end and head (fairseq ``TransformerEncoder``, BEiT blocks).
 
-    def __init__(self, config: EncoderConfig) -> None:
+    ``grid`` is the number of patches along an image's side; only a relative-position bias needs it.
+    """
+
+    def __init__(self, config: EncoderConfig, grid: int = 0) -> None:
         super().__init__()
         self.config = config
         self.pos_conv = ConvPositions(config) if config.pos_conv_depth else None
-        self.relative_bias = RelativePositionBias(config) if config.relative_grid else None
+        self.relative_bias = RelativePositionBias(config.heads, grid) if config.relative_bias else None
         # speech normalises after adding positions, pre-norm encoders at the end; text has its norm in the embedding
         has_norm = config.norm == "pre" or config.pos_conv_depth > 0
         self.norm = nn.LayerNorm(config.dim, eps=config.norm_eps) if has_norm else None
-        rates = torch.linspace(0, config.drop_path, config.layers).tolist()
-        self.layers = nn.ModuleList(Block(config, rate) for rate in rates)
+        last = max(1, config.layers - 1)
+        self.layers = nn.ModuleList(Block(config, config.drop_path * i / last) for i in range(config.layers))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

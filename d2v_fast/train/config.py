@@ -1,0 +1,193 @@
+"""One run's configuration: dataclasses, YAML presets, and ``key=value`` overrides."""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any, Literal, get_type_hints
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import TypeAdapter, ValidationError
+
+from d2v_fast.nn.config import Data2VecConfig
+from d2v_fast.train.data import ImageDataConfig, SpeechDataConfig, TextDataConfig
+from d2v_fast.train.errors import ConfigError
+
+DATA_CONFIGS = {"speech": SpeechDataConfig, "image": ImageDataConfig, "text": TextDataConfig}
+# keys that may differ between a run and its continuation: they change where and how often, not what is computed
+RUN_KEYS = ("out", "device", "workers", "log_every", "checkpoint_every", "keep_checkpoints", "stop_after", "data.cache_dir")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimConfig:
+    """AdamW."""
+
+    lr: float = 5e-4  # peak
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-6
+    weight_decay: float = 0.01
+    decay_vectors: bool = True  # False: no weight decay on biases, norms and other parameters of one dimension
+    clip_norm: float = 0.0  # 0 = no clipping
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Learning rate over updates: "tri_stage" (warm-up, hold, exponential decay) or "cosine" (warm-up, cosine)."""
+
+    kind: Literal["tri_stage", "cosine"] = "tri_stage"
+    warmup_updates: int = 0
+    decay_updates: int = 0  # tri_stage: length of the final decay
+    init_scale: float = 0.01  # tri_stage: start of the warm-up, as a share of the peak; cosine starts at 0
+    final_scale: float = 0.01  # end of the schedule, as a share of the peak
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """When to stop a run that has gone wrong."""
+
+    min_target_var: float = 0.1  # collapse: standard deviation of the targets below this (0 = never)
+    min_pred_var: float = 0.01  # the same for the predictions
+    after_updates: int = 5000  # the two above are only looked at from here on
+    max_nonfinite: int = 20  # consecutive updates skipped because loss or gradient is not finite
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything that defines a run."""
+
+    model: Data2VecConfig
+    data: SpeechDataConfig | ImageDataConfig | TextDataConfig
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    guards: GuardConfig = field(default_factory=GuardConfig)
+    updates: int = 400_000
+    accumulate: int = 1  # micro-batches per update
+    seed: int = 1
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast on CUDA, fp32 on CPU
+    reference_gpus: int = 1  # GPUs of the published recipe that this batch size is per GPU of; for information
+    out: str = "runs/default"
+    device: str = "auto"
+    workers: int = 2
+    log_every: int = 100  # updates
+    checkpoint_every: int = 5000  # updates
+    keep_checkpoints: int = 2
+    stop_after: int = 0  # end this session after so many updates, as if interrupted; 0 = run to the end
+
+    def __post_init__(self) -> None:
+        for name in ("updates", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+def presets() -> list[str]:
+    """Names of the packaged presets."""
+    folder = resources.files("d2v_fast.train") / "presets"
+    return sorted(p.name.removesuffix(".yaml") for p in folder.iterdir() if p.name.endswith(".yaml"))
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"did you mean {close[0]!r}? " if close else ""
+
+
+def _override(config: Any, values: dict[str, Any], path: str = "") -> Any:
+    """A copy of the dataclass ``config`` with ``values`` put in, nested ones included; refuses what does not fit."""
+    hints = get_type_hints(type(config))
+    known = [f.name for f in dataclasses.fields(config)]
+    changes = {}
+    for key, value in values.items():
+        where = f"{path}{key}"
+        if key not in known:
+            raise ConfigError(f"unknown key {where!r}: {_nearest(key, known)}known here: {', '.join(known)}")
+        current = getattr(config, key)
+        if dataclasses.is_dataclass(current):
+            if not isinstance(value, dict):
+                raise ConfigError(f"{where} is a group of keys, got the single value {value!r}")
+            changes[key] = _override(current, value, f"{where}.")
+            continue
+        try:
+            changes[key] = TypeAdapter(hints[key]).validate_python(value)
+        except ValidationError as error:
+            raise ConfigError(f"{where}: {error.errors()[0]['msg']}, got {value!r}") from None
+    try:
+        return dataclasses.replace(config, **changes)
+    except ValueError as error:
+        raise ConfigError(f"{path or 'config'}: {error}") from None
+
+
+def model_config(values: dict[str, Any]) -> Data2VecConfig:
+    """Build a model configuration from plain values: modality, size, profile, then any field to override."""
+    values = dict(values)
+    modality = values.pop("modality", None)
+    if modality not in DATA_CONFIGS:
+        raise ConfigError(f"model.modality must be one of {', '.join(DATA_CONFIGS)}, got {modality!r}")
+    size, profile = values.pop("size", "base"), values.pop("profile", "paper")
+    try:
+        base = getattr(Data2VecConfig, modality)(size, profile=profile)
+    except ValueError as error:
+        raise ConfigError(f"model: {error}") from None
+    return _override(base, values, "model.")
+
+
+def config_from_dict(values: dict[str, Any]) -> TrainConfig:
+    """Build a run's configuration from plain nested values, as a preset or a checkpoint holds them."""
+    values = dict(values)
+    model = model_config(values.pop("model", {}))
+    data_values = values.pop("data", {})
+    base = TrainConfig(model=model, data=DATA_CONFIGS[model.modality](path=""))
+    config = _override(base, {**values, "data": data_values})
+    if not config.data.path:
+        raise ConfigError(f"data.path is missing: give the folder with the {model.modality} data as data.path=...")
+    return config
+
+
+def config_to_dict(config: Any) -> dict[str, Any]:
+    """Plain nested values of a configuration; :func:`config_from_dict` reads them back."""
+    return dataclasses.asdict(config)
+
+
+def load_config(preset: str, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Configuration of ``preset`` (a packaged name or the path of a YAML file) with ``key=value`` overrides.
+
+    Raises:
+        ConfigError: unknown preset or key (with the nearest name), malformed override, or a value that does not fit.
+    """
+    if preset.endswith((".yaml", ".yml")):
+        try:
+            base = OmegaConf.load(preset)
+        except OSError as error:
+            raise ConfigError(f"cannot read the configuration {preset}: {error.strerror}") from None
+    elif preset in presets():
+        text = (resources.files("d2v_fast.train") / "presets" / f"{preset}.yaml").read_text(encoding="utf-8")
+        base = OmegaConf.create(text)
+    else:
+        raise ConfigError(f"unknown preset {preset!r}: {_nearest(preset, presets())}known: {', '.join(presets())}")
+    for override in overrides:
+        if "=" not in override:
+            raise ConfigError(f"an override must look like key=value, got {override!r}")
+    try:
+        merged = OmegaConf.to_container(OmegaConf.merge(base, OmegaConf.from_dotlist(list(overrides))), resolve=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"overrides: {error}") from None
+    return config_from_dict(merged)
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested values as one level of dotted keys."""
+    flat = {}
+    for key, value in values.items():
+        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return flat
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], ignore: Sequence[str] = RUN_KEYS) -> list[str]:
+    """Lines "key: old -> new" for every key that differs between two plain configurations."""
+    old, new = flatten(old), flatten(new)
+    keys = [key for key in sorted({*old, *new}) if key not in ignore]
+    return [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in keys if _plain(old.get(k)) != _plain(new.get(k))]
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,73 @@
+"""One update: forward and backward over its micro-batches, optimizer step, teacher step. No host synchronisation."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from d2v_fast.nn import Batch, Data2Vec
+from d2v_fast.train.config import OptimConfig
+
+
+class StepMetrics(NamedTuple):
+    """What an update leaves behind; the tensors are 0-d and stay on the device."""
+
+    loss: Tensor  # per masked position (or mean of the micro-batches' means)
+    target_var: Tensor
+    pred_var: Tensor
+    grad_norm: Tensor  # before clipping
+    skipped: Tensor  # 1.0 if the update was skipped because the gradient is not finite
+    ema_decay: float
+    num_masked: int
+
+
+def build_optimizer(model: Data2Vec, config: OptimConfig) -> torch.optim.AdamW:
+    """AdamW over the student; parameters of one dimension go without weight decay if the configuration says so."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": params}]
+    if not config.decay_vectors:
+        groups = [
+            {"params": [p for p in params if p.ndim > 1]},
+            {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
+        ]
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def train_step(
+    model: Data2Vec,
+    batches: Sequence[Batch],  # the micro-batches of this update, on the model's device
+    optimizer: torch.optim.AdamW,
+    *,
+    lr: float,
+    update: int,  # updates completed before this one
+    clip_norm: float = 0.0,
+    autocast: bool = False,  # bf16
+) -> StepMetrics:
+    """Make update ``update + 1``. A non-finite gradient leaves weights and optimizer state untouched."""
+    config = model.config
+    total = sum(batch.num_masked for batch in batches)
+    outputs = []
+    for index, batch in enumerate(batches):
+        if index > 0 and config.ema.per == "micro_batch":  # data2vec 1.0 as released; see docs/numerics.md
+            model.teacher.update_(update)
+        with torch.autocast(batch.inputs.device.type, torch.bfloat16, enabled=autocast):
+            output = model(batch)
+        weight = 1 / total if config.loss.token_weighted else 1 / (len(batches) * batch.num_masked)
+        loss = output.loss * weight
+        loss.backward()
+        outputs.append(torch.stack([loss.detach(), output.target_var / len(batches), output.pred_var / len(batches)]))
+
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    limit = clip_norm if clip_norm > 0 else float("inf")
+    grad_norm = nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.found_inf = (~torch.isfinite(grad_norm)).float()  # the fused kernel reads it on the device
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    decay = model.teacher.update_(update + 1)
+    loss, target_var, pred_var = torch.stack(outputs).sum(0)
+    return StepMetrics(loss, target_var, pred_var, grad_norm, optimizer.found_inf, decay, total)
