@@ -1,1 +1,44 @@
-"""Data loaders: folders of audio, images or text to batches."""
+"""Data loaders: folders of audio, images or text to batches that depend only on the seed and their place in the run."""
+
+from d2v_fast.nn.config import Data2VecConfig
+from d2v_fast.train.data.audio import SpeechData, SpeechDataConfig, normalize_waveform, read_waveform
+from d2v_fast.train.data.base import PretrainData, UnreadableFile, batches
+from d2v_fast.train.data.image import ImageData, ImageDataConfig, read_image
+from d2v_fast.train.data.text import TextData, TextDataConfig
+from d2v_fast.train.errors import DataError
+
+DataConfig = SpeechDataConfig | ImageDataConfig | TextDataConfig
+
+__all__ = [
+    "DataConfig",
+    "DataError",
+    "ImageData",
+    "ImageDataConfig",
+    "PretrainData",
+    "SpeechData",
+    "SpeechDataConfig",
+    "TextData",
+    "TextDataConfig",
+    "UnreadableFile",
+    "batches",
+    "build_data",
+    "normalize_waveform",
+    "read_image",
+    "read_waveform",
+]
+
+_CLASSES = {SpeechDataConfig: SpeechData, ImageDataConfig: ImageData, TextDataConfig: TextData}
+
+
+def build_data(config: DataConfig, model: Data2VecConfig, seed: int) -> PretrainData:
+    """The dataset that belongs to the type of ``config``.
+
+    Raises:
+        TypeError: ``config`` is none of the three data configs.
+        ValueError: ``config`` does not fit ``model``.
+        DataError: nothing usable under ``config.path``.
+    """
+    if type(config) not in _CLASSES:
+        expected = ", ".join(c.__name__ for c in _CLASSES)
+        raise TypeError(f"config must be one of {expected}, got {type(config).__name__}")
+    return _CLASSES[type(config)](config, model, seed)

@@ -16,7 +16,6 @@ import torch
 from d2v_fast.nn.batch import Batch, make_batch
 from d2v_fast.nn.config import Data2VecConfig
 from d2v_fast.train.data.base import (
-    DataError,
     PretrainData,
     UnreadableFile,
     list_files,
@@ -25,6 +24,7 @@ from d2v_fast.train.data.base import (
     relative_names,
     require,
 )
+from d2v_fast.train.errors import DataError
 
 SAMPLE_RATE = 16_000  # Hz
 AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3")

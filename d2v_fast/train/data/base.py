@@ -18,16 +18,13 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from d2v_fast.nn.batch import Batch
+from d2v_fast.train.errors import DataError
 
 logger = logging.getLogger(__name__)
 
 Skipped = tuple[tuple[str, str], ...]  # (file, reason)
 Spec = tuple[int, int, tuple[int, ...]]  # epoch, index of the batch in the epoch, its items
 T = TypeVar("T")
-
-
-class DataError(ValueError):
-    """The data on disk cannot be used: a path is missing, or nothing under it can be read or is long enough."""
 
 
 class UnreadableFile(DataError):

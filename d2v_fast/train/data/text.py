@@ -1,0 +1,252 @@
+"""Text: plain files to blocks of token ids (fairseq ``TokenBlockDataset``, break mode "none", one document a line).
+
+Documents, each followed by ``</s>``, are laid end to end and cut into blocks of ``tokens_per_sample - 1`` tokens; every
+block starts with ``<s>``. The ids are computed once and, with a cache folder, kept in a memory-mapped file.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+
+from d2v_fast.nn.batch import Batch, make_batch
+from d2v_fast.nn.config import Data2VecConfig
+from d2v_fast.train.data.base import (
+    PretrainData,
+    fixed_batches,
+    list_files,
+    log_skipped,
+    nothing_left,
+    relative_names,
+    require,
+)
+from d2v_fast.train.data.tokenizer import as_encoder, load_tokenizer, train_tokenizer
+from d2v_fast.train.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+BOS, EOS = 0, 2
+ENCODE_DOCUMENTS = 1024  # handed to the tokenizer's threads at a time
+CACHE_FORMAT = 1  # raise when the layout or the way of tokenizing changes
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextDataConfig:
+    """Where the text is and how it is cut; the defaults give the released recipe's 8192 tokens a batch."""
+
+    path: str  # a .txt file or a folder of them, searched recursively; UTF-8, one document a line
+    batch_size: int = 16  # blocks
+    tokens_per_sample: int = 512  # with <s>
+    tokenizer: str | None = None  # a tokenizer.json; None: train one on the text
+    cache_dir: str | None = None  # keeps the trained tokenizer and the ids; None: kept in memory, made on every start
+
+    def __post_init__(self) -> None:
+        require(bool(self.path), "data.path", "a .txt file or a folder", self.path)
+        require(self.batch_size >= 1, "data.batch_size", "at least 1", self.batch_size)
+        require(self.tokens_per_sample >= 2, "data.tokens_per_sample", "at least 2", self.tokens_per_sample)
+
+
+class TextData(PretrainData):
+    """Batches of token ids [B, T] int64 with span masks [B, T], T = ``config.tokens_per_sample``.
+
+    Attributes:
+        tokenizer: the ``tokenizers.Tokenizer``, trained or loaded.
+        ids: the whole text as one row of ids; an array or a memory map.
+
+    Raises:
+        ValueError: a model for another modality or with too few positions.
+        DataError: nothing usable under ``config.path``, a tokenizer that does not fit, or too little text.
+    """
+
+    def __init__(self, config: TextDataConfig, model: Data2VecConfig, seed: int) -> None:
+        super().__init__(seed)
+        require(model.modality == "text", "model.modality", "'text' for text data", model.modality)
+        positions = model.frontend.max_positions
+        require(
+            config.tokens_per_sample <= positions,
+            "data.tokens_per_sample",
+            f"at most the model's max_positions ({positions})",
+            config.tokens_per_sample,
+        )
+        self.config, self.model = config, model
+        files = list_files(config.path, (".txt",), "UTF-8 text files")
+        names = relative_names(config.path, files)
+        vocab_size, cache = model.frontend.vocab_size, _Cache(config.cache_dir, files, names)
+        corpus = _Corpus(config.path, files, names)
+        if config.tokenizer is None:
+            self.tokenizer = cache.tokenizer(vocab_size, lambda: train_tokenizer(corpus.documents(), vocab_size))
+        else:
+            self.tokenizer = load_tokenizer(config.tokenizer, vocab_size)
+        self.ids, info = cache.ids(self.tokenizer, lambda: corpus.encode(self.tokenizer, vocab_size), corpus.info)
+        self.skipped = [tuple(entry) for entry in info["skipped"]]
+        self.num_files, self.num_documents = len(files) - len(self.skipped), info["documents"]
+        log_skipped(self.skipped, len(files))
+        self.num_blocks = len(self.ids) // (config.tokens_per_sample - 1)
+        if self.num_blocks == 0:
+            raise DataError(
+                f"the text under {config.path} has only {len(self.ids)} tokens; expected at least "
+                f"tokens_per_sample - 1 = {config.tokens_per_sample - 1}"
+            )
+
+    def describe(self) -> str:
+        """Files, documents, tokens, blocks and what was left out."""
+        return (
+            f"text {self.config.path}: {self.num_files} files, {self.num_documents} documents, {len(self.ids)} tokens, "
+            f"{self.num_blocks} blocks of {self.config.tokens_per_sample}, {len(self.skipped)} skipped"
+        )
+
+    def save_tokenizer(self, path: str | Path) -> None:
+        """Write the tokenizer as a ``tokenizer.json``."""
+        self.tokenizer.save(str(path))
+
+    def plan(self, epoch: int) -> list[tuple[int, ...]]:
+        """Shuffled blocks in batches of ``batch_size``; a smaller last batch only if there is no other."""
+        return fixed_batches(self.rng(self.ORDER, epoch), self.num_blocks, self.config.batch_size)
+
+    def load(self, epoch: int, index: int, items: tuple[int, ...]) -> Batch:
+        """Cut out the blocks and draw their masks; see :meth:`PretrainData.load`."""
+        size = self.config.tokens_per_sample
+        inputs = np.full((len(items), size), BOS, np.int64)  # [B, T]
+        for row, block in zip(inputs, items, strict=True):
+            row[1:] = self.ids[block * (size - 1) : (block + 1) * (size - 1)]
+        mask = self.model.mask.draw(self.rng(self.MASK, epoch, index), np.full(len(items), size), size)
+        return make_batch(torch.from_numpy(inputs), mask)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a memory map would be pickled with all its contents when workers are spawned
+        state = self.__dict__.copy()
+        if isinstance(self.ids, np.memmap):
+            state["ids"] = Path(self.ids.filename)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if isinstance(self.ids, Path):
+            self.ids = np.load(self.ids, mmap_mode="r")
+
+
+class _Corpus:
+    """The documents of the files that are UTF-8 throughout; which ones those are is found on first use."""
+
+    def __init__(self, path: str, files: list[Path], names: list[str]) -> None:
+        self.path, self.files, self.names = path, files, names
+        self._usable: list[Path] | None = None
+        self.info: dict[str, Any] = {"skipped": [], "documents": 0}
+
+    def usable(self) -> list[Path]:
+        if self._usable is None:
+            self._usable = []
+            for file, name in zip(self.files, self.names, strict=True):
+                try:
+                    documents = sum(1 for _ in _documents(file))
+                except (UnicodeDecodeError, OSError) as error:
+                    self.info["skipped"].append((name, f"not readable as UTF-8 text: {error}"))
+                    continue
+                if documents == 0:
+                    self.info["skipped"].append((name, "no text"))
+                    continue
+                self._usable.append(file)
+                self.info["documents"] += documents
+            if not self._usable:
+                raise nothing_left(self.path, self.info["skipped"], "UTF-8 text")
+        return self._usable
+
+    def documents(self) -> Iterator[str]:
+        return chain.from_iterable(map(_documents, self.usable()))
+
+    def encode(self, tokenizer: Tokenizer, vocab_size: int) -> Iterator[np.ndarray]:
+        """The ids of the documents, each followed by </s>, in pieces of uint16 or int32 [n]."""
+        dtype = np.uint16 if vocab_size <= 2**16 else np.int32
+        documents = self.documents()
+        while chunk := list(islice(documents, ENCODE_DOCUMENTS)):
+            encodings = tokenizer.encode_batch(chunk, add_special_tokens=False)
+            yield np.concatenate([np.array([*e.ids, EOS], dtype) for e in encodings])
+
+
+def _documents(file: Path) -> Iterator[str]:
+    """The lines with text in them, without their line ends."""
+    with file.open(encoding="utf-8-sig") as lines:
+        for line in lines:
+            if line.strip():
+                yield line.rstrip("\n")
+
+
+class _Cache:
+    """Trained tokenizers and ids under a key of what they were made from; without a folder, just makes them."""
+
+    def __init__(self, folder: str | None, files: list[Path], names: list[str]) -> None:
+        self.folder = None if folder is None else Path(folder).expanduser()
+        self.source: list[Any] = [CACHE_FORMAT]
+        for file, name in zip(files, names, strict=True):
+            stat = file.stat() if file.exists() else None  # None: a broken link
+            self.source.append((name, stat and (stat.st_size, stat.st_mtime_ns)))
+
+    def _path(self, kind: str, *key: Any) -> Path:
+        digest = hashlib.sha256(json.dumps([self.source, *key]).encode()).hexdigest()[:24]
+        return self.folder / f"{kind}-{digest}"
+
+    def tokenizer(self, vocab_size: int, make: Callable[[], Tokenizer]) -> Tokenizer:
+        """The tokenizer of ``vocab_size`` tokens trained on the files."""
+        if self.folder is None:
+            return make()
+        path = self._path("tokenizer", vocab_size).with_suffix(".json")
+        if path.is_file():
+            return as_encoder(Tokenizer.from_file(str(path)))
+        tokenizer = make()
+        _write(path, lambda file: file.write(tokenizer.to_str().encode()))
+        return tokenizer
+
+    def ids(
+        self, tokenizer: Tokenizer, make: Callable[[], Iterator[np.ndarray]], info: dict[str, Any]
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """The ids [n] of the files' text, and ``info``, which is complete once ``make`` is exhausted."""
+        if self.folder is None:
+            return np.concatenate([np.zeros(0, np.uint16), *make()]), info
+        path = self._path("ids", tokenizer.to_str()).with_suffix(".npy")
+        described = path.with_suffix(".json")  # written last: its presence says that the ids are complete
+        if not described.is_file() or not path.is_file():
+            logger.info("tokenizing into %s", path)
+            _write(path, lambda file: _write_array(file, make()))
+            _write(described, lambda file: file.write(json.dumps(info).encode()))
+        return np.load(path, mmap_mode="r"), json.loads(described.read_text())
+
+
+def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Write under a temporary name, then rename, so that no other process sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            write(file)
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+
+
+def _write_array(file: BinaryIO, pieces: Iterator[np.ndarray]) -> None:
+    """Write one .npy of the concatenated pieces without holding them all; the header is filled in at the end."""
+    count, dtype = 0, np.dtype(np.uint16)
+
+    def header() -> None:
+        fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+        np.lib.format.write_array_header_1_0(file, fields)  # NumPy leaves room for a longer first dimension
+
+    for number, piece in enumerate(pieces):
+        if number == 0:
+            dtype = piece.dtype
+            header()
+        file.write(piece.tobytes())
+        count += piece.size
+    file.seek(0)
+    header()
