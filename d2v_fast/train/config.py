@@ -136,11 +136,10 @@ def config_from_dict(values: dict[str, Any]) -> TrainConfig:
     values = dict(values)
     model = model_config(values.pop("model", {}))
     data_values = values.pop("data", {})
-    base = TrainConfig(model=model, data=DATA_CONFIGS[model.modality](path=""))
-    config = _override(base, {**values, "data": data_values})
-    if not config.data.path:
-        raise ConfigError(f"data.path is missing: give the folder with the {model.modality} data as data.path=...")
-    return config
+    if not isinstance(data_values, dict) or not data_values.get("path"):
+        raise ConfigError(f"data.path is missing: say where the {model.modality} data is with data.path=...")
+    base = TrainConfig(model=model, data=DATA_CONFIGS[model.modality](path=str(data_values["path"])))
+    return _override(base, {**values, "data": data_values})
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:

@@ -1,0 +1,64 @@
+"""``d2v_fast.info()``: what is installed, what each op runs on, and what to change."""
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+
+OPTIONAL = ("flash-attn", "xformers", "apex", "transformers", "ve-fairseq")
+OPS = ("masked_smooth_l1", "layer_targets", "ema_update_")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def info() -> str:
+    """A report of versions, devices, the implementation behind each op, thread settings, and advice."""
+    import torch
+
+    from d2v_fast import __version__
+
+    lines = [
+        f"d2v_fast      {__version__}",
+        f"python        {platform.python_version()}, {platform.system()} {platform.machine()}",
+        f"torch         {torch.__version__} (CUDA {torch.version.cuda or 'none'})",
+        f"triton        {_version('triton')}",
+        f"numpy         {_version('numpy')}",
+        *(f"{name:<13} {_version(name)}" for name in OPTIONAL),
+    ]
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if torch.cuda.is_available():
+        lines += [
+            f"GPU {i}         {torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}, "
+            f"{torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB"
+            for i in range(torch.cuda.device_count())
+        ]
+    else:
+        lines.append("GPU           none: everything runs on the CPU")
+    has_triton = importlib.util.find_spec("triton") is not None
+    cuda = "Triton kernel" if has_triton else "NOT AVAILABLE (install triton)"
+    cpu = "Triton interpreter (TRITON_INTERPRET=1)" if interpreted else "PyTorch reference"
+    lines += [f"op {op:<17} CUDA: {cuda}; CPU: {cpu}" for op in OPS]
+    lines.append("extension     none in this version: speech convolutions run on PyTorch")
+    lines.append("attention     torch scaled_dot_product_attention")
+    cores, threads = _cores(), torch.get_num_threads()
+    omp = os.environ.get("OMP_NUM_THREADS", "unset")
+    lines.append(f"threads       {cores} cores, torch uses {threads}, OMP_NUM_THREADS={omp}")
+    return "\n".join([*lines, *_advice(torch, threads, omp, interpreted)])
+
+
+def _advice(torch, threads: int, omp: str, interpreted: bool) -> list[str]:
+    advice = []
+    if torch.cuda.is_available() and omp == "unset" and threads > 4:
+        advice.append("advice: set OMP_NUM_THREADS=1 when training on a GPU; many CPU threads starve the data loader")
+    if interpreted:
+        advice.append("advice: TRITON_INTERPRET=1 is for tests; it is hundreds of times slower than the reference")
+    return advice
