@@ -1,0 +1,37 @@
+"""Settings of the whole suite. With TRITON_INTERPRET=1 the same tests run the Triton kernels on the CPU."""
+
+import pytest
+import torch
+from checks import INTERPRET
+
+if INTERPRET:
+    import triton_interpreter
+
+    triton_interpreter.install()
+
+torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available() and not INTERPRET:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poison():
+    """Fill torch.empty with NaN, so that a kernel which leaves an output element out fails."""
+    settings = torch.utils.deterministic
+    saved = settings.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
+    settings.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    settings.fill_uninitialized_memory = saved[0]
+    torch.use_deterministic_algorithms(saved[1])
