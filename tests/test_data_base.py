@@ -1,0 +1,168 @@
+"""The order of batches, resuming, and what happens when items cannot be read."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from d2v_fast.nn.batch import make_batch
+from d2v_fast.train.data import DataError, PretrainData, UnreadableFile, batches, build_data
+from d2v_fast.train.data.base import fixed_batches, list_files, relative_names
+
+
+class Numbers(PretrainData):
+    """Items 0 .. count - 1, of which ``broken`` cannot be read; a batch holds the items and a random number."""
+
+    def __init__(self, count=10, broken=(), seed=0, batch_size=2):
+        super().__init__(seed)
+        self.count, self.broken, self.batch_size = count, broken, batch_size
+
+    def plan(self, epoch):
+        return fixed_batches(self.rng(self.ORDER, epoch), self.count, self.batch_size)
+
+    def load(self, epoch, index, items):
+        values, skipped = self.read_each(items, [f"item{i}" for i in range(self.count)], self._read)
+        if not values:
+            return None
+        values.append(int(self.rng(self.CROP, epoch, index).integers(1 << 30)))
+        return make_batch(torch.tensor(values)[:, None], np.ones((len(values), 1), bool), skipped=skipped)
+
+    def _read(self, item):
+        if item in self.broken:
+            raise UnreadableFile(f"/folder/item{item}", "broken")
+        return item
+
+    def describe(self):
+        return f"{self.count} numbers"
+
+
+def take(data, count, **kwargs):
+    return [(e, i, b.inputs[:, 0].tolist(), b.skipped) for e, i, b in itertools.islice(batches(data, **kwargs), count)]
+
+
+@pytest.mark.parametrize("broken", [(), (1, 2, 5)])
+def test_same_batches_for_any_number_of_workers(broken):
+    alone = take(Numbers(broken=broken), 12)
+    assert take(Numbers(broken=broken), 12, num_workers=2) == alone
+    assert take(Numbers(broken=broken, seed=1), 12) != alone
+
+
+def test_every_item_once_an_epoch_in_a_new_order():
+    epochs = [
+        [v for _, _, values, _ in group for v in values[:-1]]
+        for _, group in itertools.groupby(take(Numbers(), 15), key=lambda t: t[0])
+    ]
+    assert [sorted(e) for e in epochs] == [list(range(10))] * 3
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize("start", [0, 3, 5, 8])
+def test_resuming_gives_the_batches_that_would_have_come(start):
+    whole = take(Numbers(), 12)
+    epoch, index = whole[start][:2]
+    assert take(Numbers(), 12 - start, epoch=epoch, index=index) == whole[start:]
+
+
+def test_position_at_the_end_of_an_epoch_starts_the_next():
+    assert take(Numbers(), 1, epoch=0, index=5) == take(Numbers(), 1, epoch=1)
+
+
+def test_global_generator_is_left_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    take(Numbers(), 3, num_workers=1)
+    take(Numbers(), 3)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_workers_use_one_thread():
+    class Threads(Numbers):
+        def load(self, epoch, index, items):
+            return make_batch(torch.tensor([[torch.get_num_threads()]]), np.ones((1, 1), bool))
+
+    assert take(Threads(), 1, num_workers=1)[0][2] == [1]
+
+
+def test_broken_items_are_named(caplog):
+    data = Numbers(broken=(3,))
+    got = take(data, 10)
+    assert [s for _, _, _, s in got if s] == [(("item3", "broken"),)] * 2
+    assert [3 not in values[:-1] for _, _, values, _ in got] == [True] * 10
+    assert [r.getMessage() for r in caplog.records] == ["skipped item3: broken"]  # once, not every epoch
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_names_of_an_unreadable_batch_come_with_the_next_one(num_workers):
+    data = Numbers()
+    first, second = data.plan(0)[:2]
+    got = take(Numbers(broken=first), 1, num_workers=num_workers)[0]
+    assert got[:2] == (0, 1) and got[2][:2] == list(second)
+    assert got[3] == tuple((f"item{i}", "broken") for i in first)
+
+
+def test_epoch_without_a_readable_batch_stops():
+    with pytest.raises(DataError, match=r"nothing readable in epoch 0 of 10 numbers; last: item\d: broken"):
+        take(Numbers(broken=range(10)), 1)
+    middle = batches(Numbers(broken=range(10)), index=3)  # the rest of an epoch is not judged, the next whole one is
+    with pytest.raises(DataError, match="epoch 1"):
+        next(middle)
+
+
+def test_empty_plan_stops():
+    class Empty(Numbers):
+        def plan(self, epoch):
+            return []
+
+    with pytest.raises(DataError, match="epoch 0 has no batches: 10 numbers"):
+        take(Empty(), 1)
+
+
+@pytest.mark.parametrize("name", ["epoch", "index", "num_workers", "prefetch"])
+def test_bad_arguments(name):
+    with pytest.raises(ValueError, match=name):
+        batches(Numbers(), **{name: -1})
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, None])
+def test_bad_seed(seed):
+    with pytest.raises(ValueError, match="seed"):
+        Numbers(seed=seed)
+
+
+def test_build_data_wants_a_data_config():
+    with pytest.raises(TypeError, match=r"SpeechDataConfig.*got dict"):
+        build_data({"path": "x"}, None, 0)
+
+
+def test_augment_changes_nothing_by_default():
+    batch = next(batches(Numbers()))[2]
+    assert Numbers().augment(batch) is batch
+
+
+@pytest.mark.parametrize(("count", "size", "sizes"), [(10, 4, [4, 4]), (3, 4, [3]), (8, 4, [4, 4]), (1, 1, [1])])
+def test_fixed_batches(count, size, sizes):
+    got = fixed_batches(np.random.default_rng(0), count, size)
+    assert [len(b) for b in got] == sizes
+    assert len({i for b in got for i in b}) == sum(sizes)
+
+
+def test_list_files(tmp_path):
+    for name in ("b.WAV", "a/c.wav", "a/deep/d.flac", ".hidden.wav", ".git/e.wav", "notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    outside = tmp_path.parent / f"{tmp_path.name}_linked"
+    outside.mkdir()
+    (outside / "f.wav").touch()
+    (tmp_path / "linked").symlink_to(outside)
+    files = list_files(tmp_path, (".wav", ".flac"), "audio")
+    assert relative_names(tmp_path, files) == ["a/c.wav", "a/deep/d.flac", "b.WAV", "linked/f.wav"]
+    assert relative_names(tmp_path / "b.WAV", list_files(tmp_path / "b.WAV", (".wav",), "audio")) == ["b.WAV"]
+
+
+def test_list_files_missing_or_empty(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere does not exist; expected a folder with audio \(.wav\)"):
+        list_files(tmp_path / "nowhere", (".wav",), "audio")
+    with pytest.raises(DataError, match=r"holds no audio \(.wav\)"):
+        list_files(tmp_path, (".wav",), "audio")
