@@ -1,0 +1,47 @@
+# make demo   install into .venv, fetch small real data, pretrain and probe on two CPU cores
+# make test   install the test tools too and run everything that CI runs
+# make lint   ruff only
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+MODALITY ?= all
+OUT ?= runs/demo
+PATHS := $(if $(SPEECH),--speech "$(SPEECH)") $(if $(IMAGE),--image "$(IMAGE)") $(if $(TEXT),--text "$(TEXT)")
+
+.DELETE_ON_ERROR:
+.PHONY: demo test lint clean
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: Python 3.10 or newer is needed; say which with make PYTHON=python3.11 ..."; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "error: no venv module; on Debian/Ubuntu: apt-get install python3-venv"; exit 1; }
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.created requirements/demo.txt requirements/constraints.txt pyproject.toml setup.py
+	@echo "installing into $(VENV) (a few minutes the first time)"
+	@$(PIP) -r requirements/demo.txt
+	@$(PIP) --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.demo requirements/test.txt requirements/peers.txt
+	@$(PIP) -r requirements/test.txt
+	@$(PIP) --no-deps -r requirements/peers.txt
+	@touch $@
+
+demo: $(VENV)/.demo
+	@$(BIN)/python -m d2v_fast.demo --modality $(MODALITY) --out $(OUT) $(PATHS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The interpreter is a property of the process, so the same op tests run twice: on the reference, and on the kernels.
+test: export OMP_NUM_THREADS := 1
+test: lint
+	$(BIN)/pytest
+	TRITON_INTERPRET=1 $(BIN)/pytest tests/test_masked_smooth_l1.py tests/test_layer_targets.py tests/test_ema.py \
+		tests/test_data2vec.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
