@@ -23,6 +23,7 @@ from torch import Tensor
 
 from d2v_fast.nn import Data2Vec
 from d2v_fast.train.data.base import DataError, UnreadableFile
+from d2v_fast.train.errors import ConfigError
 from d2v_fast.train.probe_readers import Features, Reader, image_reader, speech_reader, text_reader
 
 logger = logging.getLogger(__name__)
@@ -32,13 +33,13 @@ CHUNK = 256  # examples decoded at a time; sorted by length inside a chunk, so t
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """How to probe. ``mean`` and ``std`` of images must be those of pretraining (default: ImageNet's)."""
+    """How to probe. ``mean`` and ``std`` of images must be those of pretraining; None: its defaults."""
 
     layer: int | Literal["average"] = "average"  # 0 = encoder input, i = output of block i; average: of all blocks
-    batch_size: int = 16
+    batch_size: int = 16  # images, texts; clips of speech go one by one
     max_seconds: float = 10.0  # of a clip, from its start
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
     seed: int = 0  # of the cross-validation folds
 
     def __post_init__(self) -> None:
@@ -48,7 +49,7 @@ class ProbeConfig:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.max_seconds <= 0:
             raise ValueError(f"max_seconds must be positive, got {self.max_seconds}")
-        if min(self.std) <= 0:
+        if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {self.std}")
 
 
@@ -95,19 +96,21 @@ class ProbeResult:
         values["skipped"] = tuple(tuple(entry) for entry in values["skipped"])
         return cls(**values)
 
-    def table(self):
-        """The result as a ``rich.table.Table``."""
-        from rich.table import Table
-
-        counts = f"{self.num_train} train, {self.num_test} test, {len(self.classes)} classes, layer {self.layer}"
-        table = Table("features", title=f"{self.modality} probe: {counts}")
-        for heading in ("D", "train %", "test %", "±"):
-            table.add_column(heading, justify="right")
-        table.add_row("chance", "", "", f"{100 * self.chance:.1f}", "")
+    def table(self) -> str:
+        """The result as lines of text."""
+        lines = [
+            f"{self.modality} probe: {self.num_train} train, {self.num_test} test, {len(self.classes)} classes, "
+            f"layer {self.layer}",
+            f"{'features':<22}{'dim':>7}{'train %':>9}{'test %':>9}{'+-':>6}",
+            f"{'chance':<22}{'':>16}{100 * self.chance:>9.1f}",
+        ]
         for row in self.rows:
-            accuracies = (f"{100 * value:.1f}" for value in (row.train_accuracy, row.test_accuracy, row.test_stderr))
-            table.add_row(row.name, str(row.features), *accuracies)
-        return table
+            accuracies = f"{100 * row.train_accuracy:>9.1f}{100 * row.test_accuracy:>9.1f}{100 * row.test_stderr:>6.1f}"
+            lines.append(f"{row.name:<22}{row.features:>7}{accuracies}")
+        if self.skipped:
+            name, reason = self.skipped[0]
+            lines.append(f"skipped {len(self.skipped)} unreadable files, e.g. {name}: {reason}")
+        return "\n".join(lines)
 
 
 def probe(
@@ -138,12 +141,12 @@ def probe(
     models = {"pretrained": model, "untrained": untrained}
     x_train, y_train, skipped = _extract(reader, models, Path(train), config)
     x_test, y_test, also_skipped = _extract(reader, models, Path(test), config)
-    classes = sorted(set(y_train))
+    classes = sorted(set(y_train.tolist()))
     if len(classes) < 2:
         raise DataError(f"{train}: a probe needs at least two classes, found only {classes[0]!r}")
-    if unknown := sorted(set(y_test) - set(classes)):
+    if unknown := sorted(set(y_test.tolist()) - set(classes)):
         raise DataError(f"{test}: classes that {train} lacks: {', '.join(unknown)}")
-    commonest = min(Counter(y_train).items(), key=lambda item: (-item[1], item[0]))[0]
+    commonest = min(Counter(y_train.tolist()).items(), key=lambda item: (-item[1], item[0]))[0]
     return ProbeResult(
         modality=model.config.modality,
         classes=tuple(classes),
@@ -154,6 +157,33 @@ def probe(
         rows=tuple(_fit(name, x_train[name], y_train, x_test[name], y_test, config.seed) for name in x_train),
         skipped=(*skipped, *also_skipped),
     )
+
+
+def probe_checkpoint(
+    checkpoint: str | Path, train: str | Path, test: str | Path, *, layer: str | int = "average", seed: int = 0
+) -> ProbeResult:
+    """:func:`probe` of a run's ``checkpoint-*.pt``, on a GPU if there is one; ``seed`` makes the untrained model.
+
+    Image statistics come from the checkpoint, a text model's tokenizer from ``tokenizer.json`` beside it.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read.
+        ConfigError: ``layer`` is neither "average" nor the number of a layer.
+        DataError: see :func:`probe`.
+    """
+    from d2v_fast.train.checkpoint import load_model, read
+
+    model = load_model(checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
+    layers = model.config.encoder.layers
+    if layer != "average":
+        if str(layer) not in map(str, range(layers + 1)):
+            raise ConfigError(f"layer must be 'average' or in 0..{layers}, got {layer!r}")
+        layer = int(layer)
+    data = read(checkpoint)["config"]["data"]
+    mean, std = (tuple(data[name]) if data.get(name) else None for name in ("mean", "std"))
+    tokenizer = Path(checkpoint).parent / "tokenizer.json"
+    config = ProbeConfig(layer=layer, mean=mean, std=std, seed=seed)
+    return probe(model, untrained_like(model, seed), train, test, config, tokenizer=tokenizer)
 
 
 def untrained_like(model: Data2Vec, seed: int = 0) -> Data2Vec:
@@ -201,7 +231,7 @@ def _fit(
 def _reader(model: Data2Vec, config: ProbeConfig, tokenizer: str | Path | None) -> Reader:
     frontend = model.config.frontend
     if model.config.modality == "speech":
-        return speech_reader(frontend, config.max_seconds, config.batch_size)
+        return speech_reader(frontend, config.max_seconds)
     if model.config.modality == "image":
         return image_reader(frontend, config.mean, config.std, config.batch_size)
     if tokenizer is None:

@@ -71,8 +71,12 @@ def _mel_filters(sample_rate: int, fft_size: int, bands: int) -> Tensor:  # [fft
     return torch.from_numpy(np.clip(np.minimum(rising, falling), 0, None)).float()
 
 
-def speech_reader(frontend: SpeechFrontEndConfig, max_seconds: float, batch_size: int) -> Reader:
-    """Clips normalised as a whole, as in pretraining, then cut to their first ``max_seconds``."""
+def speech_reader(frontend: SpeechFrontEndConfig, max_seconds: float) -> Reader:
+    """Clips normalised as a whole, as in pretraining, then cut to their first ``max_seconds``.
+
+    They go through the model one by one: in a padded batch the positional convolutions (and a group norm) would see
+    the padding, and a clip's features would depend on its neighbours.
+    """
     from d2v_fast.train.data.audio import normalize_waveform, read_waveform
 
     limit = int(max_seconds * frontend.sample_rate)
@@ -83,30 +87,28 @@ def speech_reader(frontend: SpeechFrontEndConfig, max_seconds: float, batch_size
             raise UnreadableFile(path, f"{len(waveform)} samples are too short for a single frame")
         return normalize_waveform(waveform)[:limit]
 
-    def collate(waveforms: list[np.ndarray]) -> tuple[Tensor, Tensor | None]:
-        sizes = np.array([len(waveform) for waveform in waveforms])
-        padded = np.zeros((len(waveforms), sizes.max()), dtype=np.float32)
-        for row, waveform in zip(padded, waveforms, strict=True):
-            row[: len(waveform)] = waveform
-        frames = frontend.num_frames(sizes)  # [B]
-        padding_mask = torch.from_numpy(np.arange(frames.max())[None] >= frames[:, None])
-        return torch.from_numpy(padded), padding_mask if (frames < frames.max()).any() else None
+    def collate(waveforms: list[np.ndarray]) -> tuple[Tensor, None]:  # float [1, S]
+        return torch.from_numpy(np.stack(waveforms)), None
 
     def plain(waveforms: list[np.ndarray]) -> np.ndarray:  # [B, 160]
         return np.stack([log_mel_statistics(waveform, frontend.sample_rate) for waveform in waveforms])
 
-    # A group norm over time would see the padding.
-    batch_size = 1 if frontend.conv_norm == "group" else batch_size
-    return Reader("log-mel mean and std", folder_examples, read, collate, plain, batch_size)
+    return Reader("log-mel mean and std", folder_examples, read, collate, plain, 1)
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------
 def image_reader(
-    frontend: ImageFrontEndConfig, mean: tuple[float, ...], std: tuple[float, ...], batch_size: int
+    frontend: ImageFrontEndConfig,
+    mean: tuple[float, ...] | None,  # of pixel values in 0..1, per channel; None: as in pretraining
+    std: tuple[float, ...] | None,
+    batch_size: int,
 ) -> Reader:
     """Images resized and centre-cropped to the model's size, normalised with ``mean`` and ``std``."""
-    from d2v_fast.train.data.image import read_image
+    from d2v_fast.train.data.image import IMAGENET_MEAN, IMAGENET_STD, read_image
 
+    colour = frontend.channels == 3
+    mean = mean or (IMAGENET_MEAN if colour else (0.5,))
+    std = std or (IMAGENET_STD if colour else (0.5,))
     if not len(mean) == len(std) == frontend.channels:
         raise ValueError(f"mean and std must have {frontend.channels} values, one per channel, got {mean} and {std}")
     centre, spread = (torch.tensor(values).view(1, -1, 1, 1) for values in (mean, std))
