@@ -30,7 +30,7 @@ def ema_update_ref(
 
 @torch.library.custom_op("d2v_fast::ema_update_", mutates_args={"teacher", "copies"}, device_types="cpu")
 def _op(teacher: list[Tensor], student: list[Tensor], decay: Tensor, copies: list[Tensor]) -> None:
-    if cpu_runs_triton(teacher[0].dtype) and all(cpu_runs_triton(p.dtype) for p in student):
+    if all(cpu_runs_triton(x.dtype) for x in chain(teacher, student, copies)):
         _op_triton(teacher, student, decay, copies)
     else:
         check_no_overlap(teacher, student, copies)

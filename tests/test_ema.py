@@ -1,0 +1,300 @@
+import pytest
+import torch
+from checks import DEVICE, INTERPRET, RUNS_KERNELS, assert_as_accurate_as_eager
+
+from d2v_fast.ops import ema_update_
+from d2v_fast.ops.ema import _op, ema_update_ref
+
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+# scalar, empty, below / at / above a block and a chunk of the GPU and of the interpreter configuration
+SHAPES = [(), (0,), (7,), (1024,), (33, 31), (16, 1024), (16385,), (3, 5, 4, 300), (70000,)]
+
+
+def make(shapes=SHAPES, student_dtype=F32):
+    teacher = [torch.randn(s, device=DEVICE) for s in shapes]
+    student = [torch.randn(s).to(DEVICE, student_dtype) for s in shapes]
+    return teacher, student
+
+
+def updated(teacher, student, decay, dtype):
+    return [torch.lerp(e.to(dtype), p.to(dtype), 1 - decay) for e, p in zip(teacher, student, strict=True)]
+
+
+@pytest.mark.parametrize("decay", [0.999, 0.99999, 0.3])
+@pytest.mark.parametrize("student_dtype", [F32, BF16, F16])
+def test_matches_fp64(student_dtype, decay):
+    teacher, student = make(student_dtype=student_dtype)
+    before = [p.clone() for p in student]
+    eager = updated(teacher, student, decay, F32)
+    exact = updated(teacher, student, decay, torch.float64)
+    moved = [x - e.double() for x, e in zip(exact, teacher, strict=True)]
+    start = [e.double() for e in teacher]
+    ema_update_(teacher, student, decay)
+    for i, e in enumerate(teacher):
+        assert_as_accurate_as_eager(e, eager[i], exact[i], floor=1e-7)
+        if decay == 0.3 and e.numel() > 0:  # the size of the step itself, where rounding does not hide it
+            torch.testing.assert_close(e.double() - start[i], moved[i], rtol=1e-4, atol=1e-6)
+        assert torch.equal(student[i], before[i])
+
+
+@pytest.mark.parametrize("copy_dtype", [BF16, F16, F32])
+def test_copies_are_the_rounded_teacher(copy_dtype):
+    teacher, student = make(student_dtype=BF16)
+    copies = [torch.full_like(e, float("nan"), dtype=copy_dtype) for e in teacher]
+    want = updated(teacher, student, 0.9, F32)
+    assert ema_update_(teacher, student, 0.9, copies=copies) is None
+    torch.testing.assert_close(teacher, want)
+    assert all(torch.equal(c, e.to(copy_dtype)) for c, e in zip(copies, teacher, strict=True))
+
+
+def test_mixed_dtypes_in_one_call():
+    teacher, _ = make(SHAPES * 2)
+    student = [torch.randn_like(e, dtype=(F32, BF16, F16)[i % 3]) for i, e in enumerate(teacher)]
+    copies = [torch.empty_like(e, dtype=(F16, BF16)[i % 2]) for i, e in enumerate(teacher)]
+    want = updated(teacher, student, 0.7, F32)
+    ema_update_(tuple(teacher), iter(student), 0.7, copies=copies)
+    torch.testing.assert_close(teacher, want)
+    assert all(torch.equal(c, e.to(c.dtype)) for c, e in zip(copies, teacher, strict=True))
+
+
+def test_unaligned_tensors():
+    """Views into flat buffers start anywhere, and their neighbours stay as they are."""
+    flat, other = torch.randn(70003, device=DEVICE), torch.randn(70003, device=DEVICE).bfloat16()
+    before = flat.clone()
+    teacher, student = [flat[1:2050], flat[2051:69999]], [other[3:2052], other[2053:70001]]
+    want = updated(teacher, student, 0.8, F32)
+    ema_update_(teacher, student, 0.8)
+    torch.testing.assert_close(teacher, want)
+    outside = torch.tensor([0, 2050, 69999, 70002], device=DEVICE)
+    assert torch.equal(flat[outside], before[outside])
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.float64])
+def test_decay_tensor(dtype):
+    teacher, student = make()
+    want = [e.clone() for e in teacher]
+    decay = torch.tensor(0.9999, dtype=dtype, device=DEVICE)
+    ema_update_(teacher, student, decay)
+    ema_update_ref(want, student, decay)
+    torch.testing.assert_close(teacher, want, rtol=2e-7, atol=1e-7)
+    decay.fill_(1.0)  # the value counts, not the object
+    kept = [e.clone() for e in teacher]
+    ema_update_(teacher, student, decay)
+    assert all(torch.equal(e, k) for e, k in zip(teacher, kept, strict=True))
+
+
+def test_float_decay_keeps_its_precision():
+    """1 - 0.99999 taken in float32 would be off by 1e-3."""
+    teacher, student = [torch.zeros(100, device=DEVICE)], [torch.full((100,), 1e5, device=DEVICE)]
+    ema_update_(teacher, student, 0.99999)
+    torch.testing.assert_close(teacher[0], torch.ones(100, device=DEVICE), rtol=1e-6, atol=0)
+
+
+def test_exact_ends_and_fixed_point():
+    teacher, student = [torch.tensor([1e8, -3.0, 0.1], device=DEVICE)], [torch.tensor([1.0, 7.0, 1e-9], device=DEVICE)]
+    kept = teacher[0].clone()
+    ema_update_(teacher, student, 1.0)
+    assert torch.equal(teacher[0], kept)
+    ema_update_(teacher, student, 0.0)
+    assert torch.equal(teacher[0], student[0])
+    for decay in (0.123, 0.9999):
+        ema_update_(teacher, student, decay)
+        assert torch.equal(teacher[0], student[0])
+
+
+def test_nan_stays_in_its_element():
+    teacher, student = make([(2000,)])
+    student[0][1500] = float("nan")
+    ema_update_(teacher, student, 0.9)
+    assert teacher[0].isnan().nonzero().tolist() == [[1500]]
+
+
+def test_other_tensors_at_the_next_call():
+    """Whatever is remembered about one call must not be used for another."""
+    teacher, student = make([(100,), (50,)])
+    for _ in range(3):
+        want = updated(teacher, student, 0.5, F32)
+        ema_update_(teacher, student, 0.5)
+        torch.testing.assert_close(teacher, want)
+        student = [torch.randn_like(p) for p in student]
+    prefix_teacher, prefix_student = [teacher[0][:64]], [student[0][:64]]  # same addresses, fewer elements
+    want = [*updated(prefix_teacher, prefix_student, 0.5, F32), teacher[0][64:].clone()]
+    ema_update_(prefix_teacher, prefix_student, 0.5)
+    torch.testing.assert_close(teacher[0], torch.cat(want))
+    ema_update_(list(reversed(teacher)), list(reversed(student)), 0.0)
+    assert all(torch.equal(e, p) for e, p in zip(teacher, student, strict=True))
+
+
+@pytest.mark.skipif(not RUNS_KERNELS, reason="needs the Triton kernels")
+def test_chunk_table_is_built_once_per_set_of_addresses():
+    from d2v_fast.kernels import ema as kernels
+
+    teacher, student = make()
+    kernels._chunk_table.cache_clear()
+    for _ in range(3):
+        ema_update_(teacher, student, 0.5)
+    assert kernels._chunk_table.cache_info()[:2] == (2, 1)  # hits, misses
+
+
+@pytest.mark.skipif(not RUNS_KERNELS, reason="needs the Triton kernels")
+@pytest.mark.parametrize("chunk,block", [(64, 16), (32, 32)])
+def test_every_tile_gives_the_same_answer(chunk, block):
+    from d2v_fast.kernels import ema as kernels
+
+    teacher, student = make([(7,), (64,), (130,)], BF16)
+    copies = [torch.empty_like(p) for p in student]
+    want = updated(teacher, student, 0.9, F32)
+    decay = torch.tensor(0.9, device=DEVICE)
+    kernels.ema_update_(teacher, student, decay, copies, kernels.LaunchConfig(chunk, block, num_warps=4))
+    torch.testing.assert_close(teacher, want)
+    assert all(torch.equal(c, e.bfloat16()) for c, e in zip(copies, teacher, strict=True))
+
+
+def test_empty_lists_and_gradients():
+    ema_update_([], [], 0.5)
+    ema_update_([torch.empty(0, device=DEVICE)], [torch.empty(0, device=DEVICE)], 0.5)
+    teacher, student = make([(5,)])
+    want = updated(teacher, student, 0.5, F32)
+    ema_update_([teacher[0].requires_grad_()], [student[0].requires_grad_()], 0.5)  # both leaves
+    assert torch.equal(teacher[0].detach(), want[0]) and teacher[0].grad_fn is None
+
+
+def test_mutation_is_visible_to_autograd():
+    teacher, student = make([(5,)])
+    x = torch.ones(5, device=DEVICE, requires_grad=True)
+    y = (x * teacher[0]).sum()
+    ema_update_(teacher, student, 0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="float64 is CPU-only")
+def test_float64_masters():
+    teacher, student = [torch.randn(9, dtype=torch.float64)], [torch.randn(9)]
+    want = updated(teacher, student, 0.9, torch.float64)
+    ema_update_(teacher, student, 0.9)
+    torch.testing.assert_close(teacher, want)
+    teacher, student = [torch.randn(9)], [torch.randn(9, dtype=torch.float64)]
+    copies = [torch.empty(9, dtype=torch.float64)]
+    want = updated(teacher, student, 0.9, F32)
+    ema_update_(teacher, student, 0.9, copies=copies)
+    torch.testing.assert_close(teacher, want)
+    ema_update_(teacher, [want[0].clone()], 1.0, copies=copies)
+    assert torch.equal(copies[0], teacher[0].double())
+
+
+def test_opcheck():
+    decay = torch.tensor(0.5, device=DEVICE)
+    teacher, student = make([(5,), (3, 2)])
+    torch.library.opcheck(_op, (teacher, student, decay, []))
+    torch.library.opcheck(_op, (teacher, student, decay, [e.bfloat16() for e in teacher]))
+
+
+def test_compile_fullgraph():
+    teacher, student = make([(5,), (3, 2)])
+    copies = [torch.zeros_like(e, dtype=BF16) for e in teacher]
+    want = [e.clone() for e in teacher]
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def step(teacher, student, copies, decay):
+        ema_update_(teacher, student, decay, copies=copies)
+        return teacher[0] * 2
+
+    decay = torch.tensor(0.25, device=DEVICE)
+    doubled = step(teacher, student, copies, decay)
+    ema_update_ref(want, student, decay)
+    torch.testing.assert_close(teacher, want)
+    torch.testing.assert_close(doubled, want[0] * 2)
+    assert all(torch.equal(c, e.bfloat16()) for c, e in zip(copies, teacher, strict=True))
+
+
+@pytest.mark.parametrize(
+    "call,error,match",
+    [
+        (lambda e, p: ema_update_(e, p[:1], 0.5), ValueError, "student must hold 2 tensors like teacher, got 1"),
+        (lambda e, p: ema_update_(e, p, 0.5, copies=e[:1]), ValueError, "copies must hold 2 tensors .*, got 1"),
+        (lambda e, p: ema_update_(e, p, 1.1), ValueError, r"decay must lie in \[0, 1\], got 1.1"),
+        (lambda e, p: ema_update_(e, p, float("nan")), ValueError, "decay must lie in .* got nan"),
+        (lambda e, p: ema_update_(e, p, torch.ones(1)), ValueError, r"decay must have shape \[\], got \(1,\)"),
+        (lambda e, p: ema_update_(e, p, torch.tensor(1)), TypeError, "decay must be .* got torch.int64"),
+        (lambda e, p: ema_update_(e, p, torch.ones((), device="meta")), ValueError, "decay must be on .* got meta"),
+        (lambda e, p: ema_update_(e, p[::-1], 0.5), ValueError, r"student\[0\] must have shape \(4, 6\) .* got \(8,\)"),
+        (lambda e, p: ema_update_([e[0], e[1].long()], p, 0.5), TypeError, r"teacher\[1\].*int64: copy such tensors"),
+        (lambda e, p: ema_update_([e[0], e[1].half()], p, 0.5), TypeError, r"teacher\[1\].*float16: pass it in copies"),
+        (lambda e, p: ema_update_(e, [p[0], p[1].int()], 0.5), TypeError, r"student\[1\] must be float32.*int32"),
+        (lambda e, p: ema_update_([e[0].t()], [p[0].t()], 0.5), ValueError, r"teacher\[0\] must be contiguous"),
+        (lambda e, p: ema_update_([e[0]], [p[0].t().contiguous().t()], 0.5), ValueError, r"student\[0\] must be cont"),
+        (lambda e, p: ema_update_(e, p, 0.5, copies=[p[0], p[1].to("meta")]), ValueError, r"copies\[1\] must be on"),
+        (lambda e, p: ema_update_(e, e, 0.5), ValueError, "must not share memory"),
+        (lambda e, p: ema_update_(e, p, 0.5, copies=p), ValueError, "must not share memory"),
+        (lambda e, p: ema_update_([e[1], e[1]], [p[1], p[1]], 0.5), ValueError, "must not share memory"),
+        (lambda e, p: ema_update_([e[1][:5]], [e[1][3:]], 0.5), ValueError, "must not share memory"),
+    ],
+)
+def test_bad_inputs_raise(call, error, match):
+    teacher, student = make([(4, 6), (8,)])
+    kept = [e.clone() for e in teacher]
+    with pytest.raises(error, match=match):
+        call(teacher, student)
+    assert all(torch.equal(e, k) for e, k in zip(teacher, kept, strict=True))
+
+
+def test_float64_beside_float32_teacher_raises():
+    teacher, student = make([(4,), (4,)])
+    with pytest.raises(TypeError, match=r"teacher\[1\] must "):
+        ema_update_([teacher[0], teacher[1].double()], student, 0.5)
+
+
+def test_tied_student_and_neighbouring_views_are_fine():
+    flat, source = torch.randn(10, device=DEVICE), torch.randn(5, device=DEVICE)
+    ema_update_([flat[:5], flat[5:]], [source, source], 0.0)
+    assert torch.equal(flat, source.repeat(2))
+
+
+@pytest.mark.gpu
+def test_does_not_wait_for_the_device():
+    teacher, student = make(student_dtype=BF16)
+    copies = [torch.empty_like(p) for p in student]
+    decay = torch.tensor(0.5, device=DEVICE)
+    ema_update_(teacher, student, decay, copies=copies)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ema_update_(teacher, student, decay, copies=copies)
+        ema_update_(teacher, student, 0.5)  # builds another table
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_captured_graph_follows_decay():
+    teacher, student = make()
+    decay = torch.tensor(1.0, device=DEVICE)
+    ema_update_(teacher, student, decay)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ema_update_(teacher, student, decay)
+    decay.fill_(0.25)
+    want = updated(teacher, student, 0.25, F32)
+    graph.replay()
+    torch.testing.assert_close(teacher, want)
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_int32():
+    if torch.cuda.mem_get_info()[0] < 13 * 2**30:
+        pytest.skip("needs 13 GB of GPU memory")
+    size = 2**31 + 5
+    teacher, student = torch.zeros(size, device=DEVICE), torch.ones(size, device=DEVICE, dtype=BF16)
+    ema_update_([teacher], [student], 0.5)
+    assert teacher.aminmax() == (0.5, 0.5)
+
+
+@pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")
+def test_interpreter_runs_the_kernel(monkeypatch):
+    """Guards the suite itself: the CPU key must not fall back to the reference here."""
+    from d2v_fast.ops import ema
+
+    monkeypatch.setattr(ema, "ema_update_ref", None)
+    teacher, student = make([(5,)])
+    ema_update_(teacher, student, 0.0)
+    assert torch.equal(teacher[0], student[0])
