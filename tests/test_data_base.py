@@ -64,6 +64,13 @@ def test_resuming_gives_the_batches_that_would_have_come(start):
     assert take(Numbers(), 12 - start, epoch=epoch, index=index) == whole[start:]
 
 
+def test_random_streams_are_all_different():
+    keys = list(itertools.product((0, 1), (0, 1, 2), (0, 1), (0, 1)))  # seed, stream, epoch, index
+    first = [int(Numbers(seed=seed).rng(*key).integers(1 << 60)) for seed, *key in keys]
+    assert len(set(first)) == len(keys)
+    assert first == [int(Numbers(seed=seed).rng(*key).integers(1 << 60)) for seed, *key in keys]
+
+
 def test_position_at_the_end_of_an_epoch_starts_the_next():
     assert take(Numbers(), 1, epoch=0, index=5) == take(Numbers(), 1, epoch=1)
 
@@ -96,9 +103,9 @@ def test_broken_items_are_named(caplog):
 def test_names_of_an_unreadable_batch_come_with_the_next_one(num_workers):
     data = Numbers()
     first, second = data.plan(0)[:2]
-    got = take(Numbers(broken=first), 1, num_workers=num_workers)[0]
+    got, following = take(Numbers(broken=first), 2, num_workers=num_workers)
     assert got[:2] == (0, 1) and got[2][:2] == list(second)
-    assert got[3] == tuple((f"item{i}", "broken") for i in first)
+    assert got[3] == tuple((f"item{i}", "broken") for i in first) and following[3] == ()
 
 
 def test_epoch_without_a_readable_batch_stops():
