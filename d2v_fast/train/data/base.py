@@ -146,13 +146,12 @@ def batches(
         prefetch: batches that each worker reads ahead.
 
     Raises:
-        ValueError: a negative argument.
+        ValueError: a negative argument, or ``prefetch`` 0.
         DataError: no batch of a whole epoch could be read.
     """
-    numbers = {"epoch": epoch, "index": index, "num_workers": num_workers, "prefetch - 1": prefetch - 1}
-    for name, value in numbers.items():
-        if value < 0:
-            raise ValueError(f"{name} must be >= 0, got {value}")
+    for name, value in (("epoch", epoch), ("index", index), ("num_workers", num_workers)):
+        require(value >= 0, name, "at least 0", value)
+    require(prefetch >= 1, "prefetch", "at least 1", prefetch)
     loader = DataLoader(
         data,
         batch_size=None,
