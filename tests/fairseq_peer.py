@@ -40,7 +40,9 @@ def _transformer_layer(state: dict[str, Tensor], theirs: str, ours: str) -> dict
 
 
 def _rename(state: dict[str, Tensor], prefixes: dict[str, str]) -> dict[str, Tensor]:
-    return {new + k.removeprefix(old): v for k, v in state.items() for old, new in prefixes.items() if k.startswith(old)}
+    return {
+        new + k.removeprefix(old): v for k, v in state.items() for old, new in prefixes.items() if k.startswith(old)
+    }
 
 
 def speech_state(model, layers: int) -> dict[str, Tensor]:

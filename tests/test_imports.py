@@ -66,7 +66,10 @@ def test_import_is_clean():
 
 
 def test_ops_do_not_import_triton():
-    assert run("import sys, torch; import d2v_fast.nn\nprint('triton' in sys.modules or torch.cuda.is_initialized())") == "False"
+    assert (
+        run("import sys, torch; import d2v_fast.nn\nprint('triton' in sys.modules or torch.cuda.is_initialized())")
+        == "False"
+    )
 
 
 def test_import_adds_little_to_torch():
@@ -93,7 +96,9 @@ def test_public_names():
 
 
 def test_kernels_folder_is_not_a_package_of_its_own():
-    done = subprocess.run([sys.executable, "-c", "import kernels"], capture_output=True, text=True, cwd=ROOT, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", "import kernels"], capture_output=True, text=True, cwd=ROOT, check=False
+    )
     assert done.returncode != 0 and "import d2v_fast.kernels, not kernels" in done.stderr
 
 

@@ -24,7 +24,9 @@ def reference_span_mask(rng, T, prob, length, min_spans):
     return mask
 
 
-@pytest.mark.parametrize(("batch", "T", "expected"), [(1, 499, 0.494), (4, 499, 0.462), (12, 499, 0.443), (12, 999, 0.456)])
+@pytest.mark.parametrize(
+    ("batch", "T", "expected"), [(1, 499, 0.494), (4, 499, 0.462), (12, 499, 0.443), (12, 999, 0.456)]
+)
 def test_span_fraction(batch, T, expected):
     """The share of masked frames measured on fairseq; trimming to the smallest row lowers it as the batch grows."""
     rng, mask = RNG(0), SpanMask()

@@ -148,7 +148,9 @@ def test_speech_padding_aware_statistics_differ():
     waves = torch.randn(2, 16_000)
     mask = ours.config.mask.draw(np.random.default_rng(1), np.array([49, 20]), 49)
     padding = torch.zeros(2, 16_000, dtype=torch.bool)
-    assert relative(ours(make_batch(waves, mask)).loss, theirs(waves, mask_indices=mask)["losses"]["regression"]) <= 1e-5
+    assert (
+        relative(ours(make_batch(waves, mask)).loss, theirs(waves, mask_indices=mask)["losses"]["regression"]) <= 1e-5
+    )
     padding[1, 6_800:] = True  # 20 frames are left
     want = theirs(waves.masked_fill(padding, 0), padding_mask=padding, mask_indices=mask)["losses"]["regression"]
     got = ours(make_batch(waves.masked_fill(padding, 0), mask, np.array([49, 20]))).loss
@@ -238,7 +240,9 @@ def test_teacher_weights_after_steps():
     """The teachers' weights, averaged and copied ones, after two steps of the schedule."""
     theirs, ours = speech_pair(NORMS["instance"])
     move_students(theirs, ours, peer.speech_state)
-    names = peer.speech_state(SimpleNamespace(state_dict=lambda: {**theirs.state_dict(), **_prefixed(theirs.ema.model)}), LAYERS)
+    names = peer.speech_state(
+        SimpleNamespace(state_dict=lambda: {**theirs.state_dict(), **_prefixed(theirs.ema.model)}), LAYERS
+    )
     for name, mine in ours.teacher.module.state_dict().items():
         assert relative(mine, names[name]) <= 1e-6, name
     moved = ours.teacher.module["encoder"].layers[0].fc1.weight - ours.encoder.layers[0].fc1.weight

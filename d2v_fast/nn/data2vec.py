@@ -57,14 +57,13 @@ class Data2Vec(nn.Module):
         Raises:
             ValueError: the mask does not fit the inputs (wrong shape for the number of frames, patches or tokens).
         """
+        self._check_mask(batch)
         if self.config.modality == "speech":
             features = self.frontend.features(batch.inputs)  # [B, T, C]
             teacher_input, teacher_padding = features.detach(), batch.padding_mask
-            self._check_mask(batch, features.shape[1])
             student_input = self.frontend.apply_mask(features, batch.mask)
         else:
             student_input = self.frontend(batch.inputs, batch.mask, batch.padding_mask)  # [B, P, C]
-            self._check_mask(batch, student_input.shape[1] - self._class_tokens)
             teacher_input, teacher_padding = self._teacher_input(batch)
 
         target = self._targets(batch, teacher_input, teacher_padding)  # [N, C] fp32
@@ -105,8 +104,8 @@ class Data2Vec(nn.Module):
             lengths=batch.lengths if targets.padding_aware else None,
         )
 
-    def _check_mask(self, batch: Batch, positions: int) -> None:
-        expected = (batch.inputs.shape[0], positions)
+    def _check_mask(self, batch: Batch) -> None:
+        expected = (batch.inputs.shape[0], self.frontend.num_positions(batch.inputs))
         if tuple(batch.mask.shape) != expected:
             raise ValueError(f"batch.mask must be {expected} for these inputs, got {tuple(batch.mask.shape)}")
 

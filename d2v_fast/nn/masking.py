@@ -72,7 +72,9 @@ class SpanMask:
         count = mask.sum(1)
         if (count == lengths).any():
             shortest = int(lengths[count == lengths].min())
-            raise ValueError(f"a row of {shortest} positions is too short for spans of {self.length}: all of it was masked")
+            raise ValueError(
+                f"a row of {shortest} positions is too short for spans of {self.length}: all of it was masked"
+            )
         return _random_subset(rng, mask, np.full_like(count, count.min())) if self.equalize else mask
 
 

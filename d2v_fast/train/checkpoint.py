@@ -35,7 +35,9 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("checkpoint-*.pt"))
 
 
-def save(folder: Path, model: Data2Vec, optimizer: torch.optim.Optimizer, progress: Progress, config: TrainConfig) -> Path:
+def save(
+    folder: Path, model: Data2Vec, optimizer: torch.optim.Optimizer, progress: Progress, config: TrainConfig
+) -> Path:
     """Write a checkpoint of everything a run needs to go on exactly; return its path.
 
     Random numbers need no state of their own: every update draws from a seed made of the run's seed and the update.
@@ -90,7 +92,9 @@ def read(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]
     return content
 
 
-def restore(content: dict[str, Any], path: Path, model: Data2Vec, optimizer: torch.optim.Optimizer, config: TrainConfig) -> Progress:
+def restore(
+    content: dict[str, Any], path: Path, model: Data2Vec, optimizer: torch.optim.Optimizer, config: TrainConfig
+) -> Progress:
     """Put a checkpoint back into a run of the same configuration; return where it was.
 
     Raises:

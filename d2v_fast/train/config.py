@@ -17,7 +17,16 @@ from d2v_fast.train.errors import ConfigError
 
 DATA_CONFIGS = {"speech": SpeechDataConfig, "image": ImageDataConfig, "text": TextDataConfig}
 # keys that may differ between a run and its continuation: they change where and how often, not what is computed
-RUN_KEYS = ("out", "device", "workers", "log_every", "checkpoint_every", "keep_checkpoints", "stop_after", "data.cache_dir")
+RUN_KEYS = (
+    "out",
+    "device",
+    "workers",
+    "log_every",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "stop_after",
+    "data.cache_dir",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,10 @@ class PatchEmbed(nn.Module):
             nn.init.trunc_normal_(weight, std=0.02, a=-0.02, b=0.02)
         nn.init.zeros_(self.proj.bias)
 
+    def num_positions(self, images: Tensor) -> int:
+        """Patches of an image, the class token not counted."""
+        return self.config.num_patches
+
     def forward(self, images: Tensor, mask: Tensor | None = None, padding_mask: Tensor | None = None) -> Tensor:
         """Images to encoder input [B, 1 + P, C]; patches with ``mask`` [B, P] True become the mask embedding.
 
@@ -28,7 +32,9 @@ class PatchEmbed(nn.Module):
         c = self.config
         expected = (c.channels, c.image_size, c.image_size)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected or not images.is_floating_point():
-            raise ValueError(f"images must be float [B, {', '.join(map(str, expected))}], got {images.dtype} {tuple(images.shape)}")
+            raise ValueError(
+                f"images must be float [B, {', '.join(map(str, expected))}], got {images.dtype} {tuple(images.shape)}"
+            )
         x = self.proj(images).flatten(2).transpose(1, 2)  # [B, P, C]
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_embedding.to(x.dtype), x)

@@ -50,6 +50,10 @@ class SpeechFrontEnd(nn.Module):
         self.proj = nn.Linear(in_dim, encoder.dim)
         self.mask_embedding = nn.Parameter(torch.rand(encoder.dim))
 
+    def num_positions(self, waveforms: Tensor) -> int:
+        """Frames that :meth:`features` gives for these waveforms [B, S]."""
+        return self.config.num_frames(waveforms.shape[-1])
+
     def features(self, waveforms: Tensor) -> Tensor:
         """Waveforms [B, S], normalised to zero mean and unit variance each, to frames [B, T, C] before masking.
 

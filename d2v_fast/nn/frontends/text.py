@@ -21,6 +21,10 @@ class TextEmbedding(nn.Module):
             self.tokens.weight[config.pad_index].zero_()
         self.norm = nn.LayerNorm(encoder.dim, eps=encoder.norm_eps)
 
+    def num_positions(self, tokens: Tensor) -> int:
+        """Tokens in a row of ids [B, T]."""
+        return tokens.shape[-1]
+
     def _position_ids(self, tokens: Tensor, padding_mask: Tensor | None) -> Tensor:
         first = self.config.pad_index + 1
         if padding_mask is None:
