@@ -318,7 +318,14 @@ def test_report_is_complete_and_self_contained(tmp_path):
         "1 min 20 s on cpu",
         "300 MiB",
     )
-    results = ("Which one?", "raw <pixels>", "62.5", "50.0 % to 75.0 %, +25.0 points", "prefers-color-scheme")
+    results = (
+        "300 MiB",
+        "Which one?",
+        "raw <pixels>",
+        "62.5",
+        "50.0 % to 75.0 %, +25.0 points",
+        "prefers-color-scheme",
+    )
     for expected in (*expected_words, *results):
         assert expected in words, expected
 
