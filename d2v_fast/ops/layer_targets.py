@@ -43,7 +43,7 @@ def layer_targets_ref(
 
 
 def _standardise(x: Tensor, norm: str, valid: Tensor | None, eps: float) -> Tensor:
-    if norm == "none":
+    if norm == "none" or x.numel() == 0:
         return x
     dims = _DIMS[norm]
     if valid is None or norm == "layer":
