@@ -23,14 +23,16 @@ class StepMetrics(NamedTuple):
 
 
 def build_optimizer(model: Data2Vec, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the student; parameters of one dimension go without weight decay if the configuration says so."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": params}]
-    if not config.decay_vectors:
-        groups = [
-            {"params": [p for p in params if p.ndim > 1]},
-            {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
-        ]
+    """AdamW over the student; parameters of one dimension go without weight decay if the configuration says so.
+
+    The mask embedding decays in either case, as in both released code bases.
+    """
+    decayed, free = [], []
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decays = config.decay_vectors or p.ndim > 1 or name.endswith("mask_embedding")
+            (decayed if decays else free).append(p)
+    groups = [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
     return torch.optim.AdamW(
         groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
     )

@@ -1,0 +1,334 @@
+"""The loop: exact resume after kill -9, accumulation, guards, checkpoints that survive, interruptions, the command."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_batch, tiny_config
+
+from d2v_fast.nn import Data2Vec
+from d2v_fast.train import checkpoint, load_config, load_model, loop, pretrain
+from d2v_fast.train.checkpoint import Progress
+from d2v_fast.train.config import OptimConfig
+from d2v_fast.train.errors import CheckpointError, ConfigError, DataError, TrainingStopped
+from d2v_fast.train.logging import read_metrics
+from d2v_fast.train.step import build_optimizer, train_step
+
+WORDS = ["red", "green", "blue", "one", "two", "three", "sun", "moon", "star", "rain", "snow", "wind"]
+
+
+@pytest.fixture
+def text_folder(tmp_path) -> Path:
+    folder = tmp_path / "text"
+    folder.mkdir()
+    lines = [" ".join(WORDS[(i * k + k) % 12] for k in range(1, 12)) for i in range(120)]
+    (folder / "a.txt").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def overrides(folder: Path, out: Path, *more: str) -> list[str]:
+    return [
+        f"data.path={folder}",
+        f"out={out}",
+        "model.frontend.vocab_size=270",
+        "model.frontend.max_positions=16",
+        "model.frontend.dropout=0.1",
+        "model.encoder.dim=32",
+        "model.encoder.ffn_dim=48",
+        "model.encoder.heads=2",
+        "model.encoder.layers=3",
+        "model.encoder.dropout=0.1",
+        "model.encoder.layerdrop=0.2",
+        "model.targets.top_k=2",
+        "data.batch_size=8",
+        "data.tokens_per_sample=16",
+        "updates=12",
+        "log_every=3",
+        "checkpoint_every=4",
+        "workers=0",
+        "device=cpu",
+        *more,
+    ]
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    return checkpoint.read(path)["model"]
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_resume_after_kill_is_bit_equal(text_folder, tmp_path, workers):
+    """SIGKILL somewhere after a checkpoint, run the same command again: the weights of an uninterrupted run."""
+    more = (f"workers={workers}", "accumulate=2", "updates=40", "checkpoint_every=5")
+    whole = pretrain(load_config("text_demo", overrides(text_folder, tmp_path / "whole", *more)))
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "d2v_fast", "pretrain", "text_demo", *overrides(text_folder, out, *more)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not checkpoint.checkpoints(out) and process.poll() is None:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert 0 < int(checkpoint.checkpoints(out)[-1].stem[-8:]) < 40, "killed too late to test anything"
+    resumed = pretrain(load_config("text_demo", overrides(text_folder, out, *more)))
+    assert resumed.finished and resumed.updates == 40
+    assert equal(weights(whole.checkpoint), weights(resumed.checkpoint))
+    logged = [(row["update"], row["loss"]) for row in read_metrics(out)]
+    assert [update for update, _ in logged] == sorted({update for update, _ in logged})
+    assert logged[-1] == [(row["update"], row["loss"]) for row in read_metrics(tmp_path / "whole")][-1]
+
+
+def test_resume_at_every_checkpoint_and_of_every_modality(text_folder, tmp_path):
+    """``stop_after`` ends a session as an interruption would; the sum of sessions is the whole run."""
+    whole = pretrain(load_config("text_demo", overrides(text_folder, tmp_path / "whole")))
+    parts = tmp_path / "parts"
+    for _ in range(3):
+        result = pretrain(load_config("text_demo", overrides(text_folder, parts, "stop_after=5")))
+    assert result.finished
+    assert equal(weights(whole.checkpoint), weights(result.checkpoint))
+
+
+def test_run_folder(text_folder, tmp_path):
+    out = tmp_path / "run"
+    result = pretrain(load_config("text_demo", overrides(text_folder, out)))
+    assert result.checkpoint == out / "checkpoint-00000012.pt"
+    assert [p.name for p in checkpoint.checkpoints(out)] == ["checkpoint-00000008.pt", "checkpoint-00000012.pt"]
+    for name in ("config.yaml", "metrics.jsonl", "tokenizer.json", "curves.png", "tensorboard"):
+        assert (out / name).exists(), name
+    rows = read_metrics(out)
+    assert [row["update"] for row in rows] == [1, 3, 6, 9, 12]
+    assert {"loss", "target_var", "pred_var", "grad_norm", "lr", "ema_decay", "data_wait"} <= rows[0].keys()
+    assert load_config(str(out / "config.yaml")) == load_config("text_demo", overrides(text_folder, out))
+    model = load_model(result.checkpoint)
+    assert not model.training and equal(model.state_dict(), weights(result.checkpoint))
+
+
+def test_training_reduces_the_loss(text_folder, tmp_path):
+    more = ("updates=60", "log_every=20", "schedule.warmup_updates=5", "model.ema.decay=0.99")
+    result = pretrain(load_config("text_demo", overrides(text_folder, tmp_path / "run", *more)))
+    assert result.last_loss < 0.9 * result.first_loss
+
+
+def step_model(modality="text", **config):
+    torch.manual_seed(0)
+    base = tiny_config(modality, dropout=0.0, attention_dropout=0.0, layerdrop=0.0, drop_path=0.0)
+    if modality == "text":
+        base = replace(base, frontend=replace(base.frontend, dropout=0.0))
+    return Data2Vec(replace(base, **config)).train()
+
+
+@pytest.mark.parametrize("modality", ["speech", "image", "text"])
+def test_accumulation_equals_one_large_batch(modality):
+    """Two micro-batches of one update against both rows in one batch; one teacher step either way."""
+    small, large = step_model(modality), step_model(modality)
+    a, b = tiny_batch(small.config, 1, size=2), tiny_batch(small.config, 2, size=2)
+    T = a.mask.shape[1]
+    both = replace(
+        a,
+        inputs=torch.cat([a.inputs, b.inputs]),
+        mask=torch.cat([a.mask, b.mask]),
+        positions=torch.cat([a.positions, b.positions + 2 * T]),
+    )
+    optim = OptimConfig(lr=1e-3, eps=1e-3)
+    for model, batches in ((small, [a, b]), (large, [both])):
+        metrics = train_step(model, batches, build_optimizer(model, optim), lr=1e-3, update=0)
+        assert metrics.num_masked == both.num_masked
+    for (name, p), q in zip(small.named_parameters(), large.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_micro_batch_means_of_the_vision_reference():
+    """token_weighted=False: mean of the micro-batches' means, as the reference's data parallelism computes it."""
+    model = step_model("image")
+    model = Data2Vec(replace(model.config, loss=replace(model.config.loss, token_weighted=False)))
+    batches = [tiny_batch(model.config, seed, size=size) for seed, size in ((1, 1), (2, 3))]
+    with torch.no_grad():
+        want = sum(model(batch).loss / batch.num_masked for batch in batches) / 2
+    got = train_step(model, batches, build_optimizer(model, OptimConfig(lr=0.0)), lr=0.0, update=0).loss
+    assert got.item() == pytest.approx(want.item(), rel=1e-5)
+
+
+def test_teacher_steps_once_per_update_or_micro_batch(monkeypatch):
+    for per, calls in (("update", [4]), ("micro_batch", [3, 3, 4])):
+        model = step_model("text")
+        model = Data2Vec(replace(model.config, ema=replace(model.config.ema, per=per)))
+        seen = []
+        monkeypatch.setattr(model.teacher, "update_", lambda update, seen=seen: seen.append(update) or 0.9)
+        batches = [tiny_batch(model.config, seed) for seed in range(3)]
+        train_step(model, batches, build_optimizer(model, OptimConfig()), lr=1e-4, update=3)
+        assert seen == calls
+
+
+def test_non_finite_gradient_changes_nothing():
+    model = step_model("text")
+    optimizer = build_optimizer(model, OptimConfig())
+    batch = tiny_batch(model.config)
+    train_step(model, [batch], optimizer, lr=1e-3, update=0)
+    before = {k: v.clone() for k, v in model.state_dict().items() if not k.startswith("teacher.")}
+    state = {k: v.clone() for k, v in optimizer.state[model.head[0].weight].items()}
+    handle = model.head[0].register_forward_hook(lambda module, args, output: output * float("nan"))
+    metrics = train_step(model, [batch], optimizer, lr=1e-3, update=1)
+    handle.remove()
+    assert metrics.skipped.item() == 1.0
+    for k, v in model.state_dict().items():
+        if not k.startswith("teacher."):
+            assert torch.equal(v, before[k]), k
+    for k, v in optimizer.state[model.head[0].weight].items():
+        assert torch.equal(v, state[k]), k
+    assert train_step(model, [batch], optimizer, lr=1e-3, update=1).skipped.item() == 0.0
+
+
+def test_optimizer_is_adamw_without_decay_on_vectors():
+    model = step_model("image")
+    optimizer = build_optimizer(model, OptimConfig(decay_vectors=False, weight_decay=0.1))
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] > 0 for p in g["params"]}
+    free = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]}
+    assert "encoder.layers.0.fc1.weight" in decayed and "encoder.relative_bias.table" in decayed
+    assert "frontend.mask_embedding" in decayed  # as in the released vision code
+    assert {"frontend.class_token", "encoder.layers.0.fc1.bias", "encoder.norm.weight", "encoder.layers.0.scale1"} <= free
+    assert not any(name.startswith("teacher.") for name in decayed | free)
+
+
+def test_collapse_guard_stops_with_a_reason(text_folder, tmp_path):
+    more = ("guards.after_updates=6", "guards.min_target_var=50")
+    with pytest.raises(TrainingStopped, match=r"update 6: the representations have collapsed: target_var .* below"):
+        pretrain(load_config("text_demo", overrides(text_folder, tmp_path / "run", *more)))
+
+
+def test_nan_guard_stops_with_a_reason(text_folder, tmp_path, monkeypatch):
+    real = loop.train_step
+
+    def poisoned(model, *args, **kwargs):
+        with torch.no_grad():
+            model.head[0].bias.fill_(float("nan"))
+        return real(model, *args, **kwargs)
+
+    monkeypatch.setattr(loop, "train_step", poisoned)
+    with pytest.raises(TrainingStopped, match="not finite for 6 updates in a row"):
+        pretrain(load_config("text_demo", overrides(text_folder, tmp_path / "run", "guards.max_nonfinite=5")))
+
+
+def test_changed_config_is_refused(text_folder, tmp_path):
+    out = tmp_path / "run"
+    pretrain(load_config("text_demo", overrides(text_folder, out, "stop_after=4")))
+    with pytest.raises(CheckpointError, match=r"another configuration \(optim.lr: .* -> 0.5\)"):
+        pretrain(load_config("text_demo", overrides(text_folder, out, "optim.lr=0.5")))
+    with pytest.raises(CheckpointError, match="model.encoder.layers: 3 -> 2"):
+        pretrain(load_config("text_demo", overrides(text_folder, out, "model.encoder.layers=2")))
+    with pytest.raises(CheckpointError, match="already holds a run"):
+        pretrain(load_config("text_demo", overrides(text_folder, out)), resume=False)
+
+
+def test_interrupted_write_keeps_the_previous_checkpoint(text_folder, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    first = pretrain(load_config("text_demo", overrides(text_folder, out, "stop_after=4")))
+    before = first.checkpoint.read_bytes()
+
+    def full_disk(content, file):
+        file.write(b"half a checkpoint")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(CheckpointError, match=r"No space left on device; the last whole one is .*00000004\.pt"):
+        pretrain(load_config("text_demo", overrides(text_folder, out)))
+    assert first.checkpoint.read_bytes() == before
+    assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-00000004.pt"]
+
+
+def test_bad_checkpoints_are_named(tmp_path):
+    with pytest.raises(CheckpointError, match="no checkpoint at"):
+        checkpoint.read(tmp_path / "none.pt")
+    (tmp_path / "junk.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(CheckpointError, match=r"junk\.pt is damaged or not a checkpoint"):
+        checkpoint.read(tmp_path / "junk.pt")
+    torch.save({"model": {}}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match="not a d2v_fast checkpoint"):
+        checkpoint.read(tmp_path / "other.pt")
+
+
+def test_left_over_temporary_files_are_removed(text_folder, tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "checkpoint-00000002.tmp").write_bytes(b"cut off")
+    result = pretrain(load_config("text_demo", overrides(text_folder, out)))
+    assert result.finished and not list(out.glob("*.tmp"))
+
+
+def cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "d2v_fast", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+def test_ctrl_c_saves_and_says_where(text_folder, tmp_path):
+    out = tmp_path / "run"
+    arguments = overrides(text_folder, out, "updates=100000", "checkpoint_every=100000", "log_every=1")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "d2v_fast", "pretrain", "text_demo", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    json.loads(process.stdout.readline())  # the first update is done
+    process.send_signal(signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    saved = checkpoint.checkpoints(out)
+    assert len(saved) == 1 and str(saved[0]) in stdout
+    assert "the same command continues from there" in stderr
+
+
+def test_command_errors_are_one_line(tmp_path):
+    done = cli("pretrain", "speech_bse", "data.path=x")
+    assert done.returncode == 1 and done.stderr.startswith("error: unknown preset 'speech_bse'")
+    done = cli("pretrain", "text_demo", f"data.path={tmp_path / 'nothing'}", f"out={tmp_path / 'run'}")
+    assert done.returncode == 1 and "does not exist" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_several_processes_are_refused(text_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match="several processes is not supported yet"):
+        pretrain(load_config("text_demo", overrides(text_folder, tmp_path / "run")))
+
+
+def test_unusable_device_and_folders(text_folder, tmp_path):
+    with pytest.raises(ConfigError, match="device must be auto, cpu or cuda"):
+        loop.resolve_device("warp drive")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="sees no CUDA device"):
+            loop.resolve_device("cuda")
+    blocked = tmp_path / "file"
+    blocked.write_text("")
+    with pytest.raises(ConfigError, match="out: cannot make the folder"):
+        pretrain(load_config("text_demo", overrides(text_folder, blocked / "run")))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no"):
+        pretrain(load_config("text_demo", overrides(tmp_path / "empty", tmp_path / "run")))
+
+
+def test_progress_round_trip(tmp_path):
+    model = step_model("text")
+    optimizer = build_optimizer(model, OptimConfig())
+    train_step(model, [tiny_batch(model.config)], optimizer, lr=1e-3, update=0)
+    config = replace(load_config("text_demo", ["data.path=x"]), model=model.config)
+    path = checkpoint.save(tmp_path, model, optimizer, Progress(1, 2, 3), config)
+    other = Data2Vec(model.config)
+    optimizer2 = build_optimizer(other, OptimConfig())
+    assert checkpoint.restore(checkpoint.read(path), path, other, optimizer2, config) == Progress(1, 2, 3)
+    assert equal(model.state_dict(), other.state_dict())
+    key = "exp_avg"
+    assert torch.equal(optimizer.state[model.head[0].weight][key], optimizer2.state[other.head[0].weight][key])
