@@ -103,7 +103,8 @@ def test_text_is_split_by_film_without_repeats(tmp_path, wheels):
         for film in range(10)
         for i in range(6)
     ]
-    rows += [("plot", "the plot of film 3", "film3"), ("fresh", "film 0 view 1", "film3"), ("rotten", " ", "film3")]
+    rows += [("plot", "the plot of film 3", "film3"), ("rotten", " ", "film3")]
+    rows.insert(0, ("fresh", "film 0 view 1", "film3"))  # also a review of a film of the test part
     write_reviews(wheels, rows)
     found = fetch("text", tmp_path / "out")
     pretrain = (found.pretrain / "reviews.txt").read_text().splitlines()
