@@ -107,10 +107,11 @@ def next_steps(folder: Path, data: Path) -> str:
     """Three commands that go on from the demo."""
     name = folder.name
     checkpoint = sorted(folder.glob("checkpoint-*.pt"))[-1]
-    found = DemoSet(name, data / name)
+    parts = [DemoSet(name, data / name).probe_part(part) for part in ("train", "test")]
+    train, test = parts if parts[0].exists() else ("LABELLED_DATA", "MORE_LABELLED_DATA")
     return f"""What next:
   d2v-fast pretrain {name}_base data.path=YOUR_DATA out=runs/mine
-  d2v-fast probe {checkpoint} --train {found.probe_part("train")} --test {found.probe_part("test")} --layer 2
+  d2v-fast probe {checkpoint} --train {train} --test {test} --layer 2
   d2v-fast info"""
 
 
@@ -118,23 +119,23 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the demo. Returns 0 when a modality ran and none failed in training, 130 after Ctrl-C, else 1."""
     options = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    names = list(BUILDERS) if options.modality == "all" else [options.modality]
+    chosen = list(BUILDERS) if options.modality == "all" else [options.modality]
     done: list[Path] = []
     missing: list[str] = []
     failed: list[str] = []
     interrupted = False
-    for name in names:
+    for name in chosen:
         try:
             interrupted = not run_modality(name, options)
         except KeyboardInterrupt:
             interrupted = True
         except FetchError as error:
-            missing.append(f"no data for {name}: {error}\n  give your own folder: --{name} PATH")
-            print(missing[-1], file=sys.stderr)
+            missing.append(name)
+            print(f"no data for {error}\n  give a folder of your own: --{name} PATH", file=sys.stderr)
             continue
         except (UserError, DataError) as error:
-            failed.append(f"{name} failed: {error}")
-            print(failed[-1], file=sys.stderr)
+            failed.append(name)
+            print(f"{name} failed: {error}", file=sys.stderr)
             continue
         if interrupted:
             break
@@ -147,8 +148,9 @@ def main(arguments: list[str] | None = None) -> int:
             gains = "; ".join(gain(result) for _, result in run.probes) or "not probed"
             print(f"  {run.name}: {gains}")
         print(next_steps(done[0], options.data))
-    for line in (*missing, *failed):
-        print(line, file=sys.stderr)
+    for what, names in (("no data for", missing), ("failed (see above):", failed)):
+        if names:
+            print(f"{what} {', '.join(names)}", file=sys.stderr)
     if interrupted:
         print("interrupted; the same command continues from here", file=sys.stderr)
         return INTERRUPTED

