@@ -5,8 +5,6 @@ import dataclasses
 import pytest
 
 from d2v_fast.train.config import (
-    OptimConfig,
-    ScheduleConfig,
     config_from_dict,
     config_to_dict,
     differences,
@@ -14,7 +12,7 @@ from d2v_fast.train.config import (
     presets,
 )
 from d2v_fast.train.errors import ConfigError
-from d2v_fast.train.schedule import learning_rate
+from d2v_fast.train.optim import OptimConfig, ScheduleConfig, learning_rate
 
 DATA = "data.path=somewhere"
 
@@ -150,7 +148,10 @@ def test_differences_ignore_where_and_how_often():
 
 
 def test_tri_stage():
-    optim, schedule = OptimConfig(lr=5e-4), ScheduleConfig(kind="tri_stage", warmup_updates=12_000, decay_updates=28_000)
+    optim, schedule = (
+        OptimConfig(lr=5e-4),
+        ScheduleConfig(kind="tri_stage", warmup_updates=12_000, decay_updates=28_000),
+    )
     rate = lambda update: learning_rate(update, 400_000, optim, schedule)  # noqa: E731
     assert rate(0) == pytest.approx(5e-6)
     assert rate(6_000) == pytest.approx(5e-4 * (0.01 + 0.99 / 2))

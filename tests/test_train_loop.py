@@ -16,10 +16,10 @@ from tiny import tiny_batch, tiny_config
 from d2v_fast.nn import Data2Vec
 from d2v_fast.train import checkpoint, load_config, load_model, loop, pretrain
 from d2v_fast.train.checkpoint import Progress
-from d2v_fast.train.config import OptimConfig
 from d2v_fast.train.errors import CheckpointError, ConfigError, DataError, TrainingStopped
 from d2v_fast.train.logging import read_metrics
-from d2v_fast.train.step import build_optimizer, train_step
+from d2v_fast.train.optim import OptimConfig, build_optimizer
+from d2v_fast.train.step import train_step
 
 WORDS = ["red", "green", "blue", "one", "two", "three", "sun", "moon", "star", "rain", "snow", "wind"]
 
@@ -195,7 +195,12 @@ def test_optimizer_is_adamw_without_decay_on_vectors():
     free = {names[id(p)] for g in optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]}
     assert "encoder.layers.0.fc1.weight" in decayed and "encoder.relative_bias.table" in decayed
     assert "frontend.mask_embedding" in decayed  # as in the released vision code
-    assert {"frontend.class_token", "encoder.layers.0.fc1.bias", "encoder.norm.weight", "encoder.layers.0.scale1"} <= free
+    assert {
+        "frontend.class_token",
+        "encoder.layers.0.fc1.bias",
+        "encoder.norm.weight",
+        "encoder.layers.0.scale1",
+    } <= free
     assert not any(name.startswith("teacher.") for name in decayed | free)
 
 

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 from d2v_fast.nn.config import Data2VecConfig
 from d2v_fast.train.data import ImageDataConfig, SpeechDataConfig, TextDataConfig
 from d2v_fast.train.errors import ConfigError
+from d2v_fast.train.optim import OptimConfig, ScheduleConfig
 
 DATA_CONFIGS = {"speech": SpeechDataConfig, "image": ImageDataConfig, "text": TextDataConfig}
 # keys that may differ between a run and its continuation: they change where and how often, not what is computed
@@ -27,29 +28,6 @@ RUN_KEYS = (
     "stop_after",
     "data.cache_dir",
 )
-
-
-@dataclass(frozen=True, kw_only=True)
-class OptimConfig:
-    """AdamW."""
-
-    lr: float = 5e-4  # peak
-    betas: tuple[float, float] = (0.9, 0.98)
-    eps: float = 1e-6
-    weight_decay: float = 0.01
-    decay_vectors: bool = True  # False: no weight decay on biases, norms and other parameters of one dimension
-    clip_norm: float = 0.0  # 0 = no clipping
-
-
-@dataclass(frozen=True, kw_only=True)
-class ScheduleConfig:
-    """Learning rate over updates: "tri_stage" (warm-up, hold, exponential decay) or "cosine" (warm-up, cosine)."""
-
-    kind: Literal["tri_stage", "cosine"] = "tri_stage"
-    warmup_updates: int = 0
-    decay_updates: int = 0  # tri_stage: length of the final decay
-    init_scale: float = 0.01  # tri_stage: start of the warm-up, as a share of the peak; cosine starts at 0
-    final_scale: float = 0.01  # end of the schedule, as a share of the peak
 
 
 @dataclass(frozen=True, kw_only=True)

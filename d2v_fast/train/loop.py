@@ -20,8 +20,8 @@ from d2v_fast.train.config import TrainConfig, config_to_dict
 from d2v_fast.train.data import PretrainData, TextData, batches, build_data
 from d2v_fast.train.errors import CheckpointError, ConfigError, TrainingStopped
 from d2v_fast.train.logging import MetricLog, plot_curves, read_metrics
-from d2v_fast.train.schedule import learning_rate
-from d2v_fast.train.step import StepMetrics, build_optimizer, train_step
+from d2v_fast.train.optim import build_optimizer, learning_rate
+from d2v_fast.train.step import StepMetrics, train_step
 
 logger = logging.getLogger(__name__)
 

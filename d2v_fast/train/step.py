@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from d2v_fast.nn import Batch, Data2Vec
-from d2v_fast.train.config import OptimConfig
 
 
 class StepMetrics(NamedTuple):
@@ -20,22 +19,6 @@ class StepMetrics(NamedTuple):
     skipped: Tensor  # 1.0 if the update was skipped because the gradient is not finite
     ema_decay: float
     num_masked: int
-
-
-def build_optimizer(model: Data2Vec, config: OptimConfig) -> torch.optim.AdamW:
-    """AdamW over the student; parameters of one dimension go without weight decay if the configuration says so.
-
-    The mask embedding decays in either case, as in both released code bases.
-    """
-    decayed, free = [], []
-    for name, p in model.named_parameters():
-        if p.requires_grad:
-            decays = config.decay_vectors or p.ndim > 1 or name.endswith("mask_embedding")
-            (decayed if decays else free).append(p)
-    groups = [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
-    )
 
 
 def train_step(
