@@ -128,6 +128,7 @@ def test_target_gets_no_gradient():
     pred, target = pred.clone().requires_grad_(), target.clone().requires_grad_()
     masked_smooth_l1(pred, target, mask).backward()
     assert target.grad is None and pred.grad is not None
+    assert not masked_smooth_l1(pred.detach(), target, mask).requires_grad
     with torch.no_grad():
         assert not masked_smooth_l1(pred, target, mask).requires_grad
 

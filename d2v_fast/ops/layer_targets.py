@@ -64,8 +64,7 @@ def _op(
     _check_range("lengths", lengths, frames)
     if cpu_runs_triton(layers[0].dtype):
         return _op_triton(layers, positions, lengths, norm, post_norm, eps)
-    y = layer_targets_ref(layers, positions, lengths, norm, post_norm, eps)
-    return y.clone() if y is layers[0] else y.contiguous()
+    return layer_targets_ref(layers, positions, lengths, norm, post_norm, eps).contiguous()
 
 
 @_op.register_kernel("cuda")
