@@ -121,6 +121,7 @@ class EncoderConfig:
     pos_conv_groups: int = 16
     relative_bias: bool = False  # learned bias per head and patch offset, shared by all layers (images)
     init: Literal["bert", "beit"] = "bert"
+    init_std: float = 0.02  # of linear layers; the published value suits 768 and more channels
 
     def __post_init__(self) -> None:
         for name in ("layers", "dim", "ffn_dim", "heads"):

@@ -126,10 +126,10 @@ class TransformerEncoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise the linear layers: N(0, 0.02) ("bert"), or truncated at one sigma and depth-scaled ("beit")."""
+        """Initialise the linear layers: N(0, init_std) ("bert"), or truncated at one sigma and depth-scaled ("beit")."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                init_linear(module, self.config.init)
+                init_linear(module, self.config)
         if self.config.init == "beit":
             for depth, layer in enumerate(self.layers, start=1):
                 layer.attention.out.weight.data.div_((2 * depth) ** 0.5)
@@ -172,11 +172,12 @@ class TransformerEncoder(nn.Module):
         return EncoderOutput(self.norm(x) if pre_norm else x, results, states)
 
 
-def init_linear(module: nn.Linear, init: str) -> None:
+def init_linear(module: nn.Linear, config: EncoderConfig) -> None:
     """Initialise one linear layer; see :meth:`TransformerEncoder.reset_parameters`."""
-    if init == "beit":
-        nn.init.trunc_normal_(module.weight, std=0.02, a=-0.02, b=0.02)
+    std = config.init_std
+    if config.init == "beit":
+        nn.init.trunc_normal_(module.weight, std=std, a=-std, b=std)
     else:
-        nn.init.normal_(module.weight, std=0.02)
+        nn.init.normal_(module.weight, std=std)
     if module.bias is not None:
         nn.init.zeros_(module.bias)

@@ -16,5 +16,5 @@ def build_head(config: Data2VecConfig) -> nn.Sequential:
     if config.modality != "speech":  # fairseq leaves the speech head at PyTorch's default initialisation
         for module in head:
             if isinstance(module, nn.Linear):
-                init_linear(module, config.encoder.init)
+                init_linear(module, config.encoder)
     return head
