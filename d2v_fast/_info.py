@@ -36,10 +36,10 @@ def info() -> str:
     ]
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if torch.cuda.is_available():
+        gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         lines += [
-            f"GPU {i}         {torch.cuda.get_device_name(i)}, sm_{''.join(map(str, torch.cuda.get_device_capability(i)))}, "
-            f"{torch.cuda.get_device_properties(i).total_memory / 2**30:.0f} GiB"
-            for i in range(torch.cuda.device_count())
+            f"GPU {i}         {gpu.name}, sm_{gpu.major}{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
+            for i, gpu in enumerate(gpus)
         ]
     else:
         lines.append("GPU           none: everything runs on the CPU")

@@ -113,7 +113,7 @@ def reference_block_mask(rng, side, total, min_block, min_aspect):
             budget = total - before
             area = min_block + (budget - min_block) * rng.random()
             aspect = np.exp(rng.uniform(np.log(min_aspect), -np.log(min_aspect)))
-            h, w = int(round(np.sqrt(area * aspect))), int(round(np.sqrt(area / aspect)))
+            h, w = round(np.sqrt(area * aspect)), round(np.sqrt(area / aspect))
             if h < side and w < side:
                 top, left = rng.integers(0, side - h + 1), rng.integers(0, side - w + 1)
                 new = (~mask[top : top + h, left : left + w]).sum()

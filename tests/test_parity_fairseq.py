@@ -142,7 +142,7 @@ def test_speech_with_padding(mode, beta):
 
 
 def test_speech_padding_aware_statistics_differ():
-    """The paper profile leaves padding out of the statistics: with padding its loss is another one, without it the same."""
+    """The paper profile leaves padding out of the statistics: another loss with padding, the same without."""
     theirs, ours = speech_pair(NORMS["instance"], profile="paper")
     theirs.train(), ours.train()
     waves = torch.randn(2, 16_000)

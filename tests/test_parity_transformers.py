@@ -1,4 +1,4 @@
-"""Our image model against transformers' ``Data2VecVisionModel``: hidden states on the same weights, inputs and masks."""
+"""Our image model against transformers' ``Data2VecVisionModel`` on the same weights, inputs and masks."""
 
 from dataclasses import replace
 

@@ -228,7 +228,7 @@ def test_changed_config_is_refused(text_folder, tmp_path):
     pretrain(load_config("text_demo", overrides(text_folder, out, "stop_after=4")))
     with pytest.raises(CheckpointError, match=r"another configuration \(optim.lr: .* -> 0.5\)"):
         pretrain(load_config("text_demo", overrides(text_folder, out, "optim.lr=0.5")))
-    with pytest.raises(CheckpointError, match="model.encoder.layers: 3 -> 2"):
+    with pytest.raises(CheckpointError, match=r"model\.encoder\.layers: 3 -> 2"):
         pretrain(load_config("text_demo", overrides(text_folder, out, "model.encoder.layers=2")))
     with pytest.raises(CheckpointError, match="already holds a run"):
         pretrain(load_config("text_demo", overrides(text_folder, out)), resume=False)

@@ -1,6 +1,6 @@
 """What a data2vec model is made of, and the paper's recipes as presets.
 
-All values of the presets are those of the published recipes (Baevski et al. 2022 and the configurations released with it).
+The presets' values are those of the published recipes (Baevski et al. 2022 and the configurations released with it).
 """
 
 from dataclasses import dataclass, field, replace
@@ -187,7 +187,7 @@ class EMAConfig:
         _require(self.anneal_updates >= 0, f"ema.anneal_updates must be >= 0, got {self.anneal_updates}")
 
     def decay_at(self, update: int) -> float:
-        """Decay of the teacher step that follows ``update`` completed optimizer updates (fairseq ``get_annealed_rate``)."""
+        """Decay of the teacher step after ``update`` completed optimizer updates (fairseq ``get_annealed_rate``)."""
         if update >= self.anneal_updates:
             return self.end_decay
         return self.end_decay - (self.end_decay - self.decay) * (1 - update / self.anneal_updates)

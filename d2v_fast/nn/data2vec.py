@@ -118,7 +118,7 @@ class Data2Vec(nn.Module):
         return self.encoder(x, padding_mask=padding_mask, hidden_states=True).hidden_states
 
     def encode(self, inputs: Tensor, padding_mask: Tensor | None = None, layer: int | None = None) -> Tensor:
-        """Features [B, P, C] of unmasked inputs: the encoder's output, or that of ``layer`` (0 = the first layer's input).
+        """Features [B, P, C] of unmasked inputs: the encoder's output, or that of ``layer`` (0 = first layer's input).
 
         Dropout follows ``self.training``: call ``eval()`` first for features to keep.
 

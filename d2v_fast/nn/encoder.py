@@ -22,7 +22,7 @@ class EncoderOutput(NamedTuple):
 
 
 class ConvPositions(nn.Module):
-    """Convolutional relative positions, several layers deep: conv, layer norm without affine, GELU (data2vec speech)."""
+    """Convolutional relative positions, several layers of conv, layer norm without affine, GELU (data2vec speech)."""
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class ConvPositions(nn.Module):
 
 
 class RelativePositionBias(nn.Module):
-    """Learned bias per head and patch offset, shared by all layers; the class token has three entries of its own (BEiT)."""
+    """Learned bias per head and patch offset, shared by all layers; three more entries for the class token (BEiT)."""
 
     def __init__(self, heads: int, grid: int) -> None:
         super().__init__()
@@ -126,7 +126,7 @@ class TransformerEncoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Initialise the linear layers: N(0, init_std) ("bert"), or truncated at one sigma and depth-scaled ("beit")."""
+        """Initialise linear layers: N(0, init_std) ("bert"), or truncated at one sigma and depth-scaled ("beit")."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 init_linear(module, self.config)

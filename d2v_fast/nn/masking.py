@@ -1,7 +1,7 @@
 """Which positions the student does not see: span masks (speech, text) and BEiT block masks (images).
 
-Masks are drawn on the host, vectorised over the batch, from an explicit ``numpy.random.Generator``, so that their number
-is known before anything is launched and a resumed run draws the same ones.
+Masks are drawn on the host, vectorised over the batch, from an explicit ``numpy.random.Generator``: their number is
+known before anything is launched, and a resumed run draws the same ones.
 """
 
 from dataclasses import dataclass
@@ -104,7 +104,7 @@ class TokenSpanMask:
 
 @dataclass(frozen=True, kw_only=True)
 class BlockMask:
-    """Rectangles of patches until ``num_masked`` are covered (BEiT, Bao et al. 2021, algorithm 1; at most, not exactly).
+    """Rectangles of patches until ``num_masked`` are covered (BEiT, Bao et al. 2021, algorithm 1; never more).
 
     Areas are uniform in ``min_block .. what is left`` and aspect ratios log-uniform in
     ``min_aspect .. 1 / min_aspect``; after ten failed attempts in a row an image keeps what it has.

@@ -1,4 +1,4 @@
-"""Pretraining: configuration, data, loop, checkpoints, probe. All but ``optim`` and ``step`` need the ``train`` extra."""
+"""Pretraining: configuration, data, loop, checkpoints, probe. All but ``optim`` and ``step`` need the train extra."""
 
 import importlib as _importlib
 

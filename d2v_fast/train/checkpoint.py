@@ -98,7 +98,7 @@ def restore(
     """Put a checkpoint back into a run of the same configuration; return where it was.
 
     Raises:
-        CheckpointError: the run's configuration differs from the checkpoint's in anything that changes what is computed.
+        CheckpointError: the configuration differs from the checkpoint's in anything that changes what is computed.
     """
     changed = differences(content["config"], config_to_dict(config))
     if changed:

@@ -42,7 +42,7 @@ class PretrainResult:
 
 
 class Interrupt:
-    """Turns the first Ctrl-C or SIGTERM into a request to stop after the current update; a second Ctrl-C is immediate."""
+    """Makes the first Ctrl-C or SIGTERM a request to stop after the current update; a second Ctrl-C is immediate."""
 
     def __enter__(self) -> "Interrupt":
         self.requested = False
@@ -264,6 +264,6 @@ def pretrain(config: TrainConfig, *, resume: bool = True) -> PretrainResult:
     """Pretrain a data2vec model as ``config`` says; goes on from the newest checkpoint in ``config.out``.
 
     Raises:
-        ConfigError, DataError, CheckpointError, TrainingStopped: see each; all are :class:`~d2v_fast.train.errors.UserError`.
+        UserError: ConfigError, DataError, CheckpointError or TrainingStopped (``train/errors.py``).
     """
     return Trainer(config, resume).run()

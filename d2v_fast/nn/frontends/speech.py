@@ -1,6 +1,7 @@
 """Waveform to frames: strided convolutions, each with norm and GELU, then layer norm and projection.
 
-fairseq: ``ConvFeatureExtractionModel``, ``layer_norm``, ``post_extract_proj`` and ``mask_emb`` of ``Data2VecAudioModel``.
+fairseq: ``ConvFeatureExtractionModel``, and ``layer_norm``, ``post_extract_proj``, ``mask_emb`` of
+``Data2VecAudioModel``.
 """
 
 import torch
