@@ -11,22 +11,45 @@ from torch import Tensor, nn
 from d2v_fast.nn.config import EncoderConfig, SpeechFrontEndConfig
 
 
+def strided_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
+    """``conv1d`` without padding on channels-last x [B, S, C], weight [D, C, kernel]: [B, T, D].
+
+    A group of ``stride`` taps is one matrix product on a view of ``x`` in which a row is ``stride`` steps side by side;
+    each tap that is left over is one on every ``stride``-th step. No im2col, and no transposed activations.
+    """
+    B, S, C = x.shape
+    D, _, kernel = weight.shape
+    T = (S - kernel) // stride + 1
+    whole = kernel - kernel % stride
+    y = None
+    for tap in range(0, whole, stride):
+        rows = x[:, tap : tap + T * stride].reshape(B, T, stride * C)
+        part = F.linear(rows, weight[:, :, tap : tap + stride].transpose(1, 2).reshape(D, stride * C))
+        y = part if y is None else y + part
+    for tap in range(whole, kernel):
+        part = F.linear(x[:, tap : tap + (T - 1) * stride + 1 : stride], weight[:, :, tap])
+        y = part if y is None else y + part
+    return y if bias is None else y + bias
+
+
 class ConvLayer(nn.Module):
-    """Conv1d, then layer norm over channels, group norm with one group per channel, or nothing, then GELU."""
+    """Convolution, then layer norm over channels, group norm with one group per channel, or nothing, then GELU."""
 
     def __init__(self, in_dim: int, out_dim: int, kernel: int, stride: int, bias: bool, norm: str) -> None:
         super().__init__()
-        self.conv = nn.Conv1d(in_dim, out_dim, kernel, stride, bias=bias)
+        self.conv = nn.Conv1d(in_dim, out_dim, kernel, stride, bias=bias)  # holds the parameters
         nn.init.kaiming_normal_(self.conv.weight)
         norms = {"layer": nn.LayerNorm, "group": lambda dim: nn.GroupNorm(dim, dim), "none": lambda dim: None}
         self.norm = norms[norm](out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, C_in, S_in] -> [B, C_out, S_out]."""
-        x = self.conv(x)
-        if isinstance(self.norm, nn.LayerNorm):
-            return F.gelu(self.norm(x.transpose(1, 2))).transpose(1, 2)
-        return F.gelu(x if self.norm is None else self.norm(x))
+        """x [B, S_in, C_in] -> [B, S_out, C_out]."""
+        x = strided_conv(x, self.conv.weight, self.conv.bias, self.conv.stride[0])
+        if isinstance(self.norm, nn.GroupNorm):
+            x = self.norm(x.transpose(1, 2)).transpose(1, 2)
+        elif self.norm is not None:
+            x = self.norm(x)
+        return F.gelu(x)
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
@@ -69,9 +92,9 @@ class SpeechFrontEnd(nn.Module):
             )
         factor = self.config.feature_grad_mult
         with torch.set_grad_enabled(torch.is_grad_enabled() and factor > 0):
-            x = self.convs(waveforms[:, None])  # [B, 512, T]
+            x = self.convs(waveforms[:, :, None])  # [B, T, 512]
         x = scale_gradient(x, factor) if factor > 0 else x
-        return self.proj(self.norm(x.transpose(1, 2)))
+        return self.proj(self.norm(x))
 
     def apply_mask(self, features: Tensor, mask: Tensor) -> Tensor:
         """Replace the masked rows of ``features`` [B, T, C] by the mask embedding; ``mask`` bool [B, T]."""
