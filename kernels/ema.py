@@ -11,8 +11,9 @@ from functools import lru_cache
 import torch
 import triton
 import triton.language as tl
-from d2v_fast.kernels import launch
 from torch import Tensor
+
+from d2v_fast.kernels import launch
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 import triton
 import triton.language as tl
-from d2v_fast.kernels import launch
 from torch import Tensor
+
+from d2v_fast.kernels import launch
 
 
 @dataclass(frozen=True)

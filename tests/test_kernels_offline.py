@@ -164,6 +164,7 @@ def main(tools: Path) -> None:
     import importlib
 
     import triton.language as tl
+
     from d2v_fast.kernels import launch
 
     found = {}
