@@ -15,7 +15,7 @@ from d2v_fast.nn.masking import BlockMask
 from d2v_fast.train import checkpoint
 from d2v_fast.train.data.base import DataError
 from d2v_fast.train.errors import ConfigError
-from d2v_fast.train.probe import ProbeConfig, ProbeResult, pooled, probe, probe_checkpoint, untrained_like
+from d2v_fast.train.probe import ProbeConfig, ProbeResult, _spread, pooled, probe, probe_checkpoint, untrained_like
 from d2v_fast.train.probe_readers import image_reader, log_mel_statistics, speech_reader, text_reader
 
 SMALL = {"layers": 2, "dim": 32, "ffn_dim": 48, "heads": 2}
@@ -286,7 +286,15 @@ def test_layer_must_exist(tones):
 
 
 @pytest.mark.parametrize(
-    "change", [{"layer": -1}, {"layer": "last"}, {"batch_size": 0}, {"max_seconds": 0}, {"std": (1.0, 0.0, 1.0)}]
+    "change",
+    [
+        {"layer": -1},
+        {"layer": "last"},
+        {"batch_size": 0},
+        {"max_seconds": 0},
+        {"max_examples": 0},
+        {"std": (1.0, 0.0, 1.0)},
+    ],
 )
 def test_bad_settings(change):
     with pytest.raises(ValueError, match=next(iter(change))):
@@ -322,6 +330,19 @@ def test_checkpoint(tmp_path, tokenizer):
     for layer in ("3", "-1", "last"):
         with pytest.raises(ConfigError, match=r"layer must be 'average' or in 0\.\.2"):
             probe_checkpoint(path, train, train, layer=layer)
+
+
+def test_max_examples_keeps_every_class_and_spreads():
+    examples = [(index, "many" if index < 90 else "few") for index in range(100)] + [(100, "one")]
+    kept = _spread(examples, 20)
+    assert [item for item, label in kept if label == "many"] == [i * 90 // 17 for i in range(17)]
+    assert [item for item, label in kept if label != "many"] == [90, 100]
+    assert _spread(examples, None) is examples and _spread(examples, 101) is examples
+
+
+def test_max_examples_limits_both_parts(tones):
+    result = run("speech", tones, config=ProbeConfig(max_examples=8))
+    assert (result.num_train, result.num_test) == (8, 8)
 
 
 def test_checkpoint_brings_its_image_statistics(tmp_path):

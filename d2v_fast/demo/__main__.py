@@ -15,6 +15,8 @@ from d2v_fast.train.logging import read_metrics
 from d2v_fast.train.loop import resolve_device
 from d2v_fast.train.probe import ProbeResult, probe_checkpoint
 
+PROBE_SECONDS = 3.0  # of a clip: with the limit below a probe takes about a minute on a CPU
+PROBE_EXAMPLES = 1000  # of each part
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells use it
 
 
@@ -48,7 +50,8 @@ def run_probes(checkpoint: Path, found: DemoSet | None) -> list[tuple[str, Probe
     results = []
     for folder, task in (found.about()["tasks"] if found else {}).items():
         parts = (found.probe_part(part, folder) for part in ("train", "test"))
-        results.append((task["question"], probe_checkpoint(checkpoint, *parts)))
+        result = probe_checkpoint(checkpoint, *parts, max_seconds=PROBE_SECONDS, max_examples=PROBE_EXAMPLES)
+        results.append((task["question"], result))
     return results
 
 

@@ -38,6 +38,7 @@ class ProbeConfig:
     layer: int | Literal["average"] = "average"  # 0 = encoder input, i = output of block i; average: of all blocks
     batch_size: int = 16  # images, texts; clips of speech go one by one
     max_seconds: float = 10.0  # of a clip, from its start
+    max_examples: int | None = None  # of each part, spread evenly over each class; None = all
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     seed: int = 0  # of the cross-validation folds
@@ -49,6 +50,8 @@ class ProbeConfig:
             raise ValueError(f"batch_size must be at least 1, got {self.batch_size}")
         if self.max_seconds <= 0:
             raise ValueError(f"max_seconds must be positive, got {self.max_seconds}")
+        if self.max_examples is not None and self.max_examples < 1:
+            raise ValueError(f"max_examples must be at least 1 or None, got {self.max_examples}")
         if self.std is not None and min(self.std) <= 0:
             raise ValueError(f"std must be positive, got {self.std}")
 
@@ -160,7 +163,14 @@ def probe(
 
 
 def probe_checkpoint(
-    checkpoint: str | Path, train: str | Path, test: str | Path, *, layer: str | int = "average", seed: int = 0
+    checkpoint: str | Path,
+    train: str | Path,
+    test: str | Path,
+    *,
+    layer: str | int = "average",
+    max_seconds: float = 10.0,
+    max_examples: int | None = None,
+    seed: int = 0,
 ) -> ProbeResult:
     """:func:`probe` of a run's ``checkpoint-*.pt``, on a GPU if there is one; ``seed`` makes the untrained model.
 
@@ -182,7 +192,7 @@ def probe_checkpoint(
     data = read(checkpoint)["config"]["data"]
     mean, std = (tuple(data[name]) if data.get(name) else None for name in ("mean", "std"))
     tokenizer = Path(checkpoint).parent / "tokenizer.json"
-    config = ProbeConfig(layer=layer, mean=mean, std=std, seed=seed)
+    config = ProbeConfig(layer=layer, max_seconds=max_seconds, max_examples=max_examples, mean=mean, std=std, seed=seed)
     return probe(model, untrained_like(model, seed), train, test, config, tokenizer=tokenizer)
 
 
@@ -245,11 +255,25 @@ def _chunks(items: Sequence, size: int) -> Iterator[list]:
         yield chunk
 
 
+def _spread(examples: list[tuple[Any, str]], limit: int | None) -> list[tuple[Any, str]]:
+    """About ``limit`` examples, evenly out of each class in proportion to its size; at least one of each."""
+    if limit is None or len(examples) <= limit:
+        return examples
+    classes: dict[str, list[tuple[Any, str]]] = {}
+    for example in examples:
+        classes.setdefault(example[1], []).append(example)
+    kept = []
+    for group in classes.values():
+        count = max(1, limit * len(group) // len(examples))
+        kept += [group[i * len(group) // count] for i in range(count)]
+    return kept
+
+
 def _extract(
     reader: Reader, models: dict[str, Data2Vec], path: Path, config: ProbeConfig
 ) -> tuple[dict[str, Features], np.ndarray, list[tuple[str, str]]]:
     """Features by row name, labels [M], and what was skipped."""
-    examples = reader.examples(path)
+    examples = _spread(reader.examples(path), config.max_examples)
     features: dict[str, list[Features]] = {name: [] for name in (*models, reader.plain_name)}
     labels: list[str] = []
     skipped: list[tuple[str, str]] = []
