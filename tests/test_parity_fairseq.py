@@ -59,7 +59,7 @@ def speech_pair(norm: dict, mode: str = "layer", profile: str = "fairseq", **fla
             config.targets,
             top_k=TOP_K,
             norm=next((names[n] for n in norm if n in names), "none"),
-            post_norm="layer" if "layer_norm_targets" in norm else "none",
+            post_norm=next((n for n in ("layer", "instance") if f"{n}_norm_targets" in norm), "none"),
         ),
         loss=replace(config.loss, beta=flags.get("loss_beta", 0.0)),
         ema=replace(config.ema, decay=0.5, end_decay=0.9, anneal_updates=10),
@@ -98,6 +98,7 @@ def gradients_match(theirs, ours, to_state, tolerance: float) -> None:
 NORMS = {
     "instance": {"instance_norm_target_layer": True},  # the released LibriSpeech recipe
     "instance+layer": {"instance_norm_target_layer": True, "layer_norm_targets": True},  # AudioSet
+    "instance+instance": {"instance_norm_target_layer": True, "instance_norm_targets": True},
     "layer": {"layer_norm_target_layer": True},
     "batch": {"batch_norm_target_layer": True},
     "none": {},
@@ -251,3 +252,38 @@ def test_teacher_weights_after_steps():
 
 def _prefixed(module) -> dict[str, torch.Tensor]:
     return {f"encoder.{k}": v for k, v in module.state_dict().items()}
+
+
+def test_span_masks_have_fairseqs_distribution():
+    """Share masked at every frame and count per row, against ``compute_mask_indices``: 4 standard errors."""
+    from fairseq.data.data_utils import compute_mask_indices
+
+    T, rows, draws = 120, 4, 500
+    mask = Data2VecConfig.speech().mask
+    rng = np.random.default_rng(0)
+    got = np.concatenate([mask.draw(rng, np.full(rows, T), T) for _ in range(draws)])
+    want = np.concatenate([compute_mask_indices((rows, T), None, 0.65, 10, min_masks=1) for _ in range(draws)])
+    error = np.sqrt(2 * 0.25 / (rows * draws))
+    # rows of a batch share their count, so the counts of different batches are the independent draws
+    assert abs(got.sum(1).mean() - want.sum(1).mean()) < 4 * np.sqrt(2 * want.sum(1).var() / draws)
+    assert np.abs(got.mean(0) - want.mean(0)).max() < 5 * error
+    assert got.sum(1).reshape(draws, rows).std(1).max() == 0 == want.sum(1).reshape(draws, rows).std(1).max()
+
+
+def test_one_teacher_step_is_ema_modules():
+    """``ema_update_`` against ``EMAModule.step`` on the same tensors."""
+    from fairseq.modules.ema_module import EMAModule, EMAModuleConfig
+
+    from d2v_fast.ops import ema_update_
+
+    student = torch.nn.Linear(7, 5)
+    theirs = EMAModule(student, EMAModuleConfig(ema_decay=0.999))
+    mine = [p.detach().clone() for p in student.parameters()]
+    for _ in range(3):
+        with torch.no_grad():
+            for p in student.parameters():
+                p.add_(torch.randn_like(p))
+        theirs.step(student)
+        ema_update_(mine, [p.detach() for p in student.parameters()], 0.999)
+    for a, b in zip(mine, theirs.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
