@@ -111,6 +111,15 @@ def test_crop_is_a_random_part_of_the_normalised_file(tmp_path):
     assert len(starts) == 4
 
 
+def test_crop_multiple_gives_few_lengths(folder):
+    """Crops are cut to the next lower multiple, and never below min_seconds."""
+    free = [b.inputs.shape[1] for _, _, b in take(SpeechData(config(folder, max_tokens=RATE), MODEL, 0), 6)]
+    data = SpeechData(config(folder, max_tokens=RATE, crop_multiple=4000), MODEL, 0)
+    cut = [b.inputs.shape[1] for _, _, b in take(data, 6)]
+    assert cut == [size - size % 4000 for size in free]
+    assert min(cut) >= 0.5 * RATE and len(set(cut)) < len(set(free))
+
+
 def test_normalisation_is_layer_norm():
     wave = np.float32(0.3) + np.random.default_rng(0).standard_normal(5000, dtype=np.float32) * np.float32(0.02)
     expected = torch.nn.functional.layer_norm(torch.from_numpy(wave).double(), (5000,))
@@ -233,6 +242,8 @@ def test_missing_manifest(tmp_path):
         ({"min_seconds": 0}, "min_seconds"),
         ({"max_seconds": 0.1}, "max_seconds"),
         ({"max_tokens": 100}, "max_tokens"),
+        ({"crop_multiple": 0}, "crop_multiple"),
+        ({"crop_multiple": 3000}, "crop_multiple"),
         ({"extensions": ("wav",)}, "extensions"),
         ({"extensions": ()}, "extensions"),
     ],

@@ -39,6 +39,7 @@ class SpeechDataConfig:
     max_tokens: int = 3_800_000  # samples in a batch: items times the longest of them; also caps a crop
     min_seconds: float = 2.0  # shorter files are skipped
     max_seconds: float = 20.0  # longer ones are cropped
+    crop_multiple: int = 1  # crops are a multiple of so many samples; 1 = exactly the shortest clip, as fairseq
     normalize: bool = True  # zero mean and unit variance per file
     extensions: tuple[str, ...] = AUDIO_EXTENSIONS
 
@@ -58,6 +59,13 @@ class SpeechDataConfig:
             "data.max_tokens",
             f"at least the {shortest} samples of one clip of min_seconds ({self.min_seconds})",
             self.max_tokens,
+        )
+        # few distinct lengths: allocators and per-shape kernel caches then stay small
+        require(
+            self.crop_multiple >= 1 and shortest % self.crop_multiple == 0,
+            "data.crop_multiple",
+            f"a divisor of the {shortest} samples of min_seconds ({self.min_seconds})",
+            self.crop_multiple,
         )
         require(
             len(self.extensions) > 0 and all(e == e.lower() and e.startswith(".") for e in self.extensions),
@@ -165,6 +173,7 @@ class SpeechData(PretrainData):
             return None
         # a manifest may understate the lengths, so the budget is enforced once more
         size = min(min(w.size for w in waves), self.max_samples, self.config.max_tokens // len(waves))
+        size -= size % self.config.crop_multiple
         crop = self.rng(self.CROP, epoch, index)
         starts = [int(crop.integers(w.size - size + 1)) for w in waves]
         inputs = np.stack([w[s : s + size] for w, s in zip(waves, starts, strict=True)])  # [B, S]
