@@ -16,7 +16,7 @@ from d2v_fast.train.loop import resolve_device
 from d2v_fast.train.probe import ProbeResult, probe_checkpoint
 
 PROBE_SECONDS = 3.0  # of a clip: with the limit below a probe takes about a minute on a CPU
-PROBE_EXAMPLES = 1000  # of each part
+PROBE_EXAMPLES = 600  # of each part
 INTERRUPTED = 130  # exit code after Ctrl-C, as shells use it
 
 
