@@ -279,17 +279,20 @@ def cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     )
 
 
-def test_ctrl_c_saves_and_says_where(text_folder, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_says_where(text_folder, tmp_path, number):
+    """The signal goes to the whole process group, the loader's workers included, as terminals and schedulers do it."""
     out = tmp_path / "run"
-    arguments = overrides(text_folder, out, "updates=100000", "checkpoint_every=100000", "log_every=1")
+    arguments = overrides(text_folder, out, "updates=100000", "checkpoint_every=100000", "log_every=1", "workers=1")
     process = subprocess.Popen(
         [sys.executable, "-m", "d2v_fast", "pretrain", "text_demo", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     )
     json.loads(process.stdout.readline())  # the first update is done
-    process.send_signal(signal.SIGINT)
+    os.killpg(process.pid, number)
     stdout, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
     saved = checkpoint.checkpoints(out)

@@ -6,7 +6,7 @@ import os
 import resource
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -171,7 +171,7 @@ class Trainer:
             self.data.save_tokenizer(self.folder / "tokenizer.json")
         self.skipped_files: set[str] = {name for name, _ in self.data.skipped}
 
-    def _micro_batches(self) -> Iterator[tuple[int, int, Batch]]:
+    def _micro_batches(self) -> Generator[tuple[int, int, Batch]]:
         loader = batches(
             self.data,
             epoch=self.progress.epoch,
@@ -190,10 +190,12 @@ class Trainer:
         last = min(config.updates, first + config.stop_after) if config.stop_after else config.updates
         log = MetricLog(self.folder, config.updates, first)
         self.model.train()
+        stream = self._micro_batches()
         try:
             with Interrupt() as interrupt:
-                self._updates(log, last, interrupt)
+                self._updates(log, last, interrupt, stream)
         finally:
+            stream.close()  # ends the loader's workers
             log.close()
         path = checkpoint.checkpoint_path(self.folder, self.progress.update)
         if not path.exists():
@@ -201,8 +203,8 @@ class Trainer:
         plot_curves(self.folder)
         return self._result(path, time.monotonic() - start)
 
-    def _updates(self, log: MetricLog, last: int, interrupt: Interrupt) -> None:
-        config, window, stream = self.config, Window(), self._micro_batches()
+    def _updates(self, log: MetricLog, last: int, interrupt: Interrupt, stream: Iterator) -> None:
+        config, window = self.config, Window()
         mark, waited, since = time.monotonic(), 0.0, 0
         while self.progress.update < last and not interrupt.requested:
             update, before = self.progress.update, time.monotonic()

@@ -10,9 +10,9 @@ Dims: M examples, B batch, T positions, C channels, S samples, D features.
 import logging
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, fields
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,7 +36,7 @@ class ProbeConfig:
     """How to probe. ``mean`` and ``std`` of images must be those of pretraining; None: its defaults."""
 
     layer: int | Literal["average"] = "average"  # 0 = encoder input, i = output of block i; average: of all blocks
-    batch_size: int = 16  # images, texts; clips of speech go one by one
+    batch_size: int = 16  # clips of speech share a batch only with others of their length
     max_seconds: float = 10.0  # of a clip, from its start
     max_examples: int | None = None  # of each part, spread evenly over each class; None = all
     mean: tuple[float, ...] | None = None
@@ -241,7 +241,7 @@ def _fit(
 def _reader(model: Data2Vec, config: ProbeConfig, tokenizer: str | Path | None) -> Reader:
     frontend = model.config.frontend
     if model.config.modality == "speech":
-        return speech_reader(frontend, config.max_seconds)
+        return speech_reader(frontend, config.max_seconds, config.batch_size)
     if model.config.modality == "image":
         return image_reader(frontend, config.mean, config.std, config.batch_size)
     if tokenizer is None:
@@ -249,7 +249,14 @@ def _reader(model: Data2Vec, config: ProbeConfig, tokenizer: str | Path | None) 
     return text_reader(frontend, tokenizer, config.batch_size)
 
 
-def _chunks(items: Sequence, size: int) -> Iterator[list]:
+def _batches(decoded: list[tuple[Any, str]], reader: Reader) -> Iterator[list[tuple[Any, str]]]:
+    """``decoded``, sorted by length, in batches."""
+    runs = groupby(decoded, key=lambda pair: len(pair[0]) if reader.equal_lengths else 0)
+    for _, run in runs:
+        yield from _chunks(run, reader.batch_size)
+
+
+def _chunks(items: Iterable, size: int) -> Iterator[list]:
     iterator = iter(items)
     while chunk := list(islice(iterator, size)):
         yield chunk
@@ -285,7 +292,7 @@ def _extract(
             except UnreadableFile as error:
                 skipped.append((str(item), error.reason))
         decoded.sort(key=lambda pair: len(pair[0]))
-        for batch in _chunks(decoded, reader.batch_size):
+        for batch in _batches(decoded, reader):
             raw = [example for example, _ in batch]
             inputs, padding_mask = reader.collate(raw)
             for name, model in models.items():

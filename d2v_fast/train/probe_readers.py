@@ -30,6 +30,7 @@ class Reader:
     collate: Callable[[list[Any]], tuple[Tensor, Tensor | None]]  # -> inputs, padding mask bool [B, T] or None
     plain: Callable[[list[Any]], Features]  # decoded examples -> features [B, D]
     batch_size: int
+    equal_lengths: bool = False  # put only examples of one length into a batch
 
 
 def folder_examples(path: Path) -> list[tuple[Path, str]]:
@@ -71,10 +72,10 @@ def _mel_filters(sample_rate: int, fft_size: int, bands: int) -> Tensor:  # [fft
     return torch.from_numpy(np.clip(np.minimum(rising, falling), 0, None)).float()
 
 
-def speech_reader(frontend: SpeechFrontEndConfig, max_seconds: float) -> Reader:
+def speech_reader(frontend: SpeechFrontEndConfig, max_seconds: float, batch_size: int) -> Reader:
     """Clips normalised as a whole, as in pretraining, then cut to their first ``max_seconds``.
 
-    They go through the model one by one: in a padded batch the positional convolutions (and a group norm) would see
+    Only clips of one length share a batch: in a padded one the positional convolutions (and a group norm) would see
     the padding, and a clip's features would depend on its neighbours.
     """
     from d2v_fast.train.data.audio import normalize_waveform, read_waveform
@@ -87,13 +88,13 @@ def speech_reader(frontend: SpeechFrontEndConfig, max_seconds: float) -> Reader:
             raise UnreadableFile(path, f"{len(waveform)} samples are too short for a single frame")
         return normalize_waveform(waveform)[:limit]
 
-    def collate(waveforms: list[np.ndarray]) -> tuple[Tensor, None]:  # float [1, S]
+    def collate(waveforms: list[np.ndarray]) -> tuple[Tensor, None]:  # float [B, S]
         return torch.from_numpy(np.stack(waveforms)), None
 
     def plain(waveforms: list[np.ndarray]) -> np.ndarray:  # [B, 160]
         return np.stack([log_mel_statistics(waveform, frontend.sample_rate) for waveform in waveforms])
 
-    return Reader("log-mel mean and std", folder_examples, read, collate, plain, 1)
+    return Reader("log-mel mean and std", folder_examples, read, collate, plain, batch_size, equal_lengths=True)
 
 
 # ---- images ----------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ exactly those that the interrupted one would have seen.
 
 import logging
 import os
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -159,10 +160,17 @@ def batches(
         num_workers=num_workers,
         collate_fn=_unchanged,
         pin_memory=pin_memory,
+        worker_init_fn=_leave_stopping_to_the_main_process,
         prefetch_factor=prefetch if num_workers else None,
         generator=torch.Generator(),  # else the loader takes its workers' seed from the global generator
     )
     return _readable(data, loader, (epoch, index))
+
+
+def _leave_stopping_to_the_main_process(worker: int) -> None:
+    # Schedulers send SIGTERM to the whole process group; the main process still needs its batches to stop in order.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _unchanged(loaded: _Loaded) -> _Loaded:
