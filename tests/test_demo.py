@@ -362,18 +362,26 @@ def test_demo_on_own_data_without_labels(tmp_path, capsys):
     assert load_run(tmp_path / "runs/image").probes == []
 
 
-def test_demo_goes_on_past_missing_sets(tmp_path, monkeypatch, capsys):
-    def run_modality(name, options):
-        if name != "image":
+def fake_fetch(missing):
+    def load_data(name, own, folder):
+        if name in missing:
             raise FetchError(f"{name}: no network")
+        return str(folder), {}, None
+
+    return load_data
+
+
+def test_demo_goes_on_past_missing_sets(tmp_path, monkeypatch, capsys):
+    def run_one(name, options):
         (options.out / name).mkdir(parents=True)
         store(options.out / name / "x", make_run(name))
         for file in (options.out / name / "x").iterdir():
             file.rename(options.out / name / file.name)
         (options.out / name / "checkpoint-00000001.pt").touch()
-        return True
+        return 0
 
-    monkeypatch.setattr(demo, "run_modality", run_modality)
+    monkeypatch.setattr(demo, "load_data", fake_fetch({"speech", "text"}))
+    monkeypatch.setattr(demo, "run_one", run_one)
     assert demo.main(["--out", str(tmp_path)]) == 0
     captured = capsys.readouterr()
     assert (
@@ -385,23 +393,34 @@ def test_demo_goes_on_past_missing_sets(tmp_path, monkeypatch, capsys):
     assert demo.main(["--out", str(tmp_path), "--modality", "text"]) == 1
 
 
-@pytest.mark.parametrize("how", ["between updates", "elsewhere"])
+@pytest.mark.parametrize("how", ["between updates", "elsewhere", "while fetching"])
 def test_ctrl_c(tmp_path, monkeypatch, how):
-    def run_modality(name, options):
+    def run_one(name, options):
         if how == "elsewhere":
             raise KeyboardInterrupt
-        return False
+        return 130
 
-    monkeypatch.setattr(demo, "run_modality", run_modality)
+    def interrupted(name, own, folder):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "load_data", interrupted if how == "while fetching" else fake_fetch(()))
+    monkeypatch.setattr(demo, "run_one", run_one)
     assert demo.main(["--out", str(tmp_path)]) == 130
     assert not (tmp_path / "report.html").exists()
+
+
+def test_metric_records_are_shortened():
+    record = {"update": 20, "loss": 1.23456, "target_var": 0.7, "pred_var": 0.5, "lr": 0.1}
+    assert demo.readable(json.dumps(record)) == "update    20  loss 1.2346  std of targets 0.700, of predictions 0.500"
+    for line in ("probing", "12", '{"other": 1}'):
+        assert demo.readable(line) == line
 
 
 def test_bad_data_fails(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     arguments = ["--modality", "speech", "--speech", str(tmp_path / "empty"), "--data", str(tmp_path / "none")]
     assert demo.main([*arguments, "--out", str(tmp_path / "runs")]) == 1
-    assert "speech failed: " in capsys.readouterr().err
+    assert "[speech] speech failed: " in capsys.readouterr().out
 
 
 def test_probe_parts_of_text_are_files(tmp_path):

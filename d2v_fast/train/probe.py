@@ -37,7 +37,7 @@ class ProbeConfig:
 
     layer: int | Literal["average"] = "average"  # 0 = encoder input, i = output of block i; average: of all blocks
     batch_size: int = 16  # clips of speech share a batch only with others of their length
-    max_seconds: float = 10.0  # of a clip, from its start
+    max_seconds: float = 10.0  # of a clip, from its middle
     max_examples: int | None = None  # of each part, spread evenly over each class; None = all
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None

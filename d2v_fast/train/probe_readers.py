@@ -73,7 +73,7 @@ def _mel_filters(sample_rate: int, fft_size: int, bands: int) -> Tensor:  # [fft
 
 
 def speech_reader(frontend: SpeechFrontEndConfig, max_seconds: float, batch_size: int) -> Reader:
-    """Clips normalised as a whole, as in pretraining, then cut to their first ``max_seconds``.
+    """Clips normalised as a whole, as in pretraining, then cut to the ``max_seconds`` in their middle.
 
     Only clips of one length share a batch: in a padded one the positional convolutions (and a group norm) would see
     the padding, and a clip's features would depend on its neighbours.
@@ -86,7 +86,8 @@ def speech_reader(frontend: SpeechFrontEndConfig, max_seconds: float, batch_size
         waveform = read_waveform(path)
         if frontend.num_frames(len(waveform)) < 1:
             raise UnreadableFile(path, f"{len(waveform)} samples are too short for a single frame")
-        return normalize_waveform(waveform)[:limit]
+        start = max(0, (len(waveform) - limit) // 2)  # the middle: ends are often silence
+        return normalize_waveform(waveform)[start : start + limit]
 
     def collate(waveforms: list[np.ndarray]) -> tuple[Tensor, None]:  # float [B, S]
         return torch.from_numpy(np.stack(waveforms)), None
