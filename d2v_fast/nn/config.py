@@ -82,6 +82,7 @@ class TextFrontEndConfig:
     vocab_size: int = 50_265  # with the special tokens
     max_positions: int = 512
     dropout: float = 0.1
+    position_init_std: float = 0.02  # below it, short runs depend less on where a token stands
 
     bos_index = 0
     pad_index = 1

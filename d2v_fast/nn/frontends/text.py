@@ -16,7 +16,7 @@ class TextEmbedding(nn.Module):
         self.tokens = nn.Embedding(config.vocab_size, encoder.dim, padding_idx=config.pad_index)
         self.positions = nn.Embedding(config.max_positions + config.pad_index + 1, encoder.dim, config.pad_index)
         nn.init.normal_(self.tokens.weight, std=0.02)
-        nn.init.normal_(self.positions.weight, std=0.02)
+        nn.init.normal_(self.positions.weight, std=config.position_init_std)
         with torch.no_grad():
             self.tokens.weight[config.pad_index].zero_()
         self.norm = nn.LayerNorm(encoder.dim, eps=encoder.norm_eps)
