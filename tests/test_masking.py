@@ -48,7 +48,7 @@ def test_span_marginals_match_the_algorithm():
 def test_span_lengths_and_counts():
     """Unequalised: runs are at least `length` long (unless cut by the end), and the number of spans is n or n + 1."""
     T = 200
-    masks = SpanMask(equalize=False).draw(RNG(0), np.full(500, T), T)
+    masks = SpanMask(equalize=False).draw(RNG(0), np.full(5000, T), T)
     for row in masks:
         assert runs(row).min() >= 10
     # 13 spans exactly: between 13 * 10 (no overlap) and 13 + 9 (one run) positions
@@ -87,12 +87,15 @@ def test_masks_stay_off_padding():
 
 
 def test_short_rows():
-    """fairseq shortens the excluded tail; a row that would be masked entirely is an error, as there."""
-    drawn = SpanMask(equalize=False).draw(RNG(0), np.full(50, 14), 14)
-    assert ((drawn.sum(1) > 0) & (drawn.sum(1) < 14)).all()
-    with pytest.raises(ValueError, match="a row of 5 positions is too short"):
-        for seed in range(50):
-            SpanMask().draw(RNG(seed), np.full(4, 5), 5)
+    """fairseq shortens the excluded tail; a row that would be masked entirely keeps one position to see, anywhere."""
+    for T in (2, 5, 12, 14):
+        drawn = SpanMask(prob=0.9, equalize=False).draw(RNG(0), np.full(5000, T), T)
+        assert ((drawn.sum(1) > 0) & (drawn.sum(1) < T)).all()
+        assert T == 14 or not drawn.all(0).any()  # 14 frames are never masked entirely, but some of them always
+    equal = SpanMask(prob=0.9).draw(RNG(0), np.array([2, 14, 5]), 14)
+    assert equal.sum(1).tolist() == [1, 1, 1]
+    with pytest.raises(ValueError, match=r"lengths must be at least 2 .* got \[5, 1\]"):
+        SpanMask().draw(RNG(0), np.array([5, 1]), 5)
 
 
 def test_text_fraction_and_ends():
@@ -150,6 +153,12 @@ def test_block_distribution_matches_the_algorithm():
     assert abs(edges(got).mean() - edges(want).mean()) < 4 * spread
 
 
+def test_block_mask_is_never_empty():
+    """Blocks of 15 patches do not fit a grid of 4 x 4: a block must be smaller than the grid in both directions."""
+    drawn = BlockMask(num_masked=15, min_block=15).draw(RNG(0), np.full(400, 16), 16)
+    assert (drawn.sum(1) == 1).all() and drawn.any(0).all()
+
+
 def test_same_generator_same_mask():
     for mask, T in ((SpanMask(), 300), (TokenSpanMask(), 300), (BlockMask(), 196)):
         a, b = (mask.draw(RNG(7), np.full(5, T), T) for _ in range(2))
@@ -165,6 +174,7 @@ def test_same_generator_same_mask():
         (lambda: SpanMask(length=0), "mask.length must be >= 1"),
         (lambda: TokenSpanMask(prob=1.5), "mask.prob"),
         (lambda: BlockMask(num_masked=0), "mask.num_masked"),
+        (lambda: BlockMask(num_masked=8), "mask.min_block must be at most num_masked = 8, got 16"),
         (lambda: BlockMask(min_aspect=2.0), "mask.min_aspect"),
         (lambda: BlockMask().draw(RNG(0), np.full(2, 150), 150), "must be a square above 120, got 150"),
         (lambda: BlockMask().draw(RNG(0), np.full(2, 100), 100), "must be a square above 120, got 100"),

@@ -33,7 +33,7 @@ def make_model(modality: str, seed: int = 0) -> Data2Vec:
     else:
         frontend = dataclasses.replace(config.frontend, image_size=16, patch_size=4)
         config = dataclasses.replace(
-            config, frontend=frontend, encoder=encoder, targets=targets, mask=BlockMask(num_masked=8)
+            config, frontend=frontend, encoder=encoder, targets=targets, mask=BlockMask(num_masked=8, min_block=2)
         )
     torch.manual_seed(seed)
     return Data2Vec(dataclasses.replace(config, frontend=frontend))

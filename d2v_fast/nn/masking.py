@@ -43,6 +43,7 @@ class SpanMask:
     ``prob`` is the share of positions covered if no spans overlapped. A row of n positions gets
     ``floor(prob * n / length + U[0, 1))`` spans, at least ``min_spans``, with starts drawn without replacement from the
     first ``n - length``. With ``equalize`` the rows of a batch are then trimmed at random to the smallest count.
+    Where all of a short row got masked, which fairseq refuses, one random position of it is unmasked again.
     """
 
     prob: float = 0.65
@@ -59,9 +60,11 @@ class SpanMask:
         """Return a bool mask [B, num_positions], True = masked, never beyond ``lengths`` [B].
 
         Raises:
-            ValueError: a row is too short for a mask that leaves something to see.
+            ValueError: a row of one position: a mask that leaves something to see needs two.
         """
         lengths = _check_lengths(lengths, num_positions)
+        if lengths.min() < 2:
+            raise ValueError(f"lengths must be at least 2 to mask a part of each row, got {lengths.tolist()}")
         spans = np.floor(self.prob * lengths / self.length + rng.random(lengths.size)).astype(np.int64)
         spans = np.maximum(spans, self.min_spans)
         # fairseq shortens the excluded tail when a row has too few possible starts for its spans
@@ -70,11 +73,10 @@ class SpanMask:
         starts = _random_subset(rng, time < (lengths - tail)[:, None], spans)
         mask = _spread(starts, min(self.length, num_positions)) & (time < lengths[:, None])
         count = mask.sum(1)
-        if (count == lengths).any():
-            shortest = int(lengths[count == lengths].min())
-            raise ValueError(
-                f"a row of {shortest} positions is too short for spans of {self.length}: all of it was masked"
-            )
+        whole = count == lengths
+        if whole.any():
+            count[whole] -= 1
+            mask[whole] = _random_subset(rng, mask[whole], count[whole])
         return _random_subset(rng, mask, np.full_like(count, count.min())) if self.equalize else mask
 
 
@@ -107,7 +109,8 @@ class BlockMask:
     """Rectangles of patches until ``num_masked`` are covered (BEiT, Bao et al. 2021, algorithm 1; never more).
 
     Areas are uniform in ``min_block .. what is left`` and aspect ratios log-uniform in
-    ``min_aspect .. 1 / min_aspect``; after ten failed attempts in a row an image keeps what it has.
+    ``min_aspect .. 1 / min_aspect``; after ten failed attempts in a row an image keeps what it has, or, if that is
+    nothing (no block fits a very small grid), one random patch, which the algorithm does not provide for.
     """
 
     num_masked: int = 120
@@ -119,6 +122,8 @@ class BlockMask:
     def __post_init__(self) -> None:
         if self.num_masked < 1 or self.min_block < 1:
             raise ValueError(f"mask.num_masked and min_block must be >= 1, got {self.num_masked} and {self.min_block}")
+        if self.min_block > self.num_masked:
+            raise ValueError(f"mask.min_block must be at most num_masked = {self.num_masked}, got {self.min_block}")
         _check_probability("mask.min_aspect", self.min_aspect)
 
     def draw(self, rng: np.random.Generator, lengths: np.ndarray, num_positions: int) -> np.ndarray:
@@ -150,4 +155,7 @@ class BlockMask:
             accepted = (height < side) & (width < side) & (new > 0) & (new <= budget)
             mask[live[accepted]] |= block[accepted]
             failures[live] = np.where(accepted, 0, failures[live] + 1)
-        return mask.reshape(lengths.size, num_positions)
+        mask = mask.reshape(lengths.size, num_positions)
+        empty = np.flatnonzero(~mask.any(1))
+        mask[empty, rng.integers(num_positions, size=empty.size)] = True
+        return mask
