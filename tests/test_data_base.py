@@ -14,6 +14,9 @@ from d2v_fast.train.data.base import fixed_batches, list_files, relative_names
 class Numbers(PretrainData):
     """Items 0 .. count - 1, of which ``broken`` cannot be read; a batch holds the items and a random number."""
 
+    def contents(self):
+        return [str(self.count).encode()]
+
     def __init__(self, count=10, broken=(), seed=0, batch_size=2):
         super().__init__(seed)
         self.count, self.broken, self.batch_size = count, broken, batch_size

@@ -134,11 +134,30 @@ def test_yaml_file(tmp_path):
         ("speech_base", [DATA, "updates"], "an override must look like key=value, got 'updates'"),
         ("speech_base", [DATA, "updates=0"], "updates must be at least 1, got 0"),
         ("speech_base", [DATA, "data.min_seconds=0"], "data.min_seconds must be positive"),
+        ("speech_base", [DATA, "optim.lr=-1"], "optim.lr must be a number >= 0, got -1.0"),
+        ("speech_base", [DATA, "optim.betas=[0.9,1.0]"], r"optim.betas must be in \[0, 1\)"),
+        ("speech_base", [DATA, "schedule.warmup_updates=-1"], "schedule.warmup_updates must be >= 0"),
+        ("speech_base", [DATA, "workers=-1"], "workers must be at least 0, got -1"),
+        ("speech_base", [DATA, "seed=-1"], "seed must be at least 0, got -1"),
+        ("speech_base", [DATA, "model=foo"], "model is a group of keys, got the single value 'foo'"),
+        ("speech_base", ["data.path=["], "overrides: "),
     ],
 )
 def test_refusals(preset, overrides, match):
     with pytest.raises(ConfigError, match=match):
         load_config(preset, overrides)
+
+
+def test_bad_yaml_files(tmp_path):
+    for text, match in (("a: [", "cannot read the configuration"), ("[1, 2]", "must hold keys and values")):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ConfigError, match=match):
+            load_config(str(tmp_path / "bad.yaml"))
+
+
+def test_folders_named_like_numbers():
+    config = load_config("speech_base", ["data.path=2024", "out=1"])
+    assert (config.data.path, config.out) == ("2024", "1")
 
 
 def test_differences_ignore_where_and_how_often():

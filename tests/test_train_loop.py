@@ -5,10 +5,10 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny import tiny_batch, tiny_config
@@ -62,6 +62,22 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     return checkpoint.read(path)["model"]
 
 
+# runs the command and kills itself with SIGKILL in the middle of update 18
+KILLED = """
+import os, signal, sys
+from d2v_fast.train import load_config, loop, pretrain
+real, count = loop.train_step, 0
+def step(*args, **kwargs):
+    global count
+    count += 1
+    if count == 18:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*args, **kwargs)
+loop.train_step = step
+pretrain(load_config("text_demo", sys.argv[1:]))
+"""
+
+
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
@@ -72,14 +88,11 @@ def test_resume_after_kill_is_bit_equal(text_folder, tmp_path, workers):
     more = (f"workers={workers}", "accumulate=2", "updates=40", "checkpoint_every=5")
     whole = pretrain(load_config("text_demo", overrides(text_folder, tmp_path / "whole", *more)))
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "d2v_fast", "pretrain", "text_demo", *overrides(text_folder, out, *more)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not checkpoint.checkpoints(out) and process.poll() is None:
-        time.sleep(0.02)
-    process.kill()
-    process.wait()
-    assert 0 < int(checkpoint.checkpoints(out)[-1].stem[-8:]) < 40, "killed too late to test anything"
-    resumed = pretrain(load_config("text_demo", overrides(text_folder, out, *more)))
+    arguments = overrides(text_folder, out, *more)
+    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [p.name for p in checkpoint.checkpoints(out)] == ["checkpoint-00000010.pt", "checkpoint-00000015.pt"]
+    resumed = pretrain(load_config("text_demo", arguments))
     assert resumed.finished and resumed.updates == 40
     assert equal(weights(whole.checkpoint), weights(resumed.checkpoint))
     logged = [(row["update"], row["loss"]) for row in read_metrics(out)]
@@ -87,14 +100,103 @@ def test_resume_after_kill_is_bit_equal(text_folder, tmp_path, workers):
     assert logged[-1] == [(row["update"], row["loss"]) for row in read_metrics(tmp_path / "whole")][-1]
 
 
-def test_resume_at_every_checkpoint_and_of_every_modality(text_folder, tmp_path):
-    """``stop_after`` ends a session as an interruption would; the sum of sessions is the whole run."""
-    whole = pretrain(load_config("text_demo", overrides(text_folder, tmp_path / "whole")))
-    parts = tmp_path / "parts"
+@pytest.fixture
+def image_folder(tmp_path) -> Path:
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    (tmp_path / "image").mkdir()
+    for i in range(24):
+        Image.fromarray(rng.integers(0, 256, (30, 34), dtype=np.uint8)).save(tmp_path / "image" / f"{i:02d}.png")
+    return tmp_path / "image"
+
+
+@pytest.fixture
+def speech_folder(tmp_path) -> Path:
+    import soundfile
+
+    rng = np.random.default_rng(0)
+    (tmp_path / "speech").mkdir()
+    for i in range(12):
+        wave = 0.1 * rng.standard_normal(16_000 + 1_000 * i)
+        soundfile.write(tmp_path / "speech" / f"{i:02d}.wav", wave, 16_000)
+    return tmp_path / "speech"
+
+
+SMALL = {
+    "text": ("data.batch_size=8",),
+    "image": ("data.batch_size=6", "data.color_jitter=0.4", "data.hflip=0.5"),
+    "speech": ("data.max_tokens=60000", "data.min_seconds=1", "data.crop_multiple=1"),
+}
+
+
+@pytest.mark.parametrize("modality", SMALL)
+def test_sessions_add_up(modality, request, tmp_path):
+    """``stop_after`` ends a session as an interruption would; three sessions give the weights of one run."""
+    folder = request.getfixturevalue(f"{modality}_folder")
+    common = [f"data.path={folder}", "updates=6", "checkpoint_every=4", "workers=0", "device=cpu", *SMALL[modality]]
+    if modality == "text":
+        common += [o for o in overrides(folder, tmp_path, "updates=6") if o.startswith(("model.", "data.tokens"))]
+    common += ["model.encoder.dropout=0.1", "model.encoder.layers=3", "model.targets.top_k=2"]
+    whole = pretrain(load_config(f"{modality}_demo", [*common, f"out={tmp_path / 'whole'}"]))
     for _ in range(3):
-        result = pretrain(load_config("text_demo", overrides(text_folder, parts, "stop_after=5")))
+        result = pretrain(load_config(f"{modality}_demo", [*common, f"out={tmp_path / 'parts'}", "stop_after=2"]))
     assert result.finished
     assert equal(weights(whole.checkpoint), weights(result.checkpoint))
+
+
+def test_changed_data_is_refused(text_folder, image_folder, tmp_path):
+    """Another text under the same path must neither change the tokenizer nor be trained on."""
+    out = tmp_path / "run"
+    pretrain(load_config("text_demo", overrides(text_folder, out, "stop_after=2")))
+    tokenizer = (out / "tokenizer.json").read_bytes()
+    (text_folder / "b.txt").write_text("something else entirely\n" * 50, encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"the data has changed since .* Then: .* 1 files.* Now: .* 2 files"):
+        pretrain(load_config("text_demo", overrides(text_folder, out)))
+    assert (out / "tokenizer.json").read_bytes() == tokenizer
+    (text_folder / "b.txt").unlink()
+    moved = text_folder.rename(tmp_path / "moved")  # the same data elsewhere is fine
+    assert pretrain(load_config("text_demo", overrides(moved, out))).finished
+
+    common = [f"data.path={image_folder}", "data.batch_size=6", "updates=4", "workers=0", f"out={tmp_path / 'images'}"]
+    pretrain(load_config("image_demo", [*common, "stop_after=2"]))
+    next(image_folder.iterdir()).unlink()
+    with pytest.raises(CheckpointError, match="the data has changed"):
+        pretrain(load_config("image_demo", common))
+
+
+def test_errors_between_updates_keep_the_state(text_folder, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+
+    def broken(self, record):
+        if record["update"] == 6:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(loop.MetricLog, "write", broken)
+    with pytest.raises(CheckpointError, match=r"cannot write to the run's folder .*No space left on device"):
+        pretrain(load_config("text_demo", overrides(text_folder, out, "checkpoint_every=100")))
+    assert [p.name for p in checkpoint.checkpoints(out)] == ["checkpoint-00000006.pt"]
+
+
+def test_errors_inside_an_update_save_nothing(text_folder, tmp_path, monkeypatch):
+    """The weights may be half updated then; the earlier checkpoint stays the newest."""
+    out = tmp_path / "run"
+    pretrain(load_config("text_demo", overrides(text_folder, out, "stop_after=4")))
+
+    def broken(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(loop, "train_step", broken)
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(load_config("text_demo", overrides(text_folder, out)))
+    assert [p.name for p in checkpoint.checkpoints(out)] == ["checkpoint-00000004.pt"]
+
+
+def test_something_in_the_way_of_a_file(text_folder, tmp_path):
+    out = tmp_path / "run"
+    (out / "config.yaml").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match="cannot write to the run's folder"):
+        pretrain(load_config("text_demo", overrides(text_folder, out)))
 
 
 def test_run_folder(text_folder, tmp_path):
@@ -107,7 +209,9 @@ def test_run_folder(text_folder, tmp_path):
     rows = read_metrics(out)
     assert [row["update"] for row in rows] == [1, 3, 6, 9, 12]
     assert {"loss", "target_var", "pred_var", "grad_norm", "lr", "ema_decay", "data_wait"} <= rows[0].keys()
-    assert load_config(str(out / "config.yaml")) == load_config("text_demo", overrides(text_folder, out))
+    assert load_config(str(out / "config.yaml")) == load_config(
+        "text_demo", overrides(text_folder, out, "precision=fp32")
+    )
     model = load_model(result.checkpoint)
     assert not model.training and equal(model.state_dict(), weights(result.checkpoint))
 
@@ -205,9 +309,13 @@ def test_optimizer_is_adamw_without_decay_on_vectors():
 
 
 def test_collapse_guard_stops_with_a_reason(text_folder, tmp_path):
+    """Looked at after more than ``after_updates`` updates; the state is saved, and other guards may continue it."""
     more = ("guards.after_updates=6", "guards.min_target_var=50")
-    with pytest.raises(TrainingStopped, match=r"update 6: the representations have collapsed: target_var .* below"):
-        pretrain(load_config("text_demo", overrides(text_folder, tmp_path / "run", *more)))
+    out = tmp_path / "run"
+    with pytest.raises(TrainingStopped, match=r"update 9: the representations have collapsed: target_var .* below"):
+        pretrain(load_config("text_demo", overrides(text_folder, out, *more)))
+    assert checkpoint.checkpoints(out)[-1].name == "checkpoint-00000009.pt"
+    assert pretrain(load_config("text_demo", overrides(text_folder, out, "guards.min_target_var=0"))).finished
 
 
 def test_nan_guard_stops_with_a_reason(text_folder, tmp_path, monkeypatch):
@@ -247,26 +355,34 @@ def test_interrupted_write_keeps_the_previous_checkpoint(text_folder, tmp_path, 
     with pytest.raises(CheckpointError, match=r"No space left on device; the last whole one is .*00000004\.pt"):
         pretrain(load_config("text_demo", overrides(text_folder, out)))
     assert first.checkpoint.read_bytes() == before
-    assert [p.name for p in out.glob("checkpoint-*")] == ["checkpoint-00000004.pt"]
+    assert [p.name for p in out.glob("*checkpoint-*")] == ["checkpoint-00000004.pt"]
 
 
 def test_bad_checkpoints_are_named(tmp_path):
     with pytest.raises(CheckpointError, match="no checkpoint at"):
         checkpoint.read(tmp_path / "none.pt")
-    (tmp_path / "junk.pt").write_bytes(b"not a checkpoint")
-    with pytest.raises(CheckpointError, match=r"junk\.pt is damaged or not a checkpoint"):
-        checkpoint.read(tmp_path / "junk.pt")
-    torch.save({"model": {}}, tmp_path / "other.pt")
-    with pytest.raises(CheckpointError, match="not a d2v_fast checkpoint"):
-        checkpoint.read(tmp_path / "other.pt")
+    for junk in (b"", b"not a checkpoint"):
+        (tmp_path / "junk.pt").write_bytes(junk)
+        with pytest.raises(CheckpointError, match=r"junk\.pt is damaged or not a checkpoint"):
+            checkpoint.read(tmp_path / "junk.pt")
+    for content in ({"model": {}}, {"format": 1}, [1]):
+        torch.save(content, tmp_path / "other.pt")
+        with pytest.raises(CheckpointError, match="not a d2v_fast checkpoint"):
+            checkpoint.read(tmp_path / "other.pt")
+    torch.save({"format": 1, "model": torch.zeros(10_000)}, tmp_path / "flipped.pt")
+    content = bytearray((tmp_path / "flipped.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "flipped.pt").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"flipped\.pt is damaged: wrong checksum"):
+        checkpoint.read(tmp_path / "flipped.pt")
 
 
 def test_left_over_temporary_files_are_removed(text_folder, tmp_path):
     out = tmp_path / "run"
     out.mkdir()
-    (out / "checkpoint-00000002.tmp").write_bytes(b"cut off")
+    (out / ".checkpoint-00000002.pt.x.tmp").write_bytes(b"cut off")
     result = pretrain(load_config("text_demo", overrides(text_folder, out)))
-    assert result.finished and not list(out.glob("*.tmp"))
+    assert result.finished and not list(out.glob(".*.tmp"))
 
 
 def cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -333,10 +449,11 @@ def test_progress_round_trip(tmp_path):
     optimizer = build_optimizer(model, OptimConfig())
     train_step(model, [tiny_batch(model.config)], optimizer, lr=1e-3, update=0)
     config = replace(load_config("text_demo", ["data.path=x"]), model=model.config)
-    path = checkpoint.save(tmp_path, model, optimizer, Progress(1, 2, 3), config)
+    data = {"fingerprint": "x", "description": "y"}
+    path = checkpoint.save(tmp_path, model, optimizer, Progress(1, 2, 3), config, data)
     other = Data2Vec(model.config)
     optimizer2 = build_optimizer(other, OptimConfig())
-    assert checkpoint.restore(checkpoint.read(path), path, other, optimizer2, config) == Progress(1, 2, 3)
+    assert checkpoint.restore(checkpoint.read(path), path, other, optimizer2, config, data) == Progress(1, 2, 3)
     assert equal(model.state_dict(), other.state_dict())
     key = "exp_avg"
     assert torch.equal(optimizer.state[model.head[0].weight][key], optimizer2.state[other.head[0].weight][key])

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from importlib import resources
 from typing import Any, Literal, get_type_hints
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
+from yaml import YAMLError
 
 from d2v_fast.nn.config import Data2VecConfig
 from d2v_fast.train.data import ImageDataConfig, SpeechDataConfig, TextDataConfig
@@ -26,8 +27,13 @@ RUN_KEYS = (
     "checkpoint_every",
     "keep_checkpoints",
     "stop_after",
+    "reference_gpus",
+    "data.path",  # the data themselves are compared, see checkpoint.restore
+    "data.tokenizer",
     "data.cache_dir",
 )
+RUN_GROUPS = ("guards.",)
+COERCE = {"coerce_numbers_to_str": True}  # a folder may be called 2024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +72,9 @@ class TrainConfig:
         for name in ("updates", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("seed", "workers", "stop_after"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
 
 def presets() -> list[str]:
@@ -95,7 +104,7 @@ def _override(config: Any, values: dict[str, Any], path: str = "") -> Any:
             changes[key] = _override(current, value, f"{where}.")
             continue
         try:
-            changes[key] = TypeAdapter(hints[key]).validate_python(value)
+            changes[key] = TypeAdapter(hints[key], config=COERCE).validate_python(value)
         except ValidationError as error:
             raise ConfigError(f"{where}: {error.errors()[0]['msg']}, got {value!r}") from None
     try:
@@ -106,6 +115,8 @@ def _override(config: Any, values: dict[str, Any], path: str = "") -> Any:
 
 def model_config(values: dict[str, Any]) -> Data2VecConfig:
     """Build a model configuration from plain values: modality, size, profile, then any field to override."""
+    if not isinstance(values, dict):
+        raise ConfigError(f"model is a group of keys, got the single value {values!r}")
     values = dict(values)
     modality = values.pop("modality", None)
     if modality not in DATA_CONFIGS:
@@ -143,8 +154,10 @@ def load_config(preset: str, overrides: Sequence[str] = ()) -> TrainConfig:
     if preset.endswith((".yaml", ".yml")):
         try:
             base = OmegaConf.load(preset)
-        except OSError as error:
-            raise ConfigError(f"cannot read the configuration {preset}: {error.strerror}") from None
+        except (OSError, YAMLError) as error:
+            raise ConfigError(f"cannot read the configuration {preset}: {error}") from None
+        if not isinstance(base, DictConfig):
+            raise ConfigError(f"{preset} must hold keys and values, got {OmegaConf.to_container(base)!r}")
     elif preset in presets():
         text = (resources.files("d2v_fast.train") / "presets" / f"{preset}.yaml").read_text(encoding="utf-8")
         base = OmegaConf.create(text)
@@ -155,7 +168,7 @@ def load_config(preset: str, overrides: Sequence[str] = ()) -> TrainConfig:
             raise ConfigError(f"an override must look like key=value, got {override!r}")
     try:
         merged = OmegaConf.to_container(OmegaConf.merge(base, OmegaConf.from_dotlist(list(overrides))), resolve=True)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"overrides: {error}") from None
     return config_from_dict(merged)
 
@@ -171,7 +184,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def differences(old: dict[str, Any], new: dict[str, Any], ignore: Sequence[str] = RUN_KEYS) -> list[str]:
     """Lines "key: old -> new" for every key that differs between two plain configurations."""
     old, new = flatten(old), flatten(new)
-    keys = [key for key in sorted({*old, *new}) if key not in ignore]
+    keys = [key for key in sorted({*old, *new}) if key not in ignore and not key.startswith(RUN_GROUPS)]
     return [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in keys if _plain(old.get(k)) != _plain(new.get(k))]
 
 

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from d2v_fast.train.files import replace_file
+
 CURVES = (
     ("loss", "loss per masked position"),
     ("target_var", "std of the targets"),
@@ -23,10 +25,10 @@ class MetricLog:
     """Writes one record per logged update. On a terminal it draws a progress bar, elsewhere it prints JSON lines."""
 
     def __init__(self, folder: Path, updates: int, start: int) -> None:
-        self.path = folder / "metrics.jsonl"
-        kept = [row for row in read_metrics(folder) if row["update"] <= start]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        self._file = self.path.open("a", encoding="utf-8")
+        path = folder / "metrics.jsonl"
+        kept = "".join(json.dumps(row) + "\n" for row in read_metrics(folder) if row["update"] <= start)
+        replace_file(path, lambda file: file.write(kept.encode()))
+        self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
         self._bar = None
         if sys.stdout.isatty():

@@ -2,12 +2,16 @@
 
 import hashlib
 import logging
+import math
 import os
 import resource
 import signal
+import sys
+import threading
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,8 +21,9 @@ from d2v_fast.nn import Batch, Data2Vec
 from d2v_fast.train import checkpoint
 from d2v_fast.train.checkpoint import Progress
 from d2v_fast.train.config import TrainConfig, config_to_dict
-from d2v_fast.train.data import PretrainData, TextData, batches, build_data
+from d2v_fast.train.data import DataConfig, PretrainData, TextData, TextDataConfig, batches, build_data
 from d2v_fast.train.errors import CheckpointError, ConfigError, TrainingStopped
+from d2v_fast.train.files import replace_file
 from d2v_fast.train.logging import MetricLog, plot_curves, read_metrics
 from d2v_fast.train.optim import build_optimizer, learning_rate
 from d2v_fast.train.step import StepMetrics, train_step
@@ -46,7 +51,9 @@ class Interrupt:
 
     def __enter__(self) -> "Interrupt":
         self.requested = False
-        self._old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+        # only the main thread may set handlers; elsewhere its owner decides
+        main = threading.current_thread() is threading.main_thread()
+        self._old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
         for number in self._old:
             signal.signal(number, self._request)
         return self
@@ -95,7 +102,7 @@ def check_guards(window: Window, record: dict[str, float], config: TrainConfig) 
             f"update {update}: loss or gradient was not finite for {window.nonfinite} updates in a row "
             f"(guards.max_nonfinite = {guards.max_nonfinite}). Lower optim.lr or set optim.clip_norm."
         )
-    if update < guards.after_updates:
+    if update <= guards.after_updates:
         return
     for name, low in (("target_var", guards.min_target_var), ("pred_var", guards.min_pred_var)):
         if record[name] < low:
@@ -117,9 +124,41 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ConfigError(f"device must be auto, cpu or cuda[:N], got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be auto, cpu or cuda[:N], got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ConfigError(f"device {name!r} was asked for, and PyTorch {torch.__version__} sees no CUDA device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ConfigError(f"device {name!r} was asked for, and there are {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def resolve_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """``config`` with "auto" replaced by what it means on ``device``, so that a checkpoint says what was computed."""
+    if config.precision != "auto":
+        return config
+    return replace(config, precision="bf16" if device.type == "cuda" else "fp32")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU, or of this process (without the loader's workers) on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn a failing write of logs or settings into an error that names the folder.
+
+    Raises:
+        CheckpointError: no space, no permission, or something in the way.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot write to the run's folder {folder}: {error}") from error
 
 
 def seed_update(seed: int, update: int) -> None:
@@ -135,7 +174,7 @@ def open_run(config: TrainConfig, resume: bool) -> tuple[Path, Path | None]:
         ConfigError: the folder cannot be made.
         CheckpointError: it holds a run and ``resume`` is False.
     """
-    folder = Path(config.out)
+    folder = Path(config.out).expanduser()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -152,24 +191,35 @@ class Trainer:
     def __init__(self, config: TrainConfig, resume: bool = True) -> None:
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise ConfigError("training on several processes is not supported yet: run without torchrun")
-        self.config = config
         self.device = resolve_device(config.device)
-        self.autocast = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
+        self.config = config = resolve_precision(config, self.device)
         self.folder, found = open_run(config, resume)
-        self.data: PretrainData = build_data(config.data, config.model, config.seed)
+        self.data: PretrainData = build_data(self._data_config(found), config.model, config.seed)
         logger.info("%s", self.data.describe())
+        self.described = checkpoint.describe_data(self.data)
         torch.manual_seed(config.seed)
         self.model = Data2Vec(config.model).to(self.device)
         self.optimizer = build_optimizer(self.model, config.optim)
-        self.progress = Progress()
+        self.progress, self.saved = Progress(), -1  # saved: update of the newest checkpoint
         if found:
             content = checkpoint.read(found, self.device)
-            self.progress = checkpoint.restore(content, found, self.model, self.optimizer, config)
+            self.progress = checkpoint.restore(content, found, self.model, self.optimizer, config, self.described)
+            self.saved = self.progress.update
             logger.info("continuing from %s (update %d)", found, self.progress.update)
-        OmegaConf.save(OmegaConf.create(config_to_dict(config)), self.folder / "config.yaml")
-        if isinstance(self.data, TextData):
-            self.data.save_tokenizer(self.folder / "tokenizer.json")
+        self.consistent = True  # False while an update is under way
         self.skipped_files: set[str] = {name for name, _ in self.data.skipped}
+        with writing(self.folder):
+            text = OmegaConf.to_yaml(OmegaConf.create(config_to_dict(config)))
+            replace_file(self.folder / "config.yaml", lambda file: file.write(text.encode()))
+            if isinstance(self.data, TextData):
+                self.data.save_tokenizer(self.folder / "tokenizer.json")
+
+    def _data_config(self, found: Path | None) -> DataConfig:
+        """The data's configuration; a continued text run keeps the tokenizer that it was started with."""
+        data, tokenizer = self.config.data, self.folder / "tokenizer.json"
+        if found and isinstance(data, TextDataConfig) and data.tokenizer is None and tokenizer.exists():
+            return replace(data, tokenizer=str(tokenizer))
+        return data
 
     def _micro_batches(self) -> Generator[tuple[int, int, Batch]]:
         loader = batches(
@@ -184,23 +234,25 @@ class Trainer:
             yield epoch, index, batch
 
     def run(self) -> PretrainResult:
-        """Train to the end, an interruption, or an error; always leaves the newest state in a checkpoint."""
+        """Train to the end, an interruption, or an error; the newest whole state is in a checkpoint afterwards."""
         config, start = self.config, time.monotonic()
         first = self.progress.update
         last = min(config.updates, first + config.stop_after) if config.stop_after else config.updates
-        log = MetricLog(self.folder, config.updates, first)
-        self.model.train()
         stream = self._micro_batches()
         try:
-            with Interrupt() as interrupt:
+            with (
+                writing(self.folder),
+                closing(MetricLog(self.folder, config.updates, first)) as log,
+                Interrupt() as interrupt,
+            ):
                 self._updates(log, last, interrupt, stream)
         finally:
             stream.close()  # ends the loader's workers
-            log.close()
+            if self.consistent:
+                self.save()
+        with writing(self.folder):
+            plot_curves(self.folder)
         path = checkpoint.checkpoint_path(self.folder, self.progress.update)
-        if not path.exists():
-            path = self.save()
-        plot_curves(self.folder)
         return self._result(path, time.monotonic() - start)
 
     def _updates(self, log: MetricLog, last: int, interrupt: Interrupt, stream: Iterator) -> None:
@@ -211,17 +263,20 @@ class Trainer:
             group = [next(stream) for _ in range(config.accumulate)]
             waited += time.monotonic() - before
             seed_update(config.seed, update)
+            lr = learning_rate(update, config.updates, config.optim, config.schedule)
+            self.consistent = False
             metrics = train_step(
                 self.model,
                 [self.data.augment(batch.to(self.device)) for _, _, batch in group],
                 self.optimizer,
-                lr=(lr := learning_rate(update, config.updates, config.optim, config.schedule)),
+                lr=lr,
                 update=update,
                 clip_norm=config.optim.clip_norm,
-                autocast=self.autocast,
+                autocast=config.precision == "bf16",
             )
-            window.add(metrics)
             self.progress = Progress(update + 1, group[-1][0], group[-1][1] + 1)
+            self.consistent = True
+            window.add(metrics)
             since += 1
             log.advance(update + 1)
             if (update + 1) % config.log_every == 0 or update + 1 == last or update == 0:
@@ -236,19 +291,16 @@ class Trainer:
             if (update + 1) % config.checkpoint_every == 0:
                 self.save()
 
-    def save(self) -> Path:
-        """Write a checkpoint of the current state and remove those that are no longer kept."""
-        path = checkpoint.save(self.folder, self.model, self.optimizer, self.progress, self.config)
-        checkpoint.prune(self.folder, self.config.keep_checkpoints)
-        return path
+    def save(self) -> None:
+        """Write a checkpoint of the current state, unless there is one, and remove those that are no longer kept."""
+        if self.progress.update != self.saved:
+            checkpoint.save(self.folder, self.model, self.optimizer, self.progress, self.config, self.described)
+            self.saved = self.progress.update
+            checkpoint.prune(self.folder, self.config.keep_checkpoints)
 
     def _result(self, path: Path, seconds: float) -> PretrainResult:
-        rows = read_metrics(self.folder)
-        memory = (
-            torch.cuda.max_memory_allocated(self.device)
-            if self.device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        )
+        nothing = {"loss": math.nan, "target_var": math.nan, "pred_var": math.nan}
+        rows = read_metrics(self.folder) or [nothing]
         return PretrainResult(
             checkpoint=path,
             updates=self.progress.update,
@@ -258,7 +310,7 @@ class Trainer:
             target_var=rows[-1]["target_var"],
             pred_var=rows[-1]["pred_var"],
             seconds=seconds,
-            peak_memory=memory,
+            peak_memory=peak_memory(self.device),
         )
 
 

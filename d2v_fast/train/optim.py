@@ -20,6 +20,13 @@ class OptimConfig:
     decay_vectors: bool = True  # False: no weight decay on biases, norms and other parameters of one dimension
     clip_norm: float = 0.0  # 0 = no clipping
 
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "weight_decay", "clip_norm"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"optim.{name} must be a number >= 0, got {getattr(self, name)}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optim.betas must be in [0, 1), got {self.betas}")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
@@ -30,6 +37,11 @@ class ScheduleConfig:
     decay_updates: int = 0  # tri_stage: length of the final decay
     init_scale: float = 0.01  # tri_stage: start of the warm-up, as a share of the peak; cosine starts at 0
     final_scale: float = 0.01  # end of the schedule, as a share of the peak
+
+    def __post_init__(self) -> None:
+        for name in ("warmup_updates", "decay_updates", "init_scale", "final_scale"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"schedule.{name} must be >= 0, got {getattr(self, name)}")
 
 
 def build_optimizer(model: Data2Vec, config: OptimConfig) -> torch.optim.AdamW:

@@ -33,21 +33,22 @@ def train_step(
 ) -> StepMetrics:
     """Make update ``update + 1``. A non-finite gradient leaves weights and optimizer state untouched."""
     config = model.config
-    total = sum(batch.num_masked for batch in batches)
+    total = max(1, sum(batch.num_masked for batch in batches))
     outputs = []
     for index, batch in enumerate(batches):
         if index > 0 and config.ema.per == "micro_batch":  # data2vec 1.0 as released; see docs/numerics.md
             model.teacher.update_(update)
         with torch.autocast(batch.inputs.device.type, torch.bfloat16, enabled=autocast):
             output = model(batch)
-        weight = 1 / total if config.loss.token_weighted else 1 / (len(batches) * batch.num_masked)
+        weight = 1 / total if config.loss.token_weighted else 1 / (len(batches) * max(1, batch.num_masked))
         loss = output.loss * weight
         loss.backward()
         outputs.append(torch.stack([loss.detach(), output.target_var / len(batches), output.pred_var / len(batches)]))
 
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    limit = clip_norm if clip_norm > 0 else float("inf")
-    grad_norm = nn.utils.clip_grad_norm_(parameters, limit, foreach=True)
+    grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    if clip_norm > 0:
+        nn.utils.clip_grads_with_norm_(parameters, clip_norm, grad_norm, foreach=True)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.found_inf = (~torch.isfinite(grad_norm)).float()  # the fused kernel reads it on the device

@@ -153,6 +153,10 @@ class SpeechData(PretrainData):
         hours = self.lengths.sum() / SAMPLE_RATE / 3600
         return f"speech {self.config.path}: {len(self.files)} files, {hours:.2f} h, {len(self.skipped)} skipped"
 
+    def contents(self) -> list[bytes]:
+        """Names and lengths; see :meth:`PretrainData.fingerprint`."""
+        return [*(name.encode() for name in self.names), self.lengths.tobytes()]
+
     def plan(self, epoch: int) -> list[tuple[int, ...]]:
         """Longest first with random ties, packed while items times longest fit ``max_tokens``, batches shuffled."""
         rng = self.rng(self.ORDER, epoch)

@@ -5,11 +5,12 @@ by these numbers and by nothing else. So the batches do not depend on the number
 exactly those that the interrupted one would have seen.
 """
 
+import hashlib
 import logging
 import os
 import signal
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -67,6 +68,18 @@ class PretrainData(Dataset, ABC):
     @abstractmethod
     def describe(self) -> str:
         """One line for the log: how much data there is, and how many files were left out."""
+
+    @abstractmethod
+    def contents(self) -> Iterable[bytes]:
+        """What the batches depend on, besides the seed and the configuration, cheap to go through."""
+
+    def fingerprint(self) -> str:
+        """A digest of :meth:`contents`: equal for equal data, wherever it lies."""
+        digest = hashlib.blake2b(digest_size=16)
+        for part in self.contents():
+            digest.update(part)
+            digest.update(b"\0")
+        return digest.hexdigest()
 
     def augment(self, batch: Batch) -> Batch:
         """Random changes that are cheap on the batch's device; they draw from torch's global generator."""

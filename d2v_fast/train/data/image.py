@@ -122,6 +122,10 @@ class ImageData(PretrainData):
         """Files and batch size. Files are opened only when they are needed, so broken ones are not known yet."""
         return f"images {self.config.path}: {len(self.files)} files, {len(self.skipped)} skipped"
 
+    def contents(self) -> list[bytes]:
+        """Names; see :meth:`PretrainData.fingerprint`."""
+        return [name.encode() for name in self.names]
+
     def plan(self, epoch: int) -> list[tuple[int, ...]]:
         """Shuffled files in batches of ``batch_size``; a smaller last batch only if there is no other."""
         return fixed_batches(self.rng(self.ORDER, epoch), len(self.files), self.config.batch_size)

@@ -7,8 +7,6 @@ block starts with ``<s>``. The ids are computed once and, with a cache folder, k
 import hashlib
 import json
 import logging
-import os
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -32,6 +30,7 @@ from d2v_fast.train.data.base import (
 )
 from d2v_fast.train.data.tokenizer import as_encoder, load_tokenizer, train_tokenizer
 from d2v_fast.train.errors import DataError
+from d2v_fast.train.files import replace_file
 
 logger = logging.getLogger(__name__)
 
@@ -105,9 +104,15 @@ class TextData(PretrainData):
             f"{self.num_blocks} blocks of {self.config.tokens_per_sample}, {len(self.skipped)} skipped"
         )
 
+    def contents(self) -> Iterator[bytes]:
+        """The tokenizer, and a sample of the ids; see :meth:`PretrainData.fingerprint`."""
+        yield self.tokenizer.to_str().encode()
+        yield str(len(self.ids)).encode()
+        yield np.ascontiguousarray(self.ids[:: max(1, len(self.ids) // 1_000_000)], np.int32).tobytes()
+
     def save_tokenizer(self, path: str | Path) -> None:
         """Write the tokenizer as a ``tokenizer.json``."""
-        self.tokenizer.save(str(path))
+        replace_file(Path(path), lambda file: file.write(self.tokenizer.to_str(pretty=True).encode()))
 
     def plan(self, epoch: int) -> list[tuple[int, ...]]:
         """Shuffled blocks in batches of ``batch_size``; a smaller last batch only if there is no other."""
@@ -203,7 +208,7 @@ class _Cache:
         if path.is_file():
             return as_encoder(Tokenizer.from_file(str(path)))
         tokenizer = make()
-        _write(path, lambda file: file.write(tokenizer.to_str().encode()))
+        replace_file(path, lambda file: file.write(tokenizer.to_str().encode()))
         return tokenizer
 
     def ids(
@@ -216,22 +221,9 @@ class _Cache:
         described = path.with_suffix(".json")  # written last: its presence says that the ids are complete
         if not described.is_file() or not path.is_file():
             logger.info("tokenizing into %s", path)
-            _write(path, lambda file: _write_array(file, make()))
-            _write(described, lambda file: file.write(json.dumps(info).encode()))
+            replace_file(path, lambda file: _write_array(file, make()))
+            replace_file(described, lambda file: file.write(json.dumps(info).encode()))
         return np.load(path, mmap_mode="r"), json.loads(described.read_text())
-
-
-def _write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write under a temporary name, then rename, so that no other process sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
 
 
 def _write_array(file: BinaryIO, pieces: Iterator[np.ndarray]) -> None:
