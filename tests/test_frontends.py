@@ -9,7 +9,14 @@ import torch.nn.functional as F
 from tiny import tiny_batch, tiny_config
 
 from d2v_fast.nn import Data2VecConfig, PatchEmbed, SpeechFrontEnd, TextEmbedding, make_batch
-from d2v_fast.nn.config import EMAConfig, EncoderConfig, SpeechFrontEndConfig, TextFrontEndConfig
+from d2v_fast.nn.config import (
+    EMAConfig,
+    EncoderConfig,
+    LossConfig,
+    SpeechFrontEndConfig,
+    TargetConfig,
+    TextFrontEndConfig,
+)
 from d2v_fast.nn.frontends.speech import strided_conv
 
 
@@ -128,6 +135,9 @@ def test_image_patches_are_in_row_major_order():
         (lambda: EncoderConfig(dim=30, heads=4), ValueError, "encoder.dim 30 must be a multiple of heads 4"),
         (lambda: EncoderConfig(dropout=1.0), ValueError, r"encoder.dropout must be in \[0, 1\), got 1.0"),
         (lambda: EncoderConfig(pos_conv_depth=1), ValueError, "pos_conv_depth must be 0"),
+        (lambda: EncoderConfig(layer_scale=-1.0), ValueError, "encoder.layer_scale must be >= 0, got -1.0"),
+        (lambda: EncoderConfig(init_std=0), ValueError, "encoder.init_std must be positive, got 0"),
+        (lambda: TextFrontEndConfig(position_init_std=0), ValueError, "frontend.position_init_std must be positive"),
         (lambda: EMAConfig(decay=1.5), ValueError, "ema.decay and end_decay"),
         (lambda: TextFrontEndConfig(vocab_size=5), ValueError, "frontend.vocab_size"),
         (lambda: Data2VecConfig.speech("huge"), ValueError, "speech size must be one of base, large, got 'huge'"),
@@ -143,6 +153,35 @@ def test_image_patches_are_in_row_major_order():
 )
 def test_bad_input(make, error, match):
     with pytest.raises(error, match=match):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: EncoderConfig(norm="Pre"), "encoder.norm must be one of 'post', 'pre', got 'Pre'"),
+        (lambda: EncoderConfig(norm=None), "encoder.norm must be one of 'post', 'pre', got None"),
+        (lambda: EncoderConfig(init="x"), "encoder.init must be one of 'bert', 'beit', got 'x'"),
+        (lambda: EncoderConfig(layer_result="x"), "encoder.layer_result must be one of 'ffn', 'block'"),
+        (lambda: SpeechFrontEndConfig(conv_norm="x"), "frontend.conv_norm must be one of 'layer', 'group'"),
+        (lambda: TargetConfig(norm="x"), "targets.norm must be one of 'instance', 'layer', 'batch', 'none'"),
+        (lambda: TargetConfig(post_norm="batch"), "targets.post_norm must be one of 'none', 'layer', 'instance'"),
+        (lambda: TargetConfig(teacher_input="x"), "targets.teacher_input must be one of 'full', 'masked'"),
+        (lambda: LossConfig(scale="x"), "loss.scale must be one of 'rsqrt_dim', 'mean', got 'x'"),
+        (lambda: EMAConfig(per="x"), "ema.per must be one of 'update', 'micro_batch'"),
+        (lambda: replace(Data2VecConfig.text(), modality="video"), "modality must be one of 'speech', 'image', 'text'"),
+        (
+            lambda: replace(Data2VecConfig.image(), mask=Data2VecConfig.text().mask),
+            "mask must be a BlockMask for modality 'image', got TokenSpanMask",
+        ),
+        (
+            lambda: replace(Data2VecConfig.speech(), frontend=Data2VecConfig.image().frontend),
+            "frontend must be a SpeechFrontEndConfig for modality 'speech', got ImageFrontEndConfig",
+        ),
+    ],
+)
+def test_choices_are_checked(make, match):
+    with pytest.raises(ValueError, match=match):
         make()
 
 

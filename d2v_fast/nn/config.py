@@ -4,7 +4,7 @@ The presets' values are those of the published recipes (Baevski et al. 2022 and 
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import numpy as np
 
@@ -16,6 +16,16 @@ Profile = Literal["paper", "fairseq"]
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _check_choices(config: object, group: str = "") -> None:
+    """Refuse values of ``Literal`` fields, and strings in fields that may also be a number, that are not a choice."""
+    for name, hint in get_type_hints(type(config)).items():
+        parts = (hint, *get_args(hint))  # the field's type, and if that is a union its members
+        choices = [choice for part in parts if get_origin(part) is Literal for choice in get_args(part)]
+        value = getattr(config, name)
+        if choices and value not in choices and (get_origin(hint) is Literal or isinstance(value, str)):
+            raise ValueError(f"{group}{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +40,7 @@ class SpeechFrontEndConfig:
     sample_rate: int = 16_000  # Hz
 
     def __post_init__(self) -> None:
+        _check_choices(self, "frontend.")
         _require(
             len(self.conv_layers) > 0 and all(min(layer) > 0 for layer in self.conv_layers),
             f"frontend.conv_layers must be (channels, kernel, stride) triples of positive ints, got {self.conv_layers}",
@@ -92,6 +103,8 @@ class TextFrontEndConfig:
     def __post_init__(self) -> None:
         _require(self.vocab_size > 5, f"frontend.vocab_size must be above 5, got {self.vocab_size}")
         _require(self.max_positions > 0, f"frontend.max_positions must be positive, got {self.max_positions}")
+        std = self.position_init_std
+        _require(std > 0, f"frontend.position_init_std must be positive, got {std}")
 
     @property
     def mask_index(self) -> int:
@@ -125,10 +138,12 @@ class EncoderConfig:
     init_std: float = 0.02  # of linear layers; the published value suits 768 and more channels
 
     def __post_init__(self) -> None:
-        for name in ("layers", "dim", "ffn_dim", "heads"):
+        _check_choices(self, "encoder.")
+        for name in ("layers", "dim", "ffn_dim", "heads", "init_std"):
             _require(getattr(self, name) > 0, f"encoder.{name} must be positive, got {getattr(self, name)}")
         for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop", "drop_path"):
             _require(0 <= getattr(self, name) < 1, f"encoder.{name} must be in [0, 1), got {getattr(self, name)}")
+        _require(self.layer_scale >= 0, f"encoder.layer_scale must be >= 0, got {self.layer_scale}")
         _require(self.dim % self.heads == 0, f"encoder.dim {self.dim} must be a multiple of heads {self.heads}")
         _require(
             self.pos_conv_depth != 1 and self.pos_conv_depth >= 0,
@@ -151,6 +166,7 @@ class TargetConfig:
     teacher_input: Literal["full", "masked"] = "full"  # text; "masked": only the masked tokens, as fairseq feeds it
 
     def __post_init__(self) -> None:
+        _check_choices(self, "targets.")
         _require(self.top_k > 0, f"targets.top_k must be positive, got {self.top_k}")
 
 
@@ -163,6 +179,7 @@ class LossConfig:
     token_weighted: bool = True  # False: mean of the micro-batches' and ranks' means (BEiT-style vision)
 
     def __post_init__(self) -> None:
+        _check_choices(self, "loss.")
         _require(self.beta >= 0, f"loss.beta must be >= 0, got {self.beta}")
 
     def scale_for(self, dim: int) -> float:
@@ -181,6 +198,7 @@ class EMAConfig:
     per: Literal["update", "micro_batch"] = "update"  # fairseq data2vec 1.0 steps the teacher once per micro-batch
 
     def __post_init__(self) -> None:
+        _check_choices(self, "ema.")
         _require(
             0 <= self.decay <= 1 and 0 <= self.end_decay <= 1,
             f"ema.decay and end_decay must be in [0, 1], got {self.decay} and {self.end_decay}",
@@ -194,6 +212,11 @@ class EMAConfig:
         return self.end_decay - (self.end_decay - self.decay) * (1 - update / self.anneal_updates)
 
 
+_KINDS = {  # front-end and mask of each modality
+    "speech": (SpeechFrontEndConfig, SpanMask),
+    "image": (ImageFrontEndConfig, BlockMask),
+    "text": (TextFrontEndConfig, TokenSpanMask),
+}
 _ENCODER_SIZES = {
     "base": {"layers": 12, "dim": 768, "ffn_dim": 3072, "heads": 12},
     "large": {"layers": 24, "dim": 1024, "ffn_dim": 4096, "heads": 16},
@@ -219,12 +242,19 @@ class Data2VecConfig:
     head_layers: int = 1
 
     def __post_init__(self) -> None:
+        _check_choices(self)
+        for name, kind in zip(("frontend", "mask"), _KINDS[self.modality], strict=True):
+            given = getattr(self, name)
+            _require(
+                isinstance(given, kind),
+                f"{name} must be a {kind.__name__} for modality {self.modality!r}, got {type(given).__name__}",
+            )
         _require(
             self.targets.top_k <= self.encoder.layers,
             f"targets.top_k {self.targets.top_k} must not exceed encoder.layers {self.encoder.layers}",
         )
         _require(self.head_layers >= 1, f"head_layers must be at least 1, got {self.head_layers}")
-        is_image = isinstance(self.frontend, ImageFrontEndConfig)
+        is_image = self.modality == "image"
         _require(is_image or not self.encoder.relative_bias, "encoder.relative_bias is for images only")
         if is_image:
             _require(
