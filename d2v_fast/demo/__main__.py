@@ -8,6 +8,7 @@ import argparse
 import json
 import logging
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from d2v_fast.demo.fetch import BUILDERS, DemoSet, FetchError
-from d2v_fast.demo.one import INTERRUPTED, add_options, load_data
+from d2v_fast.demo.one import INTERRUPTED, add_options, load_data, run_folder
 from d2v_fast.demo.report import gain, load_run, write_report
 
 
@@ -27,6 +28,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", metavar="PATH", help=f"pretrain on your own {name} data instead")
     add_options(parser)
     return parser.parse_args(arguments)
+
+
+def choose(options: argparse.Namespace) -> list[str]:
+    """The modalities to run: the one asked for, else those with the user's own data, else all."""
+    if options.modality != "all":
+        return [options.modality]
+    return [name for name in BUILDERS if getattr(options, name)] or list(BUILDERS)
 
 
 def fetch_sets(names: list[str], options: argparse.Namespace) -> list[str]:
@@ -86,15 +94,19 @@ def run_all(names: list[str], options: argparse.Namespace) -> dict[str, int]:
 
 
 def next_steps(folder: Path, data: Path) -> str:
-    """Three commands that go on from the demo."""
-    name = folder.name
+    """Three commands that go on from the demo, to be pasted as they are but for words in capitals."""
+    name = load_run(folder).name
     checkpoint = sorted(folder.glob("checkpoint-*.pt"))[-1]
     parts = [DemoSet(name, data / name).probe_part(part) for part in ("train", "test")]
     train, test = parts if parts[0].exists() else ("LABELLED_DATA", "MORE_LABELLED_DATA")
-    return f"""What next:
-  d2v-fast pretrain {name}_base data.path=YOUR_DATA out=runs/mine
-  d2v-fast probe {checkpoint} --train {train} --test {test} --layer 2
-  d2v-fast info"""
+    command = Path(sys.executable).parent / "d2v-fast"
+    command = command.relative_to(Path.cwd()) if command.is_relative_to(Path.cwd()) else command
+    lines = (
+        [command, "pretrain", f"{name}_base", "data.path=YOUR_DATA", "out=runs/mine"],
+        [command, "probe", checkpoint, "--train", train, "--test", test, "--layer", "2"],
+        [command, "info"],
+    )
+    return "What next:\n" + "\n".join(f"  {shlex.join(map(str, line))}" for line in lines)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -102,13 +114,13 @@ def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     start = time.monotonic()
-    chosen = list(BUILDERS) if options.modality == "all" else [options.modality]
+    chosen = choose(options)
     try:
         ready = fetch_sets(chosen, options)
     except KeyboardInterrupt:
         return INTERRUPTED
     codes = run_all(ready, options) if ready else {}
-    done = [options.out / name for name in ready if codes[name] == 0]
+    done = [run_folder(name, getattr(options, name), options.out) for name in ready if codes[name] == 0]
     if done:
         report = write_report(done, options.out / "report.html")
         print(f"\nreport: {report}   ({(time.monotonic() - start) / 60:.1f} minutes)")

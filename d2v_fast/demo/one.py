@@ -1,6 +1,7 @@
 """One modality of the demo: ``python -m d2v_fast.demo.one NAME``, a process of its own (see ``d2v_fast.demo``)."""
 
 import argparse
+import hashlib
 import json
 import logging
 import sys
@@ -23,6 +24,13 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="default: %(default)s")
     parser.add_argument("--data", type=Path, default=Path("data/demo"), help="where demo data goes: %(default)s")
     parser.add_argument("--updates", type=int, help="train for so many updates instead of the preset's number")
+
+
+def run_folder(name: str, own: str | None, out: Path) -> Path:
+    """Folder of the run: one for the demo's data, another for each folder of the user's own."""
+    if own is None:
+        return out / name
+    return out / f"{name}-{hashlib.sha256(str(Path(own).resolve()).encode()).hexdigest()[:8]}"
 
 
 def load_data(name: str, own: str | None, folder: Path) -> tuple[str, dict, DemoSet | None]:
@@ -76,7 +84,7 @@ def summarise(
 def run_modality(name: str, own: str | None, options: argparse.Namespace) -> bool:
     """Fetch, pretrain, probe, print the outcome; False when training was interrupted."""
     path, about, found = load_data(name, own, options.data)
-    out = options.out / name
+    out = run_folder(name, own, options.out)
     # JSON strings are YAML strings: a path may hold any character
     overrides = [f"data.path={json.dumps(path)}", f"out={json.dumps(str(out))}"]
     if options.updates is not None:
