@@ -26,6 +26,12 @@ def front(modality, **changes):
     return kind(replace(config.frontend, **changes), config.encoder)
 
 
+def three_rows(lengths):
+    mask = np.zeros((3, 5), bool)
+    mask[1, 2] = True
+    return make_batch(torch.zeros(3, 5), mask, np.array(lengths))
+
+
 @pytest.mark.parametrize(
     ("samples", "frames"),
     [(399, 0), (400, 1), (16_000, 49), (160_000, 499), (249_600, 779), (250_000, 781), (320_000, 999)],
@@ -125,12 +131,24 @@ def test_image_patches_are_in_row_major_order():
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
-        (lambda: front("speech").features(torch.randn(2, 1, 500)), ValueError, r"waveforms must be float \[B, S\]"),
-        (lambda: front("speech").features(torch.ones(2, 500).long()), ValueError, "waveforms must be float"),
+        (lambda: front("speech").features(torch.randn(2, 1, 500)), ValueError, r"waveforms must be \[B, S\]"),
+        (
+            lambda: front("speech").features(torch.ones(2, 500).long()),
+            TypeError,
+            "must be torch.float32, .* torch.int64",
+        ),
+        (
+            lambda: front("speech").features(torch.randn(2, 500).double()),
+            TypeError,
+            "waveforms must be torch.float32, as the model's weights are, got torch.float64",
+        ),
         (lambda: front("speech").features(torch.randn(2, 399)), ValueError, "at least 400 samples, got 399"),
-        (lambda: front("image")(torch.randn(2, 3, 24, 20)), ValueError, r"images must be float \[B, 3, 24, 24\]"),
-        (lambda: front("image")(torch.randn(2, 1, 24, 24)), ValueError, r"got torch.float32 \(2, 1, 24, 24\)"),
-        (lambda: front("text")(torch.randn(2, 5)), TypeError, "tokens must be integer ids, got torch.float32"),
+        (lambda: front("image")(torch.randn(2, 3, 24, 20)), ValueError, r"images must be \[B, 3, 24, 24\]"),
+        (lambda: front("image")(torch.randn(2, 1, 24, 24)), ValueError, r"got \(2, 1, 24, 24\)"),
+        (lambda: front("image")(torch.ones(2, 3, 24, 24).byte()), TypeError, "images must be torch.float32, .*uint8"),
+        (lambda: front("text")(torch.randn(2, 5)), TypeError, "tokens must be int64 or int32 ids, got torch.float32"),
+        (lambda: front("text")(torch.full((2, 5), 50)), ValueError, r"tokens must be ids in 0\.\.49, got 50\.\.50"),
+        (lambda: front("text")(torch.arange(-1, 4)[None]), ValueError, r"tokens must be ids in 0\.\.49, got -1\.\.3"),
         (lambda: front("text")(torch.ones(2, 31).long()), ValueError, r"tokens must be \[B, T <= 30\], got \(2, 31\)"),
         (lambda: EncoderConfig(dim=30, heads=4), ValueError, "encoder.dim 30 must be a multiple of heads 4"),
         (lambda: EncoderConfig(dropout=1.0), ValueError, r"encoder.dropout must be in \[0, 1\), got 1.0"),
@@ -148,7 +166,13 @@ def test_image_patches_are_in_row_major_order():
             ValueError,
             "targets.top_k 10 must not exceed encoder.layers 3",
         ),
-        (lambda: make_batch(torch.zeros(2, 5), np.zeros((3, 5), bool)), ValueError, r"mask must be bool \[2, T\]"),
+        (lambda: make_batch(torch.zeros(2, 5), np.zeros((3, 5), bool)), ValueError, r"mask must be \[2, T\]"),
+        (lambda: make_batch(torch.zeros(3, 5), np.zeros((3, 5))), TypeError, "mask must be bool, got float64"),
+        (lambda: three_rows(lengths=[5, 5]), ValueError, r"lengths must be \[3\], got \(2,\)"),
+        (lambda: three_rows(lengths=[5, 0, 5]), ValueError, r"lengths must be in 1\.\.5, got \[5, 0, 5\]"),
+        (lambda: three_rows(lengths=[5, 6, 5]), ValueError, r"lengths must be in 1\.\.5, got \[5, 6, 5\]"),
+        (lambda: three_rows(lengths=[5.0, 4.0, 5.0]), TypeError, "lengths must be integers, got float64"),
+        (lambda: three_rows(lengths=[5, 2, 5]), ValueError, "mask must be False in the padding"),
     ],
 )
 def test_bad_input(make, error, match):
@@ -183,6 +207,14 @@ def test_bad_input(make, error, match):
 def test_choices_are_checked(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+def test_autocast_takes_any_precision_but_float64():
+    frontend = front("speech")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert frontend.features(torch.randn(1, 500).bfloat16()).dtype == torch.bfloat16
+        with pytest.raises(TypeError, match=r"got torch\.float64"):
+            frontend.features(torch.randn(1, 500).double())
 
 
 def test_profiles_differ_in_named_options_only():

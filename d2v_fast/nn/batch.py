@@ -46,13 +46,24 @@ def make_batch(
     lengths: np.ndarray | None = None,  # [B] valid positions per row, or None when every row is full
     skipped: tuple[tuple[str, str], ...] = (),
 ) -> Batch:
-    """Build a :class:`Batch` on the host from a NumPy mask and, for padded batches, the rows' lengths."""
-    if mask.dtype != bool or mask.ndim != 2 or mask.shape[0] != inputs.shape[0]:
-        raise ValueError(f"mask must be bool [{inputs.shape[0]}, T], got {mask.dtype} {mask.shape}")
+    """Build a :class:`Batch` on the host from a NumPy mask and, for padded batches, the rows' lengths.
+
+    Raises:
+        TypeError: ``mask`` is not bool, or ``lengths`` not integers.
+        ValueError: their shapes do not fit ``inputs``, a length is not in 1..T, or a masked position is padding.
+    """
+    if mask.dtype != bool:
+        raise TypeError(f"mask must be bool, got {mask.dtype}")
+    if mask.ndim != 2 or mask.shape[0] != inputs.shape[0]:
+        raise ValueError(f"mask must be [{inputs.shape[0]}, T], got {mask.shape}")
     padding_mask = lengths_tensor = None
-    if lengths is not None and (lengths < mask.shape[1]).any():
-        padding_mask = torch.from_numpy(np.arange(mask.shape[1])[None] >= lengths[:, None])
-        lengths_tensor = torch.from_numpy(lengths.astype(np.int32))
+    if lengths is not None:
+        padding = _padding(lengths, *mask.shape)  # [B, T]
+        if (mask & padding).any():
+            raise ValueError("mask must be False in the padding beyond lengths, got masked positions there")
+        if padding.any():
+            padding_mask = torch.from_numpy(padding)
+            lengths_tensor = torch.from_numpy(lengths.astype(np.int32))
     return Batch(
         inputs=inputs,
         mask=torch.from_numpy(mask),
@@ -61,3 +72,14 @@ def make_batch(
         lengths=lengths_tensor,
         skipped=skipped,
     )
+
+
+def _padding(lengths: np.ndarray, batch_size: int, num_positions: int) -> np.ndarray:
+    """Bool [B, T], True from ``lengths`` [B] on."""
+    if lengths.dtype.kind not in "iu":
+        raise TypeError(f"lengths must be integers, got {lengths.dtype}")
+    if lengths.shape != (batch_size,):
+        raise ValueError(f"lengths must be [{batch_size}], got {lengths.shape}")
+    if ((lengths < 1) | (lengths > num_positions)).any():
+        raise ValueError(f"lengths must be in 1..{num_positions}, got {lengths.tolist()}")
+    return np.arange(num_positions)[None] >= lengths[:, None]

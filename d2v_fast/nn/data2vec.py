@@ -55,9 +55,12 @@ class Data2Vec(nn.Module):
         """Loss of the student on ``batch`` against the current teacher.
 
         Raises:
-            ValueError: the mask does not fit the inputs (wrong shape for the number of frames, patches or tokens).
+            TypeError: inputs, masks or positions of another dtype than :class:`Batch` says.
+            ValueError: masks that do not fit the inputs (they count frames, patches or tokens), or positions that are
+                not as many as the mask's; the latter is only looked at on the CPU, elsewhere it would wait for the
+                device.
         """
-        self._check_mask(batch)
+        self._check_batch(batch)
         if self.config.modality == "speech":
             features = self.frontend.features(batch.inputs)  # [B, T, C]
             teacher_input, teacher_padding = features.detach(), batch.padding_mask
@@ -104,17 +107,48 @@ class Data2Vec(nn.Module):
             lengths=batch.lengths if targets.padding_aware else None,
         )
 
-    def _check_mask(self, batch: Batch) -> None:
-        expected = (batch.inputs.shape[0], self.frontend.num_positions(batch.inputs))
-        if tuple(batch.mask.shape) != expected:
-            raise ValueError(f"batch.mask must be {expected} for these inputs, got {tuple(batch.mask.shape)}")
+    def _check_batch(self, batch: Batch) -> None:
+        self._check_mask("batch.mask", batch.mask, batch.inputs)
+        self._check_padding("batch.padding_mask", batch.padding_mask, batch.inputs)
+        positions = batch.positions
+        if positions.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"batch.positions must be int32 or int64, got {positions.dtype}")
+        if positions.ndim != 1:
+            raise ValueError(f"batch.positions must be [N], got {tuple(positions.shape)}")
+        if positions.device.type == "cpu" and not torch.compiler.is_compiling():
+            count = int(batch.mask.sum())
+            if positions.numel() != count:
+                raise ValueError(f"batch.positions must be the {count} masked positions, got {positions.numel()}")
+
+    def _check_padding(self, name: str, padding_mask: Tensor | None, inputs: Tensor) -> None:
+        if padding_mask is None:
+            return
+        if self.config.modality == "image":
+            raise ValueError(f"{name} must be None: images have no padding")
+        self._check_mask(name, padding_mask, inputs)
+
+    def _check_mask(self, name: str, mask: Tensor, inputs: Tensor) -> None:
+        if mask.dtype != torch.bool:
+            raise TypeError(f"{name} must be bool, got {mask.dtype}")
+        expected = (inputs.shape[0], self.frontend.num_positions(inputs))
+        if tuple(mask.shape) != expected:
+            unit = {"speech": "frames, not samples", "image": "patches", "text": "tokens"}[self.config.modality]
+            raise ValueError(f"{name} must be {expected} for these inputs, got {tuple(mask.shape)}; it counts {unit}")
+
+    def _embed(self, inputs: Tensor, padding_mask: Tensor | None) -> Tensor:
+        self._check_padding("padding_mask", padding_mask, inputs)
+        return self.frontend(inputs, None, padding_mask)
 
     def hidden_states(self, inputs: Tensor, padding_mask: Tensor | None = None) -> list[Tensor]:
         """Input of the student's first layer and output of each layer, [B, P, C]; nothing masked.
 
         ``padding_mask`` bool [B, T], True = padding, counts frames or tokens. Images have the class token first.
+
+        Raises:
+            TypeError: ``inputs`` or ``padding_mask`` of a wrong dtype.
+            ValueError: ``inputs`` or ``padding_mask`` of a wrong shape, or a ``padding_mask`` with images.
         """
-        x = self.frontend(inputs, None, padding_mask)
+        x = self._embed(inputs, padding_mask)
         return self.encoder(x, padding_mask=padding_mask, hidden_states=True).hidden_states
 
     def encode(self, inputs: Tensor, padding_mask: Tensor | None = None, layer: int | None = None) -> Tensor:
@@ -123,10 +157,11 @@ class Data2Vec(nn.Module):
         Dropout follows ``self.training``: call ``eval()`` first for features to keep.
 
         Raises:
-            ValueError: ``layer`` is not one of 0 .. number of layers.
+            TypeError: as :meth:`hidden_states`.
+            ValueError: as :meth:`hidden_states`, or ``layer`` is not one of 0 .. number of layers.
         """
         if layer is None:
-            return self.encoder(self.frontend(inputs, None, padding_mask), padding_mask=padding_mask).x
+            return self.encoder(self._embed(inputs, padding_mask), padding_mask=padding_mask).x
         if not 0 <= layer <= self.config.encoder.layers:
             raise ValueError(f"layer must be in 0..{self.config.encoder.layers}, got {layer}")
         return self.hidden_states(inputs, padding_mask)[layer]

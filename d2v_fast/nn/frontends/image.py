@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v_fast.nn.config import EncoderConfig, ImageFrontEndConfig
+from d2v_fast.nn.frontends.checks import check_dtype
 
 
 class PatchEmbed(nn.Module):
@@ -27,14 +28,14 @@ class PatchEmbed(nn.Module):
         """Images to encoder input [B, 1 + P, C]; patches with ``mask`` [B, P] True become the mask embedding.
 
         Raises:
-            ValueError: the images are not floats of the configured channels and size.
+            TypeError: images not of the weights' dtype (with autocast: not float32, bfloat16 or float16).
+            ValueError: images not of the configured channels and size.
         """
+        check_dtype("images", images, self.proj.weight)
         c = self.config
         expected = (c.channels, c.image_size, c.image_size)
-        if images.ndim != 4 or tuple(images.shape[1:]) != expected or not images.is_floating_point():
-            raise ValueError(
-                f"images must be float [B, {', '.join(map(str, expected))}], got {images.dtype} {tuple(images.shape)}"
-            )
+        if images.ndim != 4 or tuple(images.shape[1:]) != expected:
+            raise ValueError(f"images must be [B, {', '.join(map(str, expected))}], got {tuple(images.shape)}")
         x = self.proj(images).flatten(2).transpose(1, 2)  # [B, P, C]
         if mask is not None:
             x = torch.where(mask[..., None], self.mask_embedding.to(x.dtype), x)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_fast.nn.config import EncoderConfig, SpeechFrontEndConfig
+from d2v_fast.nn.frontends.checks import check_dtype
 
 
 def strided_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
@@ -82,10 +83,12 @@ class SpeechFrontEnd(nn.Module):
         """Waveforms [B, S], normalised to zero mean and unit variance each, to frames [B, T, C] before masking.
 
         Raises:
-            ValueError: not [B, S] of floats, or fewer samples than one frame needs.
+            TypeError: not of the weights' dtype (with autocast: not float32, bfloat16 or float16).
+            ValueError: not [B, S], or fewer samples than one frame needs.
         """
-        if waveforms.ndim != 2 or not waveforms.is_floating_point():
-            raise ValueError(f"waveforms must be float [B, S], got {waveforms.dtype} {tuple(waveforms.shape)}")
+        check_dtype("waveforms", waveforms, self.proj.weight)
+        if waveforms.ndim != 2:
+            raise ValueError(f"waveforms must be [B, S], got {tuple(waveforms.shape)}")
         if waveforms.shape[1] < self.config.min_samples:
             raise ValueError(
                 f"waveforms must have at least {self.config.min_samples} samples, got {waveforms.shape[1]}"

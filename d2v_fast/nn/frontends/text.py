@@ -36,13 +36,18 @@ class TextEmbedding(nn.Module):
         """Token ids to encoder input; tokens with ``mask`` [B, T] True become ``<mask>``, padding becomes zeros.
 
         Raises:
-            TypeError: the ids are not integers.
-            ValueError: not [B, T], or longer than the position table.
+            TypeError: the ids are not int64 or int32.
+            ValueError: not [B, T], longer than the position table, or ids outside of the vocabulary. The last is only
+                looked for on the CPU: elsewhere it would wait for the device.
         """
-        if tokens.is_floating_point() or tokens.dtype == torch.bool:
-            raise TypeError(f"tokens must be integer ids, got {tokens.dtype}")
+        if tokens.dtype not in (torch.int64, torch.int32):
+            raise TypeError(f"tokens must be int64 or int32 ids, got {tokens.dtype}")
         if tokens.ndim != 2 or tokens.shape[1] > self.config.max_positions:
             raise ValueError(f"tokens must be [B, T <= {self.config.max_positions}], got {tuple(tokens.shape)}")
+        if tokens.device.type == "cpu" and tokens.numel() > 0 and not torch.compiler.is_compiling():
+            low, high = (bound.item() for bound in tokens.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(f"tokens must be ids in 0..{self.config.vocab_size - 1}, got {low}..{high}")
         if mask is not None:
             tokens = torch.where(mask, self.config.mask_index, tokens)
         x = self.tokens(tokens) + self.positions(self._position_ids(tokens, padding_mask))
