@@ -29,7 +29,7 @@ def make_model(modality: str, seed: int = 0) -> Data2Vec:
     if modality == "speech":
         frontend = dataclasses.replace(config.frontend, conv_layers=((16, 10, 5), (16, 8, 8), (16, 4, 4)))
     elif modality == "text":
-        frontend = dataclasses.replace(config.frontend, vocab_size=300, max_positions=12)
+        frontend = dataclasses.replace(config.frontend, vocab_size=261, max_positions=12)
     else:
         frontend = dataclasses.replace(config.frontend, image_size=16, patch_size=4)
         config = dataclasses.replace(
@@ -62,6 +62,7 @@ def tokenizer(tmp_path):
     vocab = {token: index for index, token in enumerate(["<s>", "<pad>", "</s>", "<unk>", *alphabet])}
     made = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.add_special_tokens(["<mask>"])
     path = tmp_path / "tokenizer.json"
     made.save(str(path))
     return path
@@ -187,10 +188,13 @@ def test_features_of_a_clip_do_not_depend_on_the_others(tones):
 def test_clips_are_normalised_then_cut(tmp_path):
     rng = np.random.default_rng(4)
     quiet, loud = rng.standard_normal(8000), 5 * rng.standard_normal(8000)
-    soundfile.write(tmp_path / "x.wav", 0.01 * np.concatenate([quiet, loud]) + 0.1, 16_000, subtype="FLOAT")
-    wave = speech_reader(make_model("speech").config.frontend, 0.5).read(tmp_path / "x.wav")
+    samples = 0.01 * np.concatenate([loud[:4000], quiet, loud[4000:]]) + 0.1
+    soundfile.write(tmp_path / "x.wav", samples, 16_000, subtype="FLOAT")
+    wave = speech_reader(make_model("speech").config.frontend, 0.5, 4).read(tmp_path / "x.wav")
     assert wave.shape == (8000,) and wave.dtype == np.float32
-    assert abs(wave.mean()) < 0.02 and 0.2 < wave.std() < 0.4  # the whole file has unit variance, its start less
+    assert abs(wave.mean()) < 0.02 and 0.2 < wave.std() < 0.4  # the whole file has unit variance, its middle less
+    raw = speech_reader(make_model("speech").config.frontend, 0.5, 4, normalize=False).read(tmp_path / "x.wav")
+    assert abs(raw.mean() - 0.1) < 0.01 and 0.008 < raw.std() < 0.012
 
 
 @pytest.mark.parametrize("layer", ["average", 0, 2])
@@ -259,6 +263,8 @@ def test_text_inputs(tokenizer):
     assert tokens[0, 3] == 2 and tokens[0, 4:].eq(1).all()
     assert torch.equal(padding, tokens == 1)
     assert reader.collate(["ab"])[1] is None
+    spelled, _ = reader.collate(["<mask>"])  # plain text, as in pretraining
+    assert spelled.shape == (1, 8) and frontend.mask_index not in spelled
     counts = reader.plain(["é", "aa"])
     assert counts.shape == (2, 2**16) and counts[0].nnz == 3 and counts[1].nnz == 2  # two bytes and their pair
 
@@ -275,7 +281,7 @@ def test_text_needs_a_tokenizer(tmp_path):
     with pytest.raises(ValueError, match="tokenizer must be the path"):
         run("text", tmp_path)
     (tmp_path / "bad.json").write_text("{}")
-    with pytest.raises(DataError, match=r"bad\.json: not a tokenizer"):
+    with pytest.raises(DataError, match=r"bad\.json cannot be read"):
         run("text", tmp_path, tokenizer=tmp_path / "bad.json")
 
 
@@ -314,6 +320,7 @@ def test_log_mel_bands_follow_the_pitch():
 
 def save_run(folder, model, data):
     content = {"format": checkpoint.FORMAT, "model": model.state_dict()}
+    content |= {"d2v_fast": "", "data": {}, "progress": {}, "optimizer": {}}
     content["config"] = {"model": dataclasses.asdict(model.config), "data": data}
     torch.save(content, folder / "checkpoint-00000001.pt")
     return folder / "checkpoint-00000001.pt"
@@ -329,6 +336,16 @@ def test_checkpoint(tmp_path, tokenizer):
     for layer in ("3", "-1", "last"):
         with pytest.raises(ConfigError, match=r"layer must be 'average' or in 0\.\.2"):
             probe_checkpoint(path, train, train, layer=layer)
+
+
+def test_checkpoint_brings_its_normalisation_and_is_read_once(tones, monkeypatch):
+    model, seen, reads = make_model("speech"), [], []
+    path = save_run(tones, model, {"normalize": False})
+    read = checkpoint.read
+    monkeypatch.setattr("d2v_fast.train.probe.probe", lambda *args, **kwargs: seen.append(args[4]))
+    monkeypatch.setattr(checkpoint, "read", lambda *args: reads.append(args) or read(*args))
+    probe_checkpoint(path, tones / "train", tones / "test")
+    assert [config.normalize for config in seen] == [False] and len(reads) == 1
 
 
 def test_max_examples_keeps_every_class_and_spreads():

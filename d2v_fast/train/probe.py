@@ -33,13 +33,14 @@ CHUNK = 256  # examples decoded at a time; sorted by length inside a chunk, so t
 
 @dataclass(frozen=True, kw_only=True)
 class ProbeConfig:
-    """How to probe. ``mean`` and ``std`` of images must be those of pretraining; None: its defaults."""
+    """How to probe. ``normalize``, ``mean`` and ``std`` must be those of pretraining; None: its defaults."""
 
     layer: int | Literal["average"] = "average"  # 0 = encoder input, i = output of block i; average: of all blocks
     batch_size: int = 16  # clips of speech share a batch only with others of their length
     max_seconds: float = 10.0  # of a clip, from its middle
     max_examples: int | None = None  # of each part, spread evenly over each class; None = all
-    mean: tuple[float, ...] | None = None
+    normalize: bool = True  # speech: zero mean and unit variance per clip
+    mean: tuple[float, ...] | None = None  # images
     std: tuple[float, ...] | None = None
     seed: int = 0  # of the cross-validation folds
 
@@ -132,8 +133,8 @@ def probe(
     are. Files that cannot be read are skipped and listed in the result.
 
     Raises:
-        DataError: nothing at a path, a single class, a class without a readable example, or test classes that
-            ``train`` lacks.
+        DataError: nothing at a path, a single class, a class without a readable example, test classes that ``train``
+            lacks, or a ``tokenizer`` that does not fit the model.
         ValueError: ``config.layer`` is not a layer of the model, or a text model comes without ``tokenizer``.
     """
     config = config or ProbeConfig()
@@ -174,25 +175,38 @@ def probe_checkpoint(
 ) -> ProbeResult:
     """:func:`probe` of a run's ``checkpoint-*.pt``, on a GPU if there is one; ``seed`` makes the untrained model.
 
-    Image statistics come from the checkpoint, a text model's tokenizer from ``tokenizer.json`` beside it.
+    How speech and images are normalised comes from the checkpoint, a text model's tokenizer from ``tokenizer.json``
+    beside it.
 
     Raises:
         CheckpointError: the checkpoint cannot be read.
         ConfigError: ``layer`` is neither "average" nor the number of a layer.
         DataError: see :func:`probe`.
     """
-    from d2v_fast.train.checkpoint import load_model, read
+    from d2v_fast.train.checkpoint import read
+    from d2v_fast.train.config import model_config
 
-    model = load_model(checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
+    content = read(checkpoint)
+    model = Data2Vec(model_config(content["config"]["model"]))
+    model.load_state_dict(content["model"])
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     layers = model.config.encoder.layers
     if layer != "average":
         if str(layer) not in map(str, range(layers + 1)):
             raise ConfigError(f"layer must be 'average' or in 0..{layers}, got {layer!r}")
         layer = int(layer)
-    data = read(checkpoint)["config"]["data"]
+    data = content["config"]["data"]
     mean, std = (tuple(data[name]) if data.get(name) else None for name in ("mean", "std"))
     tokenizer = Path(checkpoint).parent / "tokenizer.json"
-    config = ProbeConfig(layer=layer, max_seconds=max_seconds, max_examples=max_examples, mean=mean, std=std, seed=seed)
+    config = ProbeConfig(
+        layer=layer,
+        max_seconds=max_seconds,
+        max_examples=max_examples,
+        normalize=data.get("normalize", True),
+        mean=mean,
+        std=std,
+        seed=seed,
+    )
     return probe(model, untrained_like(model, seed), train, test, config, tokenizer=tokenizer)
 
 
@@ -241,7 +255,7 @@ def _fit(
 def _reader(model: Data2Vec, config: ProbeConfig, tokenizer: str | Path | None) -> Reader:
     frontend = model.config.frontend
     if model.config.modality == "speech":
-        return speech_reader(frontend, config.max_seconds, config.batch_size)
+        return speech_reader(frontend, config.max_seconds, config.batch_size, config.normalize)
     if model.config.modality == "image":
         return image_reader(frontend, config.mean, config.std, config.batch_size)
     if tokenizer is None:

@@ -72,8 +72,10 @@ def _mel_filters(sample_rate: int, fft_size: int, bands: int) -> Tensor:  # [fft
     return torch.from_numpy(np.clip(np.minimum(rising, falling), 0, None)).float()
 
 
-def speech_reader(frontend: SpeechFrontEndConfig, max_seconds: float, batch_size: int) -> Reader:
-    """Clips normalised as a whole, as in pretraining, then cut to the ``max_seconds`` in their middle.
+def speech_reader(
+    frontend: SpeechFrontEndConfig, max_seconds: float, batch_size: int, normalize: bool = True
+) -> Reader:
+    """Clips normalised as a whole (or, as in pretraining, not), then cut to the ``max_seconds`` in their middle.
 
     Only clips of one length share a batch: in a padded one the positional convolutions (and a group norm) would see
     the padding, and a clip's features would depend on its neighbours.
@@ -87,7 +89,7 @@ def speech_reader(frontend: SpeechFrontEndConfig, max_seconds: float, batch_size
         if frontend.num_frames(len(waveform)) < 1:
             raise UnreadableFile(path, f"{len(waveform)} samples are too short for a single frame")
         start = max(0, (len(waveform) - limit) // 2)  # the middle: ends are often silence
-        return normalize_waveform(waveform)[start : start + limit]
+        return (normalize_waveform(waveform) if normalize else waveform)[start : start + limit]
 
     def collate(waveforms: list[np.ndarray]) -> tuple[Tensor, None]:  # float [B, S]
         return torch.from_numpy(np.stack(waveforms)), None
@@ -149,16 +151,12 @@ def text_examples(path: Path) -> list[tuple[str, str]]:
 
 
 def text_reader(frontend: TextFrontEndConfig, tokenizer: str | Path, batch_size: int) -> Reader:
-    """``<s> tokens </s>``, cut to the model's positions, padded at the end."""
+    """``<s> tokens </s>``, cut to the model's positions, padded at the end; tokens as in pretraining."""
     from sklearn.feature_extraction.text import HashingVectorizer
-    from tokenizers import Tokenizer
 
-    try:
-        encoder = Tokenizer.from_file(str(tokenizer))
-    except Exception as error:  # tokenizers raises bare Exception
-        raise DataError(f"{tokenizer}: not a tokenizer.json: {error}") from error
-    encoder.no_padding()
-    encoder.no_truncation()
+    from d2v_fast.train.data.tokenizer import load_tokenizer
+
+    encoder = load_tokenizer(tokenizer, frontend.vocab_size)
     # Bytes written as Latin-1 characters, so that its character n-grams are byte n-grams. It has no state to fit.
     counts = HashingVectorizer(
         analyzer="char", ngram_range=(1, 2), lowercase=False, n_features=2**16, alternate_sign=False
