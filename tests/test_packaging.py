@@ -1,5 +1,6 @@
 """The wheel: built, unpacked away from the source tree, imported and used there."""
 
+import os
 import subprocess
 import sys
 import zipfile
@@ -40,14 +41,21 @@ def wheel(tmp_path_factory) -> Path:
 
 
 def test_wheel_works_outside_the_tree(wheel, tmp_path):
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site")
+    site = tmp_path / "site"
+    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(site), str(wheel)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
     done = subprocess.run(
-        [sys.executable, "-c", USE, str(tmp_path / "site")], capture_output=True, text=True, cwd=tmp_path, check=False
+        [sys.executable, "-c", USE, str(site)], capture_output=True, text=True, cwd=tmp_path, check=False
     )
     assert done.returncode == 0, done.stderr
     count, version = done.stdout.split()
     assert int(count) >= 8 and version in wheel.name
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    done = subprocess.run(
+        [site / "bin/d2v-fast", "info"], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+    )
+    assert done.returncode == 0 and done.stdout.startswith("d2v_fast "), done.stderr
 
 
 def test_wheel_contents_and_metadata(wheel):
