@@ -25,6 +25,7 @@ def info() -> str:
     import torch
 
     from d2v_fast import __version__
+    from d2v_fast.ops._dispatch import INTERPRET
 
     lines = [
         f"d2v_fast      {__version__}",
@@ -34,7 +35,6 @@ def info() -> str:
         f"numpy         {_version('numpy')}",
         *(f"{name:<13} {_version(name)}" for name in OPTIONAL),
     ]
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if torch.cuda.is_available():
         gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         lines += [
@@ -45,14 +45,14 @@ def info() -> str:
         lines.append("GPU           none: everything runs on the CPU")
     has_triton = importlib.util.find_spec("triton") is not None
     cuda = "Triton kernel" if has_triton else "NOT AVAILABLE (install triton)"
-    cpu = "Triton interpreter (TRITON_INTERPRET=1)" if interpreted else "PyTorch reference"
+    cpu = "Triton interpreter (TRITON_INTERPRET=1)" if INTERPRET else "PyTorch reference"
     lines += [f"op {op:<17} CUDA: {cuda}; CPU: {cpu}" for op in OPS]
     lines.append("extension     none in this version: speech convolutions run on PyTorch")
     lines.append("attention     torch scaled_dot_product_attention")
     cores, threads = _cores(), torch.get_num_threads()
     omp = os.environ.get("OMP_NUM_THREADS", "unset")
     lines.append(f"threads       {cores} cores, torch uses {threads}, OMP_NUM_THREADS={omp}")
-    return "\n".join([*lines, *_advice(torch, threads, omp, interpreted)])
+    return "\n".join([*lines, *_advice(torch, threads, omp, INTERPRET)])
 
 
 def _advice(torch, threads: int, omp: str, interpreted: bool) -> list[str]:

@@ -1,11 +1,10 @@
 """Shared test settings, and the one accuracy rule that every op is held to."""
 
-import os
-
 import torch
 from torch import Tensor
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+from d2v_fast.ops._dispatch import INTERPRET
+
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRET else "cpu"
 RUNS_KERNELS = INTERPRET or DEVICE == "cuda"  # otherwise the ops run their reference
 
