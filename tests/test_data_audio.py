@@ -20,6 +20,7 @@ from d2v_fast.train.data import (
     normalize_waveform,
     read_waveform,
 )
+from d2v_fast.train.errors import ConfigError
 
 MODEL = Data2VecConfig.speech("base")
 RATE = 16_000
@@ -249,16 +250,16 @@ def test_missing_manifest(tmp_path):
     ],
 )
 def test_bad_config(kwargs, name):
-    with pytest.raises(ValueError, match=f"data.{name} must be"):
+    with pytest.raises(ConfigError, match=f"data.{name} must be"):
         config(**({"path": "x"} | kwargs))
 
 
 def test_model_that_does_not_fit(folder):
-    with pytest.raises(ValueError, match=r"model\.modality"):
+    with pytest.raises(ConfigError, match=r"model\.modality"):
         SpeechData(config(folder), Data2VecConfig.image("base"), 0)
-    with pytest.raises(ValueError, match="sample_rate"):
+    with pytest.raises(ConfigError, match="sample_rate"):
         SpeechData(config(folder), replace(MODEL, frontend=replace(MODEL.frontend, sample_rate=8000)), 0)
-    with pytest.raises(ValueError, match=r"min_seconds .* mask.length = 10 frames, got '0.2 s = 9 frames'"):
+    with pytest.raises(ConfigError, match=r"min_seconds .* mask.length = 10 frames, got '0.2 s = 9 frames'"):
         SpeechData(config(folder, min_seconds=0.2), MODEL, 0)
 
 

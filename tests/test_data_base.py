@@ -1,6 +1,8 @@
 """The order of batches, resuming, and what happens when items cannot be read."""
 
 import itertools
+import os
+import signal
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 from d2v_fast.nn.batch import make_batch
 from d2v_fast.train.data import DataError, PretrainData, UnreadableFile, batches, build_data
 from d2v_fast.train.data.base import fixed_batches, list_files, relative_names
+from d2v_fast.train.errors import ConfigError
 
 
 class Numbers(PretrainData):
@@ -94,6 +97,20 @@ def test_workers_use_one_thread():
     assert take(Threads(), 1, num_workers=1)[0][2] == [1]
 
 
+def test_workers_survive_one_sigterm_and_every_sigint():
+    class Signalled(Numbers):
+        def load(self, epoch, index, items):
+            for number in [(signal.SIGINT, signal.SIGINT), (signal.SIGTERM,), (), (signal.SIGTERM,)][index]:
+                os.kill(os.getpid(), number)
+            return super().load(epoch, index, items)
+
+    data = Signalled()
+    stream = batches(data, num_workers=1, prefetch=1)
+    assert [next(stream)[1] for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(RuntimeError, match=r"exited unexpectedly|killed by signal"):
+        next(stream)
+
+
 def test_broken_items_are_named(caplog):
     data = Numbers(broken=(3,))
     got = take(data, 10)
@@ -130,13 +147,13 @@ def test_empty_plan_stops():
 
 @pytest.mark.parametrize("name", ["epoch", "index", "num_workers", "prefetch"])
 def test_bad_arguments(name):
-    with pytest.raises(ValueError, match=name):
+    with pytest.raises(ConfigError, match=name):
         batches(Numbers(), **{name: -1})
 
 
 @pytest.mark.parametrize("seed", [-1, 0.5, None])
 def test_bad_seed(seed):
-    with pytest.raises(ValueError, match="seed"):
+    with pytest.raises(ConfigError, match="seed must be an integer >= 0"):
         Numbers(seed=seed)
 
 

@@ -12,6 +12,7 @@ from d2v_fast.nn.batch import make_batch
 from d2v_fast.nn.config import Data2VecConfig, EncoderConfig, ImageFrontEndConfig
 from d2v_fast.nn.masking import BlockMask
 from d2v_fast.train.data import DataError, ImageData, ImageDataConfig, UnreadableFile, batches, build_data, read_image
+from d2v_fast.train.errors import ConfigError
 
 SIZE = 32  # pixels; patches of 8
 
@@ -259,22 +260,22 @@ def test_jitter_changes_colours_only(folder):
     ],
 )
 def test_bad_config(kwargs, name):
-    with pytest.raises(ValueError, match=f"data.{name} must be"):
+    with pytest.raises(ConfigError, match=f"data.{name} must be"):
         config(**({"path": "x"} | kwargs))
 
 
 def test_model_that_does_not_fit(folder):
-    with pytest.raises(ValueError, match=r"model\.modality"):
+    with pytest.raises(ConfigError, match=r"model\.modality"):
         ImageData(config(folder), Data2VecConfig.speech("base"), 0)
-    with pytest.raises(ValueError, match=r"data\.mean must be 1 numbers"):
+    with pytest.raises(ConfigError, match=r"data\.mean must be 1 numbers"):
         ImageData(config(folder, mean=(0, 0, 0)), model(1), 0)
-    with pytest.raises(ValueError, match=r"model\.frontend\.channels"):
+    with pytest.raises(ConfigError, match=r"model\.frontend\.channels"):
         ImageData(config(folder), model(4), 0)
 
 
 @pytest.mark.parametrize("arguments", [(0, 3), (8, 2)])
 def test_read_image_bad_arguments(folder, arguments):
-    with pytest.raises(ValueError, match=r"size|channels"):
+    with pytest.raises(ConfigError, match=r"size|channels"):
         read_image(folder / "class0" / "0.png", *arguments)
 
 

@@ -14,6 +14,7 @@ import torch
 from d2v_fast.nn.config import Data2VecConfig, TextFrontEndConfig
 from d2v_fast.train.data import DataError, TextData, TextDataConfig, batches, build_data
 from d2v_fast.train.data.tokenizer import load_tokenizer, train_tokenizer
+from d2v_fast.train.errors import ConfigError
 
 VOCAB = 300
 MODEL = replace(Data2VecConfig.text("base"), frontend=TextFrontEndConfig(vocab_size=VOCAB, max_positions=64))
@@ -239,14 +240,14 @@ def test_tokenizer_that_does_not_fit(folder, tmp_path):
     [({"path": ""}, "path"), ({"batch_size": 0}, "batch_size"), ({"tokens_per_sample": 1}, "tokens")],
 )
 def test_bad_config(kwargs, name):
-    with pytest.raises(ValueError, match=rf"data\.{name}"):
+    with pytest.raises(ConfigError, match=rf"data\.{name}"):
         config(**({"path": "x"} | kwargs))
 
 
 def test_model_that_does_not_fit(folder):
-    with pytest.raises(ValueError, match=r"model\.modality"):
+    with pytest.raises(ConfigError, match=r"model\.modality"):
         TextData(config(folder), Data2VecConfig.speech("base"), 0)
-    with pytest.raises(ValueError, match=r"at most the model's max_positions \(64\), got 65"):
+    with pytest.raises(ConfigError, match=r"at most the model's max_positions \(64\), got 65"):
         TextData(config(folder, tokens_per_sample=65), MODEL, 0)
 
 

@@ -35,7 +35,7 @@ def build_data(config: DataConfig, model: Data2VecConfig, seed: int) -> Pretrain
 
     Raises:
         TypeError: ``config`` is none of the three data configs.
-        ValueError: ``config`` does not fit ``model``.
+        ConfigError: ``config`` does not fit ``model``.
         DataError: nothing usable under ``config.path``.
     """
     if type(config) not in _CLASSES:

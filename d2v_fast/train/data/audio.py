@@ -103,7 +103,7 @@ class SpeechData(PretrainData):
     """Batches of waveforms [B, S] float32 with span masks [B, T], T = ``model.frontend.num_frames(S)``.
 
     Raises:
-        ValueError: a model for another modality or rate, or ``min_seconds`` too short for its masks.
+        ConfigError: a model for another modality or rate, or ``min_seconds`` too short for its masks.
         DataError: nothing usable under ``config.path``.
     """
 

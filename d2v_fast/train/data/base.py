@@ -20,7 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from d2v_fast.nn.batch import Batch
-from d2v_fast.train.errors import DataError
+from d2v_fast.train.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +49,7 @@ class PretrainData(Dataset, ABC):
     unread: Skipped = ()  # what made the last load return None
 
     def __init__(self, seed: int) -> None:
-        if not isinstance(seed, int) or seed < 0:
-            raise ValueError(f"seed must be an integer >= 0, got {seed!r}")
+        require(isinstance(seed, int) and seed >= 0, "seed", "an integer >= 0", seed)
         self.seed = seed
 
     @abstractmethod
@@ -160,7 +159,7 @@ def batches(
         prefetch: batches that each worker reads ahead.
 
     Raises:
-        ValueError: a negative argument, or ``prefetch`` 0.
+        ConfigError: a negative argument, or ``prefetch`` 0.
         DataError: no batch of a whole epoch could be read.
     """
     for name, value in (("epoch", epoch), ("index", index), ("num_workers", num_workers)):
@@ -182,7 +181,8 @@ def batches(
 
 def _leave_stopping_to_the_main_process(worker: int) -> None:
     # Schedulers send SIGTERM to the whole process group; the main process still needs its batches to stop in order.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Only the first one is survived: the loader must be able to end a worker that hangs.
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -269,6 +269,6 @@ def nothing_left(path: str | Path, skipped: Sequence[tuple[str, str]], expected:
 
 
 def require(condition: bool, name: str, expected: str, value: object) -> None:
-    """Raise the ``ValueError`` of a configuration field."""
+    """Raise the ConfigError (a ValueError) of a configuration field or argument."""
     if not condition:
-        raise ValueError(f"{name} must be {expected}, got {value!r}")
+        raise ConfigError(f"{name} must be {expected}, got {value!r}")

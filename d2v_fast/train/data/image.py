@@ -59,7 +59,7 @@ def read_image(path: str | Path, size: int, channels: int = 3) -> np.ndarray:
     Transparency is laid over white; ``channels`` is 3 (RGB) or 1 (grey). 16-bit grey images keep their upper byte.
 
     Raises:
-        ValueError: ``size`` or ``channels`` out of range.
+        ConfigError: ``size`` or ``channels`` out of range.
         UnreadableFile: missing, broken, or of a kind that Pillow does not read.
     """
     require(size >= 1, "size", "at least 1", size)
@@ -99,7 +99,7 @@ class ImageData(PretrainData):
     D is ``config.decode_size``, H ``model.frontend.image_size``, T ``model.frontend.num_patches``.
 
     Raises:
-        ValueError: a model for another modality, or ``mean``/``std`` of the wrong length.
+        ConfigError: a model for another modality, or ``mean``/``std`` of the wrong length.
         DataError: no images under ``config.path``.
     """
 

@@ -63,7 +63,7 @@ class TextData(PretrainData):
         ids: the whole text as one row of ids; an array or a memory map.
 
     Raises:
-        ValueError: a model for another modality or with too few positions.
+        ConfigError: a model for another modality or with too few positions.
         DataError: nothing usable under ``config.path``, a tokenizer that does not fit, or too little text.
     """
 
