@@ -104,11 +104,12 @@ def test_text_is_split_by_film_without_repeats(tmp_path, wheels):
         for i in range(6)
     ]
     rows += [("plot", "the plot of film 3", "film3"), ("rotten", " ", "film3")]
+    rows.append(("plot", "the plot of film 5 " + "is long " * 30, "film5"))
     rows.insert(0, ("fresh", "film 0 view 1", "film3"))  # also a review of a film of the test part
     write_reviews(wheels, rows)
     found = fetch("text", tmp_path / "out")
     pretrain = (found.pretrain / "reviews.txt").read_text().splitlines()
-    lines = {part: found.probe_part(part).read_text().splitlines() for part in ("train", "test")}
+    lines = {part: found.probe_part(part, "probe_opinion").read_text().splitlines() for part in ("train", "test")}
     parts = {part: [line.split("\t") for line in lines[part]] for part in lines}
     assert {text.split()[1] for _, text in parts["test"]} == {"0", "5"}  # each fifth film
     assert {line.split()[1] for line in pretrain if line.startswith("film")} == set("12346789")
@@ -116,7 +117,10 @@ def test_text_is_split_by_film_without_repeats(tmp_path, wheels):
     for part, count in (("train", 16), ("test", 4)):  # as many of each label as of the rarer one
         labels = [label for label, _ in parts[part]]
         assert labels.count("fresh") == labels.count("rotten") == count
-        assert found.about()["tasks"]["probe"][part] == {"fresh": count, "rotten": count}
+        assert found.about()["tasks"]["probe_opinion"][part] == {"fresh": count, "rotten": count}
+    kinds = dict(line.split("\t") for line in found.probe_part("test").read_text().splitlines())
+    assert kinds["plot"].startswith("the plot of film 5 is long") and len(kinds["plot"]) <= 120
+    assert found.about()["tasks"]["probe"]["test"] == {"plot": 1, "review": 1}
 
 
 @needs_pip

