@@ -106,6 +106,7 @@ def test_overrides_reach_every_level():
     config = load_config("speech_base", [DATA, "model.encoder.layers=10", "optim.betas=[0.8,0.9]", "optim.lr=1e-4"])
     assert config.model.encoder.layers == 10 and config.optim.betas == (0.8, 0.9) and config.optim.lr == 1e-4
     assert config.model.encoder.dim == 768
+    assert config.out == "runs/speech_base"  # so that runs of two presets do not meet in one folder
     released = load_config("text_base", [DATA, "model.profile=fairseq"])
     assert released.model.targets.teacher_input == "masked"
 

@@ -5,6 +5,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
+from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
@@ -148,6 +149,8 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 def load_config(preset: str, overrides: Sequence[str] = ()) -> TrainConfig:
     """Configuration of ``preset`` (a packaged name or the path of a YAML file) with ``key=value`` overrides.
 
+    ``out`` is ``runs/`` and the preset's name unless it is given.
+
     Raises:
         ConfigError: unknown preset or key (with the nearest name), malformed override, or a value that does not fit.
     """
@@ -170,7 +173,7 @@ def load_config(preset: str, overrides: Sequence[str] = ()) -> TrainConfig:
         merged = OmegaConf.to_container(OmegaConf.merge(base, OmegaConf.from_dotlist(list(overrides))), resolve=True)
     except (OmegaConfBaseException, YAMLError) as error:
         raise ConfigError(f"overrides: {error}") from None
-    return config_from_dict(merged)
+    return config_from_dict({"out": f"runs/{Path(preset).stem}", **merged})
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
