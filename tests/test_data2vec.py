@@ -248,3 +248,12 @@ def test_wrong_layer():
     model = Data2Vec(tiny_config("text"))
     with pytest.raises(ValueError, match=r"layer must be in 0\.\.3, got 4"):
         model.encode(tiny_batch(model.config).inputs, layer=4)
+
+
+def test_wrong_device():
+    model = Data2Vec(tiny_config("text"))
+    batch = tiny_batch(model.config)
+    with pytest.raises(ValueError, match=r"batch\.inputs must be on cpu, where the model is, got meta"):
+        model(batch.to("meta"))
+    with pytest.raises(ValueError, match="padding_mask must be on cpu"):
+        model.encode(batch.inputs, torch.zeros(batch.inputs.shape, dtype=torch.bool, device="meta"))

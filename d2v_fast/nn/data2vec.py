@@ -107,7 +107,14 @@ class Data2Vec(nn.Module):
             lengths=batch.lengths if targets.padding_aware else None,
         )
 
+    def _check_device(self, name: str, x: Tensor | None) -> None:
+        device = self.head[0].weight.device
+        if x is not None and x.device != device:
+            raise ValueError(f"{name} must be on {device}, where the model is, got {x.device}")
+
     def _check_batch(self, batch: Batch) -> None:
+        for name in ("inputs", "mask", "positions", "padding_mask", "lengths"):
+            self._check_device(f"batch.{name}", getattr(batch, name))
         self._check_mask("batch.mask", batch.mask, batch.inputs)
         self._check_padding("batch.padding_mask", batch.padding_mask, batch.inputs)
         positions = batch.positions
@@ -136,6 +143,8 @@ class Data2Vec(nn.Module):
             raise ValueError(f"{name} must be {expected} for these inputs, got {tuple(mask.shape)}; it counts {unit}")
 
     def _embed(self, inputs: Tensor, padding_mask: Tensor | None) -> Tensor:
+        self._check_device("inputs", inputs)
+        self._check_device("padding_mask", padding_mask)
         self._check_padding("padding_mask", padding_mask, inputs)
         return self.frontend(inputs, None, padding_mask)
 
@@ -146,7 +155,8 @@ class Data2Vec(nn.Module):
 
         Raises:
             TypeError: ``inputs`` or ``padding_mask`` of a wrong dtype.
-            ValueError: ``inputs`` or ``padding_mask`` of a wrong shape, or a ``padding_mask`` with images.
+            ValueError: ``inputs`` or ``padding_mask`` of a wrong shape or on another device, or a ``padding_mask`` with
+                images.
         """
         x = self._embed(inputs, padding_mask)
         return self.encoder(x, padding_mask=padding_mask, hidden_states=True).hidden_states
