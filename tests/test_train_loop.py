@@ -172,6 +172,23 @@ def test_errors_between_updates_keep_the_state(text_folder, tmp_path, monkeypatc
     assert [p.name for p in checkpoint.checkpoints(out)] == ["checkpoint-00000006.pt"]
 
 
+def test_failed_start_leaves_no_run(text_folder, tmp_path, monkeypatch):
+    """Else the next try, with the settings mended, would be refused as another run."""
+    out = tmp_path / "run"
+    config = load_config("text_demo", overrides(text_folder, out))
+
+    def unreadable(*args, **kwargs):
+        raise DataError("nothing readable")
+        yield
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "batches", unreadable)
+        with pytest.raises(DataError, match="nothing readable"):
+            pretrain(config)
+    assert checkpoint.checkpoints(out) == []
+    assert pretrain(load_config("text_demo", overrides(text_folder, out, "optim.lr=0.002"))).finished
+
+
 def test_errors_inside_an_update_save_nothing(text_folder, tmp_path, monkeypatch):
     """The weights may be half updated then; the earlier checkpoint stays the newest."""
     out = tmp_path / "run"

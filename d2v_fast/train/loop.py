@@ -248,8 +248,9 @@ class Trainer:
                 self._updates(log, last, interrupt, stream)
         finally:
             stream.close()  # ends the loader's workers
-            if self.consistent:
+            if self.consistent and self.progress.update > 0:  # a failed start leaves no run behind
                 self.save()
+        self.save()
         with writing(self.folder):
             plot_curves(self.folder)
         path = checkpoint.checkpoint_path(self.folder, self.progress.update)
