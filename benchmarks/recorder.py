@@ -1,0 +1,235 @@
+"""Records what an op launches, on a machine without a GPU: Triton kernels with their arguments, and ATen operators.
+
+Our registered ops are sent to their CUDA implementation with CPU tensors, and every Triton launch is noted down instead
+of run. Memory that nothing touches costs nothing, so the real shapes are used. Needs a process without
+TRITON_INTERPRET: interpreted kernels cannot be compiled afterwards.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from math import prod
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+from d2v_fast.kernels import launch
+from d2v_fast.ops import _dispatch
+
+NAMESPACE = "d2v_fast"
+NUM_SMS = 132  # of an H100, for launchers that fill the device with persistent programs
+CUDA_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+
+ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+FREE = ALLOCATIONS | {"_unsafe_view", "resize_", "set_", "detach_", "lift_fresh", "is_same_size"}
+FILLS = {"zeros", "zeros_like", "new_zeros", "zero_", "fill_", "ones", "ones_like", "full", "full_like", "new_full"}
+FILLS |= {"scalar_tensor", "arange", "bernoulli_", "uniform_", "random_"}
+SYNCS = {"_local_scalar_dense", "nonzero"}
+GATHERS = {"index", "index_select", "embedding"}  # read the rows they return, not all of their input
+
+# multi_tensor_apply of ATen: tensors per launch for 1, 2, ... lists; blocks per launch; elements per block
+FOREACH_TENSORS, FOREACH_BLOCKS, FOREACH_CHUNK = (110, 64, 48, 36, 30), 320, 65536
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch of a Triton kernel as the launcher made it."""
+
+    kernel: JITFunction
+    grid: tuple[int, ...]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+
+@dataclass
+class Recording:
+    """What one call did. ``bytes`` are those of ATen operators: inputs read and outputs written once each."""
+
+    triton: list[Launch] = field(default_factory=list)
+    aten: list[tuple[str, int, int]] = field(default_factory=list)  # operator, launches, bytes
+    syncs: int = 0
+    allocated: int = 0  # bytes of all tensors made inside, whether freed again or not
+
+    @property
+    def launches(self) -> int:
+        return len(self.triton) + sum(launches for _, launches, _ in self.aten)
+
+    @property
+    def bytes(self) -> int:
+        return sum(nbytes for *_, nbytes in self.aten)
+
+
+class Recorder(TorchDispatchMode):
+    """Fills a :class:`Recording` with the ATen operators that run below autograd."""
+
+    def __init__(self, num_masked: int | None = None):
+        super().__init__()
+        self.recording = Recording()
+        self.num_masked = num_masked  # rows that a boolean index keeps: meta tensors cannot say
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func.namespace == NAMESPACE:
+            with self:  # what the launcher itself asks of torch counts as well
+                return func.redispatch(CUDA_KEYS, *args, **kwargs)
+        name = func._schema.name.split("::")[1]
+        indices = [x for x in args[1] if x is not None] if name in ("index", "index_put", "index_put_") else []
+        if any(x.dtype == torch.bool for x in indices):
+            return self._boolean_index(name, args, indices[0])
+        out = func(*args, **kwargs)
+        self._count(func, name, args, kwargs, out)
+        return out
+
+    def _count(self, func, name: str, args: tuple, kwargs: dict, out: Any) -> None:
+        outputs = _tensors(out)
+        if name in ALLOCATIONS or (outputs and not func.is_view and not name.endswith("_")):
+            self.recording.allocated += sum(dense_bytes(x) for x in outputs)
+        self.recording.syncs += name in SYNCS
+        if name in FREE or name in SYNCS or func.is_view:
+            return
+        inputs = _tensors((args, kwargs))
+        written = outputs or _tensors(args[0])  # foreach operators return nothing
+        self.recording.aten.append((name, _launches(name, args, inputs), _traffic(name, inputs, written)))
+
+    def _boolean_index(self, name: str, args: tuple, mask: Tensor) -> Tensor:
+        # nonzero: count, scan, write, and the host waits for the size
+        self.recording.syncs += 1
+        self.recording.aten.append(("nonzero", 3, 3 * mask.numel()))
+        x = args[0]
+        rows = self.num_masked if self.num_masked is not None else int(mask.sum())
+        shape = (rows, *x.shape[mask.dim() :])
+        nbytes = prod(shape) * x.element_size()
+        if name == "index":
+            self.recording.aten.append(("index", 1, 2 * nbytes))
+            self.recording.allocated += nbytes
+            return x.new_empty(shape)
+        accumulates = len(args) > 3 and args[3]  # sorts its indices first
+        self.recording.aten.append((name, 8 if accumulates else 1, (3 if accumulates else 2) * nbytes))
+        return x if name.endswith("_") else torch.empty_like(x)
+
+
+def dense_bytes(x: Tensor) -> int:
+    """Bytes of the elements that exist: expanded dims count once."""
+    return prod(size for size, stride in zip(x.shape, x.stride(), strict=True) if stride != 0) * x.element_size()
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    unique = {id(x): x for x in tree_leaves(tree) if isinstance(x, Tensor)}
+    return list(unique.values())
+
+
+def _traffic(name: str, inputs: list[Tensor], written: list[Tensor]) -> int:
+    stores = sum(map(dense_bytes, written))
+    if name in FILLS:
+        return stores
+    if name in GATHERS:
+        return 2 * stores + sum(dense_bytes(x) for x in inputs if x.dtype in (torch.int32, torch.int64))
+    if name in ("copy_", "_foreach_copy_"):
+        return sum(map(dense_bytes, inputs))  # the destination is among them, and is not read
+    loads = sum(map(dense_bytes, inputs))
+    if name == "native_layer_norm_backward":  # the weight's pass reads gradient and input again
+        loads += sum(map(dense_bytes, inputs[:2])) if len(written) > 1 else 0
+    return loads + stores
+
+
+def _launches(name: str, args: tuple, inputs: list[Tensor]) -> int:
+    if name.startswith(("_foreach", "_fused")):
+        lists = [x for x in args if isinstance(x, (list, tuple)) and x and isinstance(x[0], Tensor)]
+        return foreach_launches([x.numel() for x in lists[0]], len(lists))
+    if name == "native_layer_norm_backward":
+        return 3 if len(inputs) > 4 else 2
+    return 1
+
+
+def foreach_launches(sizes: list[int], num_lists: int) -> int:
+    """Kernels that ATen's multi_tensor_apply starts for tensors of ``sizes`` elements in ``num_lists`` lists."""
+    limit = FOREACH_TENSORS[num_lists - 1]
+    launches = tensors = blocks = 0
+    for size in sizes:
+        tensors += 1
+        for _ in range(-(-size // FOREACH_CHUNK)):
+            blocks += 1
+            if blocks == FOREACH_BLOCKS:
+                launches, blocks, tensors = launches + 1, 0, 1  # the rest of this tensor goes on in the next launch
+        if tensors == limit:
+            launches, blocks, tensors = launches + (blocks > 0), 0, 0
+    return launches + (blocks > 0)
+
+
+@contextmanager
+def _launches_recorded(launches: list[Launch]) -> Iterator[None]:
+    def run(kernel, *args, grid, warmup, **kwargs):
+        launches.append(Launch(kernel, tuple(grid), args, kwargs))
+
+    properties = SimpleNamespace(multi_processor_count=NUM_SMS)
+    with (
+        mock.patch.object(JITFunction, "run", run),
+        mock.patch.object(launch, "interpreted", lambda x: False),  # tiles for a GPU
+        mock.patch.object(_dispatch, "INTERPRET", True),  # the launchers, also where no registered op leads to them
+        mock.patch.object(torch.cuda, "get_device_properties", lambda *_: properties),
+    ):
+        yield
+
+
+def record(function: Callable[[], Any], num_masked: int | None = None) -> Recording:
+    """Call ``function`` and return what it launched. Results of Triton kernels are undefined memory."""
+    recorder = Recorder(num_masked)
+    with _launches_recorded(recorder.recording.triton), recorder:
+        function()
+    return recorder.recording
+
+
+@dataclass(frozen=True)
+class Specialization:
+    """What Triton would compile for a launch: types, constants, known divisibility, options."""
+
+    kernel: JITFunction
+    signature: dict[str, Any]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+    target: GPUTarget
+
+    @property
+    def key(self) -> str:
+        parts = (self.signature, self.constants, self.attributes, sorted(self.options.items()), self.target)
+        return f"{self.kernel.module}.{self.kernel.fn.__name__} {parts}"
+
+    def compile(self) -> triton.compiler.CompiledKernel:
+        source = ASTSource(self.kernel, self.signature, self.constants, self.attributes)
+        return triton.compile(source, target=self.target, options=self.options)
+
+
+class _OfflineDriver:
+    """As much of a driver as Triton's launcher asks for before it compiles."""
+
+    def __init__(self, arch: int):
+        self.target = GPUTarget("cuda", arch, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+
+def specialize(launch: Launch, arch: int) -> Specialization:
+    """Bind the arguments of ``launch`` as ``JITFunction.run`` does on a GPU of compute capability ``arch``."""
+    kernel = launch.kernel
+    triton.runtime.driver.set_active(_OfflineDriver(arch))
+    _, _, target, backend, binder = kernel.device_caches[f"sm_{arch}"]
+    bound, specialization, options = binder(*launch.args, **launch.kwargs)
+    options, signature, constants, attributes = kernel._pack_args(
+        backend, launch.kwargs, bound, specialization, options
+    )
+    return Specialization(kernel, signature, constants, attributes, options.__dict__, target)
