@@ -51,15 +51,17 @@ def _layer_ptr(table_ptr, k, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 def _column_stats_kernel(
     table_ptr,  # [K] addresses of [B, T, C]
     lengths_ptr,  # [B] int, not read without HAS_LENGTHS
-    stats_ptr,  # [K, B, 2, C] fp32: mean, biased variance; planar, because interleaving them costs scalar stores
-    B,
+    stats_ptr,  # [K, B, 2, C] fp32: mean, and with RSTD 1 / sqrt(var + eps), otherwise the biased variance;
+    B,  # planar, because interleaving them costs scalar accesses
     T,
     C,
     stride_b,
     stride_t,
+    eps,
     DTYPE: tl.constexpr,
     ALIGNED: tl.constexpr,
     HAS_LENGTHS: tl.constexpr,
+    RSTD: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -93,7 +95,7 @@ def _column_stats_kernel(
     var = tl.maximum(tl.sum(sum2, axis=0) / count - offset * offset, 0.0)
     out = stats_ptr + column.to(tl.int64) * 2 * C + cols
     tl.store(out, shift + offset, mask=inside)
-    tl.store(out + C, var, mask=inside)
+    tl.store(out + C, tl.rsqrt(var + eps) if RSTD else var, mask=inside)
 
 
 @triton.jit
@@ -124,17 +126,80 @@ def _average(
 ):
     inside = cols < C
     total = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)
+    # The next layer result is on its way while this one is normalised.
+    coming = tl.load(_layer_ptr(table_ptr, 0, DTYPE, ALIGNED) + offsets, mask=live, other=0.0)
     for k in range(K):
-        x = tl.load(_layer_ptr(table_ptr, k, DTYPE, ALIGNED) + offsets, mask=live, other=0.0).to(tl.float32)
+        x = coming.to(tl.float32)
+        after = tl.minimum(k + 1, K - 1)
+        more = live & (k + 1 < K)
+        coming = tl.load(_layer_ptr(table_ptr, after, DTYPE, ALIGNED) + offsets, mask=more, other=0.0)
         if NORM == "layer":
             x = _layer_norm(x, inside, C, eps)
         elif NORM != "none":
             stats = stats_ptr + (k * stats_rows + stats_row) * 2 * C + cols[None, :]
             mean = tl.load(stats, mask=inside[None, :], other=0.0)
-            var = tl.load(stats + C, mask=inside[None, :], other=0.0)
-            x = (x - mean) * tl.rsqrt(var + eps)
+            rstd = tl.load(stats + C, mask=inside[None, :], other=0.0)
+            x = (x - mean) * rstd
         total += x
     return total / K
+
+
+@triton.jit
+def _find(frame, wanted, num_frames, T):
+    """(whether a wanted flat position exists, its sequence, its frame); the latter two are 0 where it does not."""
+    found = wanted & (frame >= 0) & (frame < num_frames)
+    frame = tl.where(found, frame, 0).to(num_frames.dtype)  # int32 if that holds B * T: a 64-bit division is a call
+    b = frame // T
+    return found, b.to(tl.int64), (frame - b * T).to(tl.int64)
+
+
+@triton.jit
+def _target_tile(
+    table_ptr,
+    stats_ptr,
+    b,  # [BLOCK_N] int64
+    t,  # [BLOCK_N] int64
+    found,  # [BLOCK_N]
+    cols,  # [BLOCK_C]
+    C,
+    K,
+    stats_rows,
+    stride_b,
+    stride_t,
+    eps,
+    DTYPE: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    NORM: tl.constexpr,
+    POST_LAYER_NORM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """Targets [BLOCK_N, BLOCK_C] of the frames (b, t); NaN in rows that are not found, 0 in columns past C."""
+    inside = cols < C
+    offsets = (b * stride_b + t * stride_t)[:, None] + cols[None, :]
+    live = found[:, None] & inside[None, :]
+    if NORM == "instance":
+        # Sorted positions put nearly every tile into one sequence, where the statistics are read once per column.
+        first = tl.min(tl.where(found, b, stats_rows))
+        last = tl.max(tl.where(found, b, -1))
+        if first == last:
+            y = _average(
+                table_ptr, stats_ptr, first, stats_rows, offsets, live, cols, C, K, eps,
+                DTYPE, ALIGNED, NORM, BLOCK_N, BLOCK_C,
+            )  # fmt: skip
+        else:
+            y = _average(
+                table_ptr, stats_ptr, b[:, None], stats_rows, offsets, live, cols, C, K, eps,
+                DTYPE, ALIGNED, NORM, BLOCK_N, BLOCK_C,
+            )  # fmt: skip
+    else:
+        y = _average(
+            table_ptr, stats_ptr, 0, stats_rows, offsets, live, cols, C, K, eps,
+            DTYPE, ALIGNED, NORM, BLOCK_N, BLOCK_C,
+        )  # fmt: skip
+    if POST_LAYER_NORM:
+        y = _layer_norm(y, inside, C, eps)
+    return tl.where(found[:, None], y, float("nan"))  # a position out of range is loud instead of a memory fault
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_frames", "T", "K", "stats_rows"])
@@ -163,40 +228,16 @@ def _layer_targets_kernel(
     num_col_blocks = tl.cdiv(C, BLOCK_C)
     rows = (tl.program_id(0) // num_col_blocks).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     cols = (tl.program_id(0) % num_col_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = cols < C
     wanted = rows < num_rows
     frame = rows
     if HAS_POSITIONS:
         frame = tl.load(positions_ptr + rows, mask=wanted, other=-1).to(tl.int64)
-    found = wanted & (frame >= 0) & (frame < num_frames)
-    frame = tl.where(found, frame, 0)
-    b = frame // T
-    offsets = (b * stride_b + (frame % T) * stride_t)[:, None] + cols[None, :]
-    live = found[:, None] & inside[None, :]
-
-    if NORM == "instance":
-        # Sorted positions put nearly every tile into one sequence, where the statistics are read once per column.
-        first = tl.min(tl.where(found, b, stats_rows))
-        last = tl.max(tl.where(found, b, -1))
-        if first == last:
-            y = _average(
-                table_ptr, stats_ptr, first, stats_rows, offsets, live, cols, C, K, eps,
-                DTYPE, ALIGNED, NORM, BLOCK_N, BLOCK_C,
-            )  # fmt: skip
-        else:
-            y = _average(
-                table_ptr, stats_ptr, b[:, None], stats_rows, offsets, live, cols, C, K, eps,
-                DTYPE, ALIGNED, NORM, BLOCK_N, BLOCK_C,
-            )  # fmt: skip
-    else:
-        y = _average(
-            table_ptr, stats_ptr, 0, stats_rows, offsets, live, cols, C, K, eps,
-            DTYPE, ALIGNED, NORM, BLOCK_N, BLOCK_C,
-        )  # fmt: skip
-    if POST_LAYER_NORM:
-        y = _layer_norm(tl.where(inside[None, :], y, 0.0), inside, C, eps)
-    y = tl.where(found[:, None], y, float("nan"))  # a position out of range is loud instead of a memory fault
-    tl.store(out_ptr + rows[:, None] * C + cols[None, :], y, mask=wanted[:, None] & inside[None, :])
+    found, b, t = _find(frame, wanted, num_frames, T)
+    y = _target_tile(
+        table_ptr, stats_ptr, b, t, found, cols, C, K, stats_rows, stride_b, stride_t, eps,
+        DTYPE, ALIGNED, NORM, POST_LAYER_NORM, BLOCK_N, BLOCK_C,
+    )  # fmt: skip
+    tl.store(out_ptr + rows[:, None] * C + cols[None, :], y, mask=wanted[:, None] & (cols < C)[None, :])
 
 
 def layer_targets(
@@ -217,18 +258,14 @@ def layer_targets(
     out = torch.empty(shape, device=layers[0].device, dtype=torch.float32)
     if out.numel() == 0 or B * T == 0:
         return out.fill_(float("nan"))  # B * T == 0 leaves no valid position
-    layers = _same_strides(layers)
+    layers = same_strides(layers)
     config = config or config_for(layers[0], whole_rows="layer" in (norm, post_norm))
     with launch.device_guard(out):
         table = launch.pointer_table(layers)
-        stats = table  # stands in where no statistics are read
-        if norm in ("instance", "batch"):
-            stats = _column_stats(table, layers, lengths, config)
-            stats = _over_batch(stats, lengths, T) if norm == "batch" else stats
         num_rows = out.numel() // C
         _layer_targets_kernel[(triton.cdiv(num_rows, config.block_n) * triton.cdiv(C, config.block_c),)](
             table,
-            stats,
+            column_stats(table, layers, lengths, norm, eps, config),
             table if positions is None else positions.contiguous(),
             out,
             num_rows,
@@ -252,12 +289,26 @@ def layer_targets(
     return out
 
 
-def _same_strides(layers: Sequence[Tensor]) -> Sequence[Tensor]:
+def same_strides(layers: Sequence[Tensor]) -> Sequence[Tensor]:
+    """``layers`` as one pair of strides and a unit last stride can describe them; copies where they do not agree."""
     strides = {x.stride() for x in layers}
     return layers if len(strides) == 1 and layers[0].stride(2) == 1 else [x.contiguous() for x in layers]
 
 
-def _column_stats(table: Tensor, layers: Sequence[Tensor], lengths: Tensor | None, config: LaunchConfig) -> Tensor:
+def column_stats(
+    table: Tensor,  # [K] addresses of the layers
+    layers: Sequence[Tensor],  # K x [B, T, C] of equal strides
+    lengths: Tensor | None,  # [B] int
+    norm: str,
+    eps: float,
+    config: LaunchConfig,
+) -> Tensor:
+    """Mean and reciprocal standard deviation of the columns, [K, B, 2, C] or [K, 1, 2, C] fp32 for "batch".
+
+    Norms that read none get ``table``, which stands in as an argument of the kernels.
+    """
+    if norm not in ("instance", "batch"):
+        return table
     B, T, C = layers[0].shape
     K = len(layers)
     stats = torch.empty((K, B, 2, C), device=table.device, dtype=torch.float32)
@@ -270,21 +321,26 @@ def _column_stats(table: Tensor, layers: Sequence[Tensor], lengths: Tensor | Non
         C,
         layers[0].stride(0),
         layers[0].stride(1),
+        eps,
         DTYPE=launch.TL_DTYPES[layers[0].dtype],
         ALIGNED=launch.aligned(layers),
         HAS_LENGTHS=lengths is not None,
+        RSTD=norm == "instance",
         BLOCK_T=config.block_t,
         BLOCK_C=config.block_c_stats,
     )
-    return stats
+    return stats if norm == "instance" else _over_batch(stats, lengths, T, eps)
 
 
-def _over_batch(stats: Tensor, lengths: Tensor | None, T: int) -> Tensor:
-    """Merge the statistics of the sequences, [K, B, 2, C] -> [K, 1, 2, C] (Chan's formula, free of cancellation)."""
+def _over_batch(stats: Tensor, lengths: Tensor | None, T: int, eps: float) -> Tensor:
+    """Merge mean and variance of the sequences, [K, B, 2, C] -> mean and reciprocal deviation [K, 1, 2, C].
+
+    Chan's formula, free of cancellation.
+    """
     mean, var = stats.unbind(2)  # [K, B, C]
     count = torch.full_like(stats[0, :, 0, :1], T) if lengths is None else lengths.clamp(0, T)[:, None].float()
     total = count.sum().clamp(min=1)
     shift = mean[:, :1]
     merged = shift + (count * (mean - shift)).sum(1, keepdim=True) / total
     merged_var = (count * (var + (mean - merged).square())).sum(1, keepdim=True) / total
-    return torch.stack((merged, merged_var), dim=2)
+    return torch.stack((merged, (merged_var + eps).rsqrt()), dim=2)

@@ -23,7 +23,7 @@ TARGETS = {
 }  # fmt: skip
 STATS = {
     "table_ptr": "*i64", "lengths_ptr": "*i32", "stats_ptr": "*fp32", "B": INT, "T": INT, "C": DIVISIBLE,
-    "stride_b": DIVISIBLE, "stride_t": DIVISIBLE,
+    "stride_b": DIVISIBLE, "stride_t": DIVISIBLE, "eps": "fp32",
 }  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def _targets(dtype: str, norm: str, post: bool) -> tuple:
 
 
 def _stats(dtype: str, has_lengths: bool) -> tuple:
-    flags = {"DTYPE": dtype, "ALIGNED": True, "HAS_LENGTHS": has_lengths}
+    flags = {"DTYPE": dtype, "ALIGNED": True, "HAS_LENGTHS": has_lengths, "RSTD": True}
     return "layer_targets", "_column_stats_kernel", STATS, flags
 
 
