@@ -1,7 +1,4 @@
-"""Triton kernel of the teacher update: every tensor of the model in one launch, the low-precision copy included.
-
-A table on the device lists chunks: the addresses of a piece of teacher, student and copy, and its element count.
-"""
+"""Triton kernel of the teacher update: every tensor of the model in one launch, the low-precision copy included."""
 
 from collections import defaultdict
 from collections.abc import Sequence
@@ -13,24 +10,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from d2v_fast.kernels import launch
-
-
-@dataclass(frozen=True)
-class LaunchConfig:
-    """``chunk`` elements per program, ``block`` at a time; chunk is a multiple of block."""
-
-    chunk: int
-    block: int
-    num_warps: int
-
-
-GPU_CONFIG = LaunchConfig(chunk=16384, block=1024, num_warps=4)
-INTERPRETER_CONFIG = LaunchConfig(chunk=65536, block=16384, num_warps=4)
+from d2v_fast.kernels import chunks, launch
+from d2v_fast.kernels.chunks import LaunchConfig
 
 
 @triton.jit
-def _lerp(e_ptr, p_ptr, copy_ptr, offsets, live, weight, MASKED: tl.constexpr, HAS_COPY: tl.constexpr):
+def lerp(e, p, weight):
+    """``e`` moved towards ``p``, exact at both ends like torch.lerp."""
+    d = p - e
+    return tl.where(weight < 0.5, e + weight * d, p - d * (1.0 - weight))
+
+
+@triton.jit
+def _lerp_block(e_ptr, p_ptr, copy_ptr, offsets, live, weight, MASKED: tl.constexpr, HAS_COPY: tl.constexpr):
     # Full blocks go without a mask: one that depends on a loaded size turns vector accesses into scalar ones.
     if MASKED:
         e = tl.load(e_ptr + offsets, mask=live)
@@ -38,8 +30,7 @@ def _lerp(e_ptr, p_ptr, copy_ptr, offsets, live, weight, MASKED: tl.constexpr, H
     else:
         e = tl.load(e_ptr + offsets)
         p = tl.load(p_ptr + offsets).to(tl.float32)
-    d = p - e
-    e = tl.where(weight < 0.5, e + weight * d, p - d * (1.0 - weight))  # exact at both ends, like torch.lerp
+    e = lerp(e, p, weight)
     if MASKED:
         tl.store(e_ptr + offsets, e, mask=live)
     else:
@@ -52,87 +43,112 @@ def _lerp(e_ptr, p_ptr, copy_ptr, offsets, live, weight, MASKED: tl.constexpr, H
             tl.store(copy_ptr + offsets, low)
 
 
-@triton.jit(do_not_specialize=["num_chunks"])
+@triton.jit(do_not_specialize=["num_tensors"])
 def _ema_update_kernel(
-    table_ptr,  # [4, num_chunks] int64: addresses of teacher, student and copy, element count
-    decay_ptr,  # [] fp32 or fp64
-    num_chunks,
+    table_ptr,  # [5 or 4, num_tensors] int64: first program, size, addresses of teacher, student and copy
+    num_tensors,
+    decay_ptr,  # [] fp32 or fp64, not read without HAS_DECAY
+    weight,  # 1 - decay without HAS_DECAY
     STUDENT_DTYPE: tl.constexpr,
     COPY_DTYPE: tl.constexpr,
     HAS_COPY: tl.constexpr,
+    HAS_DECAY: tl.constexpr,
     ALIGNED: tl.constexpr,
+    LANES: tl.constexpr,
+    CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = table_ptr + tl.program_id(0)
-    e_ptr = tl.load(row).to(tl.pointer_type(tl.float32))
-    p_ptr = tl.load(row + num_chunks).to(tl.pointer_type(STUDENT_DTYPE))
-    copy_ptr = tl.load(row + 2 * num_chunks).to(tl.pointer_type(COPY_DTYPE))
-    size = tl.load(row + 3 * num_chunks).to(tl.int32)
-    if ALIGNED:
-        e_ptr = tl.multiple_of(e_ptr, 16)
-        p_ptr = tl.multiple_of(p_ptr, 16)
-        copy_ptr = tl.multiple_of(copy_ptr, 16)
-    weight = (1.0 - tl.load(decay_ptr)).to(tl.float32)
+    column, start, size = chunks.locate(table_ptr, num_tensors, CHUNK, LANES)
+    e_ptr = chunks.pointer(table_ptr, 2, column, num_tensors, start, tl.float32, ALIGNED)
+    p_ptr = chunks.pointer(table_ptr, 3, column, num_tensors, start, STUDENT_DTYPE, ALIGNED)
+    copy_ptr = e_ptr
+    if HAS_COPY:
+        copy_ptr = chunks.pointer(table_ptr, 4, column, num_tensors, start, COPY_DTYPE, ALIGNED)
+    if HAS_DECAY:
+        weight = (1.0 - tl.load(decay_ptr)).to(tl.float32)
     lanes = tl.arange(0, BLOCK)
     num_full = size // BLOCK
     for i in range(0, num_full):
-        _lerp(e_ptr, p_ptr, copy_ptr, i * BLOCK + lanes, lanes < BLOCK, weight, False, HAS_COPY)
+        _lerp_block(e_ptr, p_ptr, copy_ptr, i * BLOCK + lanes, lanes < BLOCK, weight, False, HAS_COPY)
     tail = num_full * BLOCK + lanes
     if num_full * BLOCK < size:
-        _lerp(e_ptr, p_ptr, copy_ptr, tail, tail < size, weight, True, HAS_COPY)
+        _lerp_block(e_ptr, p_ptr, copy_ptr, tail, tail < size, weight, True, HAS_COPY)
+
+
+@dataclass(frozen=True)
+class _Launch:
+    """One launch: its table, and what is the same for all of its tensors."""
+
+    table: chunks.Table
+    student_dtype: torch.dtype
+    copy_dtype: torch.dtype | None
+    aligned: bool
 
 
 def ema_update_(
     teacher: Sequence[Tensor],  # fp32, contiguous
     student: Sequence[Tensor],  # fp32, bf16 or fp16, contiguous
-    decay: Tensor,  # [] fp32 or fp64
+    decay: Tensor | None,  # [] fp32 or fp64
+    weight: float,  # 1 - decay, where decay is None
     copies: Sequence[Tensor],  # like student, or empty
     config: LaunchConfig | None = None,
 ) -> None:
     """Update ``teacher`` in place and write ``copies``: one launch per combination of dtypes and alignment."""
-    config = config or (INTERPRETER_CONFIG if launch.interpreted(teacher[0]) else GPU_CONFIG)
-    groups = defaultdict(list)
-    for i, (e, p) in enumerate(zip(teacher, student, strict=True)):
-        copy = copies[i] if copies else None
-        tensors = (e, p) if copy is None else (e, p, copy)
-        if e.numel() > 0:
-            spans = (e.data_ptr(), p.data_ptr(), 0 if copy is None else copy.data_ptr(), e.numel())
-            groups[p.dtype, None if copy is None else copy.dtype, launch.aligned(tensors)].append(spans)
-    for (student_dtype, copy_dtype, aligned), spans in groups.items():
-        steps = (4, student_dtype.itemsize, 0 if copy_dtype is None else copy_dtype.itemsize)
-        table, _ = _chunk_table(tuple(spans), steps, config.chunk, decay.device)
-        with launch.device_guard(decay):
-            _ema_update_kernel[(table.shape[1],)](
-                table,
-                decay,
-                table.shape[1],
-                STUDENT_DTYPE=launch.TL_DTYPES[student_dtype],
-                COPY_DTYPE=launch.TL_DTYPES[copy_dtype or torch.float32],
-                HAS_COPY=copy_dtype is not None,
-                ALIGNED=aligned,
+    config = config or chunks.config_for(teacher[0])
+    device = teacher[0].device
+    key = (
+        tuple(map(Tensor.numel, teacher)),
+        tuple(map(Tensor.data_ptr, teacher)),
+        tuple(map(Tensor.data_ptr, student)),
+        tuple(x.dtype for x in student),
+        tuple(map(Tensor.data_ptr, copies)),
+        tuple(x.dtype for x in copies),
+        config.chunk,
+        device,
+    )
+    stream = chunks.current_stream(device)
+    with launch.device_guard(teacher[0]):
+        for part in _launches.__wrapped__(*key) if stream is None else _launches(*key, stream):
+            _ema_update_kernel[(part.table.programs,)](
+                part.table.data,
+                part.table.tensors,
+                part.table.data if decay is None else decay,
+                weight,
+                STUDENT_DTYPE=launch.TL_DTYPES[part.student_dtype],
+                COPY_DTYPE=launch.TL_DTYPES[part.copy_dtype or torch.float32],
+                HAS_COPY=part.copy_dtype is not None,
+                HAS_DECAY=decay is not None,
+                ALIGNED=part.aligned,
+                LANES=part.table.lanes,
+                CHUNK=config.chunk,
                 BLOCK=config.block,
                 num_warps=config.num_warps,
             )
 
 
-@lru_cache(maxsize=64)
-def _chunk_table(
-    spans: tuple[tuple[int, int, int, int], ...],  # addresses of teacher, student, copy (0 for none), element count
-    steps: tuple[int, int, int],  # bytes per element of the three
+@lru_cache(maxsize=16)
+def _launches(
+    sizes: tuple[int, ...],
+    teacher: tuple[int, ...],  # addresses
+    student: tuple[int, ...],
+    student_dtypes: tuple[torch.dtype, ...],
+    copies: tuple[int, ...],
+    copy_dtypes: tuple[torch.dtype, ...],
     chunk: int,
     device: torch.device,
-) -> tuple[Tensor, Tensor]:
-    """The table of :func:`_ema_update_kernel` on ``device``, and its source on the host.
-
-    It depends on the arguments alone, addresses included, so a cached table cannot be stale. The host side is kept
-    because the copy is asynchronous and would be read again by a captured CUDA graph.
-    """
-    columns = [
-        (*(address + first * step for address, step in zip(span[:3], steps, strict=True)), min(chunk, span[3] - first))
-        for span in spans
-        for first in range(0, span[3], chunk)
-    ]
-    host = torch.tensor(columns, dtype=torch.int64).t().contiguous()
-    if device.type == "cuda":
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True), host
+    stream: int | None = None,
+) -> list[_Launch]:
+    """Group the tensors and build the tables. They depend on the arguments alone, so cached ones cannot be stale."""
+    groups = defaultdict(list)
+    for i, size in enumerate(sizes):
+        addresses = (teacher[i], student[i], *copies[i : i + 1])
+        aligned = all(address % launch.ALIGNMENT == 0 for address in addresses)
+        if size > 0:
+            groups[student_dtypes[i], copy_dtypes[i] if copies else None, aligned].append((size, *addresses))
+    launches = []
+    for (student_dtype, copy_dtype, aligned), spans in groups.items():
+        for first in range(0, len(spans), chunks.MAX_TENSORS):
+            group_sizes, *rows = zip(*spans[first : first + chunks.MAX_TENSORS], strict=True)
+            table = chunks.build_table(group_sizes, rows, chunk, device)
+            launches.append(_Launch(table, student_dtype, copy_dtype, aligned))
+    return launches

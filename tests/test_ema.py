@@ -126,26 +126,27 @@ def test_other_tensors_at_the_next_call():
 
 
 @pytest.mark.skipif(not RUNS_KERNELS, reason="needs the Triton kernels")
-def test_chunk_table_is_built_once_per_set_of_addresses():
+def test_table_is_built_once_per_set_of_addresses():
     from d2v_fast.kernels import ema as kernels
 
     teacher, student = make()
-    kernels._chunk_table.cache_clear()
+    kernels._launches.cache_clear()
     for _ in range(3):
         ema_update_(teacher, student, 0.5)
-    assert kernels._chunk_table.cache_info()[:2] == (2, 1)  # hits, misses
+    assert kernels._launches.cache_info()[:2] == (2, 1)  # hits, misses
 
 
 @pytest.mark.skipif(not RUNS_KERNELS, reason="needs the Triton kernels")
 @pytest.mark.parametrize("chunk,block", [(64, 16), (32, 32)])
 def test_every_tile_gives_the_same_answer(chunk, block):
     from d2v_fast.kernels import ema as kernels
+    from d2v_fast.kernels.chunks import LaunchConfig
 
     teacher, student = make([(7,), (64,), (130,)], BF16)
     copies = [torch.empty_like(p) for p in student]
     want = updated(teacher, student, 0.9, F32)
     decay = torch.tensor(0.9, device=DEVICE)
-    kernels.ema_update_(teacher, student, decay, copies, kernels.LaunchConfig(chunk, block, num_warps=4))
+    kernels.ema_update_(teacher, student, decay, 0.0, copies, LaunchConfig(chunk, block, num_warps=4))
     torch.testing.assert_close(teacher, want)
     assert all(torch.equal(c, e.bfloat16()) for c, e in zip(copies, teacher, strict=True))
 
@@ -186,8 +187,8 @@ def test_float64_masters():
 def test_opcheck():
     decay = torch.tensor(0.5, device=DEVICE)
     teacher, student = make([(5,), (3, 2)])
-    torch.library.opcheck(_op, (teacher, student, decay, []))
-    torch.library.opcheck(_op, (teacher, student, decay, [e.bfloat16() for e in teacher]))
+    torch.library.opcheck(_op, (teacher, student, decay, 0.0, []))
+    torch.library.opcheck(_op, (teacher, student, None, 0.5, [e.bfloat16() for e in teacher]))
 
 
 def test_compile_fullgraph():

@@ -50,8 +50,9 @@ def _stats(dtype: str, has_lengths: bool) -> tuple:
 
 
 def _ema(student: str, has_copy: bool) -> tuple:
-    signature = {"table_ptr": "*i64", "decay_ptr": "*fp64", "num_chunks": INT}
-    flags = {"STUDENT_DTYPE": student, "COPY_DTYPE": "bf16", "HAS_COPY": has_copy, "ALIGNED": True}
+    signature = {"table_ptr": "*i64", "num_tensors": INT, "decay_ptr": "*fp64", "weight": "fp32"}
+    flags = {"STUDENT_DTYPE": student, "COPY_DTYPE": "bf16", "HAS_COPY": has_copy, "HAS_DECAY": has_copy}
+    flags |= {"ALIGNED": True, "LANES": 256}
     return "ema", "_ema_update_kernel", signature, flags
 
 
@@ -127,7 +128,8 @@ def _tile(module, kernel: str, width: int, constants: dict) -> tuple[dict, int]:
     import torch
 
     if module.__name__.endswith("ema"):
-        return {"BLOCK": module.GPU_CONFIG.block}, module.GPU_CONFIG.num_warps
+        config = module.chunks.GPU_CONFIG
+        return {"BLOCK": config.block, "CHUNK": config.chunk}, config.num_warps
     if module.__name__.endswith("masked_smooth_l1"):
         config = module.config_for(torch.empty(4, width, device="meta"))
         return {"BLOCK_N": config.block_n, "BLOCK_D": config.block_d}, config.num_warps

@@ -1,6 +1,8 @@
 """Shared by every op: what the CPU key runs, and the checks that all public functions make."""
 
+import importlib.util
 import os
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -17,6 +19,12 @@ def cpu_runs_triton(dtype: torch.dtype) -> bool:
     float64 always takes the reference: it exists for ``gradcheck``, and the kernels accumulate in float32.
     """
     return INTERPRET and dtype in KERNEL_DTYPES
+
+
+@cache
+def has_triton() -> bool:
+    """Whether Triton is installed; without it, ops that have a fast multi-tensor form in PyTorch use that on a GPU."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
@@ -43,3 +51,12 @@ def check_device(name: str, x: Tensor, device: torch.device) -> None:
     """Raise ValueError unless ``x`` is on ``device``."""
     if x.device != device:
         raise ValueError(f"{name} must be on {device}, got {x.device}")
+
+
+def check_scalar(name: str, x: Tensor, device: torch.device) -> None:
+    """Raise unless ``x`` is a float32 or float64 tensor of shape [] on ``device``."""
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{name} must be a float32 or float64 tensor, got {x.dtype}")
+    if x.dim() != 0:
+        raise ValueError(f"{name} must have shape [], got {tuple(x.shape)}")
+    check_device(name, x, device)

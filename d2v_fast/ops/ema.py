@@ -6,47 +6,74 @@ leaves ``teacher == student`` exactly where it is, and decay 0 and 1 copy and fr
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from d2v_fast.ops._dispatch import check_device, check_float, cpu_runs_triton
+from d2v_fast.ops._dispatch import (
+    KERNEL_DTYPES,
+    check_device,
+    check_float,
+    check_scalar,
+    cpu_runs_triton,
+    has_triton,
+)
 
 
 def ema_update_ref(
-    teacher: Sequence[Tensor],  # masters, updated in place
+    teacher: Sequence[Tensor],  # masters of one dtype, at least one, updated in place
     student: Sequence[Tensor],
-    decay: Tensor,  # [] float
+    decay: float | Tensor,  # in [0, 1], a tensor is float []
     copies: Sequence[Tensor] = (),  # overwritten with the new masters; empty for none
 ) -> None:
-    """The definition of the op in plain PyTorch."""
-    weight = 1 - decay
-    for e, p in zip(teacher, student, strict=True):
-        e.lerp_(p.to(e.dtype), weight.to(e.dtype))
+    """The definition of the op in plain PyTorch, with its multi-tensor functions."""
+    student = [p.to(e.dtype) for e, p in zip(teacher, student, strict=True)]
+    if not isinstance(decay, Tensor):
+        torch._foreach_lerp_(teacher, student, 1 - decay)
+    else:
+        weight = (1 - decay).to(teacher[0].dtype)
+        for e, p in zip(teacher, student, strict=True):
+            e.lerp_(p, weight)
     if copies:
         torch._foreach_copy_(copies, teacher)
 
 
 @torch.library.custom_op("d2v_fast::ema_update_", mutates_args={"teacher", "copies"}, device_types="cpu")
-def _op(teacher: list[Tensor], student: list[Tensor], decay: Tensor, copies: list[Tensor]) -> None:
-    if all(cpu_runs_triton(x.dtype) for x in chain(teacher, student, copies)):
-        _op_triton(teacher, student, decay, copies)
-    else:
-        check_no_overlap(teacher, student, copies)
-        ema_update_ref(teacher, student, decay, copies)
+def _op(
+    teacher: list[Tensor], student: list[Tensor], decay: Tensor | None, decay_value: float, copies: list[Tensor]
+) -> None:
+    interpreted = all(cpu_runs_triton(x.dtype) for x in chain(teacher, student, copies))
+    _run(interpreted, teacher, student, decay, decay_value, copies)
 
 
 @_op.register_kernel("cuda")
-def _op_triton(teacher: list[Tensor], student: list[Tensor], decay: Tensor, copies: list[Tensor]) -> None:
-    from d2v_fast.kernels import ema as kernels
+def _op_cuda(
+    teacher: list[Tensor], student: list[Tensor], decay: Tensor | None, decay_value: float, copies: list[Tensor]
+) -> None:
+    _run(has_triton(), teacher, student, decay, decay_value, copies)
 
-    check_no_overlap(teacher, student, copies)
-    kernels.ema_update_(teacher, student, decay, copies)
+
+def _run(
+    use_triton: bool,
+    teacher: list[Tensor],
+    student: list[Tensor],
+    decay: Tensor | None,  # None: decay_value counts
+    decay_value: float,
+    copies: list[Tensor],
+) -> None:
+    check_no_overlap([*teacher, *copies], student, "teacher and copies")
+    if use_triton:
+        from d2v_fast.kernels import ema as kernels
+
+        kernels.ema_update_(teacher, student, decay, 1 - decay_value, copies)
+    else:
+        ema_update_ref(teacher, student, decay_value if decay is None else decay, copies)
 
 
 @_op.register_fake
-def _(teacher, student, decay, copies):
+def _(teacher, student, decay, decay_value, copies):
     return None
 
 
@@ -85,21 +112,30 @@ def ema_update_(
         raise ValueError(f"decay must lie in [0, 1], got {decay}")
     if not teacher:
         return
-    _check_teacher(teacher)
-    _check_like_teacher("student", student, teacher)
-    _check_like_teacher("copies", copies, teacher)
-    _op(teacher, student, _decay_tensor(decay, teacher[0].device), copies)
+    if not _alike(teacher, student, copies):
+        _check_teacher(teacher)
+        _check_like_teacher("student", student, teacher)
+        _check_like_teacher("copies", copies, teacher)
+    if isinstance(decay, Tensor):
+        check_scalar("decay", decay, teacher[0].device)
+        _op(teacher, student, decay, 0.0, copies)
+    else:
+        _op(teacher, student, None, float(decay), copies)
 
 
-def _decay_tensor(decay: float | Tensor, device: torch.device) -> Tensor:
-    if not isinstance(decay, Tensor):
-        return torch.full((), decay, dtype=torch.float64, device=device)
-    if decay.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"decay must be a float32 or float64 tensor, got {decay.dtype}")
-    if decay.dim() != 0:
-        raise ValueError(f"decay must have shape [], got {tuple(decay.shape)}")
-    check_device("decay", decay, device)
-    return decay
+def _alike(teacher: list[Tensor], student: list[Tensor], copies: list[Tensor]) -> bool:
+    """Whether all is well, for the usual case; comparing whole lists costs a fifth of looking at pairs."""
+    dtypes = {x.dtype for x in student}.union(x.dtype for x in copies)
+    everything = [*teacher, *student, *copies]
+    shapes = [e.shape for e in teacher]
+    return (
+        {e.dtype for e in teacher} == {torch.float32}
+        and dtypes.issubset(KERNEL_DTYPES)
+        and len({x.device for x in everything}) == 1
+        and all(map(Tensor.is_contiguous, everything))
+        and [p.shape for p in student] == shapes
+        and (not copies or [c.shape for c in copies] == shapes)
+    )
 
 
 def _check_teacher(teacher: list[Tensor]) -> None:
@@ -127,18 +163,24 @@ def _check_like_teacher(name: str, tensors: list[Tensor], teacher: list[Tensor])
             raise ValueError(f"{name}[{i}] must be contiguous, got shape {tuple(x.shape)} strides {x.stride()}")
 
 
-def check_no_overlap(teacher: Sequence[Tensor], student: Sequence[Tensor], copies: Sequence[Tensor]) -> None:
-    """Raise ValueError when memory that is written overlaps any other tensor. Tied student tensors are fine."""
+def check_no_overlap(written: Sequence[Tensor], read: Sequence[Tensor], names: str) -> None:
+    """Raise ValueError when a tensor of ``written`` overlaps any other tensor. Tensors that are read may be tied."""
+    tensors = [*written, *read]
+    if _overlap(tuple(map(Tensor.data_ptr, tensors)), tuple(x.nbytes for x in tensors), len(written)):
+        raise ValueError(f"{names} must not share memory with each other or with other arguments, but some do")
+
+
+@lru_cache(maxsize=16)
+def _overlap(addresses: tuple[int, ...], nbytes: tuple[int, ...], num_written: int) -> bool:
     spans = [
-        (x.data_ptr(), x.data_ptr() + x.nbytes, written)
-        for x, written in chain(
-            ((x, True) for x in teacher), ((x, False) for x in student), ((x, True) for x in copies)
-        )
-        if x.numel() > 0
+        (start, start + size, i < num_written)
+        for i, (start, size) in enumerate(zip(addresses, nbytes, strict=True))
+        if size > 0
     ]
     end_of_any = end_of_written = 0
     for start, end, written in sorted(spans):
         if start < (end_of_any if written else end_of_written):
-            raise ValueError("teacher and copies must not share memory with each other or with student, but some do")
+            return True
         end_of_any = max(end_of_any, end)
         end_of_written = max(end_of_written, end) if written else end_of_written
+    return False
