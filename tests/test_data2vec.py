@@ -12,7 +12,6 @@ from tiny import NO_DROPOUT, tiny_batch, tiny_config
 from torch import nn
 
 from d2v_fast.nn import Data2Vec, Data2VecConfig
-from d2v_fast.nn.data2vec import mean_std
 from d2v_fast.nn.encoder import TransformerEncoder
 from d2v_fast.nn.frontends import build_frontend
 from d2v_fast.nn.heads import build_head
@@ -197,12 +196,6 @@ def test_published_sizes(build, elements):
             ]
         )
     assert sum(p.numel() for p in parts.parameters()) == elements
-
-
-def test_mean_std():
-    y = torch.randn(7, 5)
-    assert mean_std(y).item() == pytest.approx((y.double().var(0) + 1e-6).sqrt().mean().item(), rel=1e-5)
-    assert mean_std(y[:1]).item() == 0
 
 
 @pytest.mark.parametrize("modality", MODALITIES)

@@ -3,8 +3,6 @@
 Dims: B batch, T positions, P encoder positions (T, plus the class token of images), C channels, N masked positions.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor, nn
 
@@ -14,23 +12,7 @@ from d2v_fast.nn.encoder import TransformerEncoder
 from d2v_fast.nn.frontends import build_frontend
 from d2v_fast.nn.heads import build_head
 from d2v_fast.nn.teacher import EMATeacher
-from d2v_fast.ops import layer_targets, masked_smooth_l1
-
-
-class LossOutput(NamedTuple):
-    """Result of one forward; everything but ``num_masked`` stays on the device."""
-
-    loss: Tensor  # [] fp32, summed over the masked positions; divide by the number of masked positions of the update
-    target_var: Tensor  # [] fp32, mean over channels of the targets' standard deviation (fairseq's name and formula)
-    pred_var: Tensor  # [] fp32, the same of the predictions
-    num_masked: int  # N of this batch
-
-
-def mean_std(y: Tensor) -> Tensor:
-    """Mean over channels of the standard deviation over the rows of y [N, C] (fairseq ``compute_var``); 0 for N < 2."""
-    if y.shape[0] < 2:
-        return y.new_zeros((), dtype=torch.float32)
-    return (y.float().var(dim=0) + 1e-6).sqrt().mean()
+from d2v_fast.ops import LossOutput, data2vec_loss
 
 
 class Data2Vec(nn.Module):
@@ -69,15 +51,19 @@ class Data2Vec(nn.Module):
             student_input = self.frontend(batch.inputs, batch.mask, batch.padding_mask)  # [B, P, C]
             teacher_input, teacher_padding = self._teacher_input(batch)
 
-        target = self._targets(batch, teacher_input, teacher_padding)  # [N, C] fp32
+        results = self._layer_results(teacher_input, teacher_padding)
         x = self.encoder(student_input, padding_mask=batch.padding_mask).x  # [B, P, C]
         pred = self.head(x.flatten(0, 1).index_select(0, self._rows(batch)))  # [N, C]
-        loss = self.config.loss
-        return LossOutput(
-            masked_smooth_l1(pred, target, beta=loss.beta, scale=loss.scale_for(target.shape[1]), reduction="sum"),
-            mean_std(target),
-            mean_std(pred.detach()),
-            batch.num_masked,
+        targets, loss = self.config.targets, self.config.loss
+        return data2vec_loss(
+            pred,
+            results,
+            batch.positions,
+            norm=targets.norm,
+            post_norm=targets.post_norm,
+            beta=loss.beta,
+            scale=loss.scale_for(pred.shape[1]),
+            lengths=batch.lengths if targets.padding_aware else None,
         )
 
     def _rows(self, batch: Batch) -> Tensor:
@@ -95,17 +81,10 @@ class Data2Vec(nn.Module):
         return self.teacher.module["frontend"](inputs, None, padding), padding
 
     @torch.no_grad()
-    def _targets(self, batch: Batch, x: Tensor, padding_mask: Tensor | None) -> Tensor:
-        """Normalised average [N, C] of the teacher's last ``top_k`` layer results at the masked positions."""
-        targets = self.config.targets
-        results = self.teacher.module["encoder"](x, padding_mask=padding_mask, top_k=targets.top_k).layer_results
-        return layer_targets(
-            [result[:, self._class_tokens :] for result in results],
-            norm=targets.norm,
-            post_norm=targets.post_norm,
-            positions=batch.positions,
-            lengths=batch.lengths if targets.padding_aware else None,
-        )
+    def _layer_results(self, x: Tensor, padding_mask: Tensor | None) -> list[Tensor]:
+        """The teacher's last ``top_k`` layer results [B, T, C], without the class token."""
+        results = self.teacher.module["encoder"](x, padding_mask=padding_mask, top_k=self.config.targets.top_k)
+        return [result[:, self._class_tokens :] for result in results.layer_results]
 
     def _check_device(self, name: str, x: Tensor | None) -> None:
         device = self.head[0].weight.device

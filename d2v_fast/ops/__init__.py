@@ -1,7 +1,8 @@
 """Fused operations. Importing this package loads torch only; Triton is imported by the first call that needs it."""
 
+from d2v_fast.ops.data2vec_loss import LossOutput, data2vec_loss
 from d2v_fast.ops.ema import ema_update_
 from d2v_fast.ops.layer_targets import layer_targets
 from d2v_fast.ops.masked_smooth_l1 import masked_smooth_l1
 
-__all__ = ["ema_update_", "layer_targets", "masked_smooth_l1"]
+__all__ = ["LossOutput", "data2vec_loss", "ema_update_", "layer_targets", "masked_smooth_l1"]

@@ -59,9 +59,7 @@ def _standardise(x: Tensor, norm: str, valid: Tensor | None, eps: float) -> Tens
 def _op(
     layers: list[Tensor], positions: Tensor | None, lengths: Tensor | None, norm: str, post_norm: str, eps: float
 ) -> Tensor:
-    batch, frames, _ = layers[0].shape
-    _check_range("positions", positions, batch * frames - 1)
-    _check_range("lengths", lengths, frames)
+    _check_ranges(layers[0], positions, lengths)
     if cpu_runs_triton(layers[0].dtype):
         return _op_triton(layers, positions, lengths, norm, post_norm, eps)
     return layer_targets_ref(layers, positions, lengths, norm, post_norm, eps).contiguous()
@@ -92,6 +90,7 @@ def layer_targets(
     positions: Tensor | None = None,  # [N] int, flat b * T + t
     lengths: Tensor | None = None,  # [B] int
     eps: float = 1e-5,
+    check: bool = False,
 ) -> Tensor:
     """Average of K normalised layer results: data2vec's regression target. No gradient flows through it.
 
@@ -102,30 +101,48 @@ def layer_targets(
         norm: applied to each layer result; see the module's docstring.
         post_norm: applied to the average: "none", "layer" (over C) or "instance" (over T).
         layout: "BTC", or "TBC" as in fairseq's transformers. The result is always batch first.
-        positions: [N] int32 or int64 flat indices ``b * T + t`` of the rows to return, in any order. On a GPU
-            their range cannot be checked without waiting for the device: a row outside [0, B * T) is NaN there.
+        positions: [N] int32 or int64 flat indices ``b * T + t`` of the rows to return, in any order. On a GPU a row
+            outside [0, B * T) is NaN, see ``check``.
         lengths: [B] int32 or int64 valid frames per sequence. None takes the statistics of "instance" and "batch"
             over all T, padding included, as fairseq does. Frames past the length are normalised with the same
             statistics, not zeroed; a sequence of length 0 has mean 0 and variance 0.
         eps: added to the variance.
+        check: also check the ranges of ``positions`` and ``lengths`` on a GPU, which waits for the device. Without
+            it lengths are clamped to [0, T] there. On the CPU both are always checked.
 
     Returns:
         float32 (float64 for float64 inputs), contiguous: [B, T, C], or [N, C] when ``positions`` are given.
 
     Raises:
         ValueError: no layers, shapes or devices differ, an option is unknown, "instance" with T < 2 or "batch"
-            with a single frame (the result would be 0 everywhere, as in fairseq), or an index out of range on CPU.
+            with a single frame (0 everywhere; fairseq raises as well), or an index out of range where that is checked.
         TypeError: dtypes differ or are not floating point, indices are not integers, or float64 on a GPU.
     """
-    layers = _check_layers(layer_results)
+    layers = check_layers(layer_results, norm, post_norm, layout, positions, lengths, eps)
+    if check:
+        _check_ranges(layers[0], positions, lengths)
+    return _op(layers, positions, lengths, norm, post_norm, float(eps))
+
+
+def check_layers(
+    layer_results: Sequence[Tensor],
+    norm: str,
+    post_norm: str,
+    layout: str,
+    positions: Tensor | None,
+    lengths: Tensor | None,
+    eps: float,
+) -> list[Tensor]:
+    """The layer results as [B, T, C] views without gradient, after every check that needs no device."""
+    layers = _check_tensors(layer_results)
     _check_options(norm, post_norm, layout, eps)
     if layout == "TBC":
         layers = [x.transpose(0, 1) for x in layers]
     _check_shapes(layers[0], norm, post_norm, positions, lengths)
-    return _op(layers, positions, lengths, norm, post_norm, float(eps))
+    return layers
 
 
-def _check_layers(layer_results: Sequence[Tensor]) -> list[Tensor]:
+def _check_tensors(layer_results: Sequence[Tensor]) -> list[Tensor]:
     layers = [x.detach() for x in layer_results]
     if not layers:
         raise ValueError("layer_results must hold at least one tensor, got none")
@@ -170,8 +187,14 @@ def _check_shapes(x: Tensor, norm: str, post_norm: str, positions: Tensor | None
             raise ValueError(f"lengths must have shape ({batch},), got {tuple(lengths.shape)}")
 
 
-def _check_range(name: str, values: Tensor | None, last: int) -> None:
-    # inside the op, so that compiled code checks as well
+def _check_ranges(x: Tensor, positions: Tensor | None, lengths: Tensor | None) -> None:
+    batch, frames, _ = x.shape
+    check_range("positions", positions, batch * frames - 1)
+    check_range("lengths", lengths, frames)
+
+
+def check_range(name: str, values: Tensor | None, last: int) -> None:
+    """Raise ValueError unless all ``values`` lie in [0, last]. Called inside the ops, so compiled code checks too."""
     if values is not None and values.numel() > 0:
         low, high = values.aminmax()
         if low < 0 or high > last:

@@ -168,7 +168,12 @@ def _check(pred: Tensor, target: Tensor, mask: Tensor | None, beta: float, reduc
         if mask.shape != pred.shape[:-1]:
             raise ValueError(f"mask must have shape {tuple(pred.shape[:-1])}, got {tuple(mask.shape)}")
         check_device("mask", mask, pred.device)
-    if not 0 <= beta < math.inf:
-        raise ValueError(f"beta must be finite and >= 0, got {beta}")
+    check_beta(beta)
     if reduction not in ("sum", "mean", "none"):
         raise ValueError(f"reduction must be 'sum', 'mean' or 'none', got {reduction!r}")
+
+
+def check_beta(beta: float) -> None:
+    """Raise ValueError unless ``beta`` is a finite number that is not negative."""
+    if not 0 <= beta < math.inf:
+        raise ValueError(f"beta must be finite and >= 0, got {beta}")
