@@ -16,13 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from common import interleaved, summary, write_json
+from common import DEVICE, interleaved, ratios, summary, write_json
 
 from d2v_fast.nn import Batch, Data2Vec, Data2VecConfig, make_batch
 from d2v_fast.train.optim import OptimConfig, build_optimizer
 from d2v_fast.train.step import train_step
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 OPTIM = OptimConfig(lr=5e-4)
 
 
@@ -117,6 +116,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=5.0, help="of a clip")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--json", help="write the numbers here")
+    parser.add_argument("--commit", help="what to record where the checkout has no .git")
     args = parser.parse_args()
     if args.smoke:
         args.batch, args.seconds, args.rounds = 2, 5.0, 5
@@ -135,18 +135,19 @@ def main() -> None:
     else:
         check_equal_losses(peer, batch, mask)
         providers["fairseq"] = fairseq_step(peer, waves, mask)
-    results = {name: summary(times) for name, times in interleaved(providers, args.rounds).items()}
+    times = interleaved(providers, args.rounds)
+    results = ratios(times, "d2v_fast")
 
     print(f"speech base, {args.batch} x {args.seconds:g} s, {frames} frames, {DEVICE.type}")
-    ours = results["d2v_fast"]["median"]
     for name, r in results.items():
-        spread = (r["max"] - r["min"]) / r["median"]
-        absolute = f", median {1000 * r['median']:.1f} ms" if DEVICE.type == "cuda" else ""
-        print(f"{name:9} speed relative to d2v_fast {ours / r['median']:.3f}, spread {100 * spread:.0f} %{absolute}")
-    if "fairseq" in results:
-        print(f"ratio fairseq / d2v_fast step time: {results['fairseq']['median'] / ours:.3f}")
+        absolute = ""
+        if DEVICE.type == "cuda":  # a CPU's times say nothing beyond the machine, and are not kept
+            r.update(summary(times[name]))
+            absolute = f", median {1000 * r['median']:.1f} ms"
+        print(f"{name:9} time / d2v_fast {r['ratio']:.3f} (p20 {r['p20']:.3f}, p80 {r['p80']:.3f}){absolute}")
     if args.json:
-        write_json(args.json, {"benchmark": "train_step", "arguments": vars(args), "results": results})
+        record = {"benchmark": "train_step", "arguments": vars(args), "results": results}
+        write_json(args.json, record, args.commit)
 
 
 if __name__ == "__main__":

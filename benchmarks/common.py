@@ -1,8 +1,10 @@
-"""Timing and reporting that every benchmark shares."""
+"""What every benchmark shares: the environment a number is read with, its file, and calls that take turns."""
 
 import json
 import platform
+import shutil
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +13,10 @@ from typing import Any
 import torch
 
 import d2v_fast
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def synchronize() -> None:
@@ -38,17 +44,77 @@ def summary(times: list[float]) -> dict[str, float]:
     return {"median": statistics.median(times), "min": min(times), "max": max(times), "rounds": len(times)}
 
 
-def environment() -> dict[str, str]:
+def ratios(times: dict[str, list[float]], base: str) -> dict[str, dict[str, float]]:
+    """Time of each provider over that of ``base`` in the same round: median, 20th and 80th percentile."""
+    result = {}
+    for name, values in times.items():
+        per_round = sorted(t / b for t, b in zip(values, times[base], strict=True))
+        last = len(per_round) - 1
+        quantiles = {"p20": per_round[round(0.2 * last)], "p80": per_round[round(0.8 * last)]}
+        result[name] = {"ratio": statistics.median(per_round), **quantiles}
+    return result
+
+
+def git_commit(given: str | None = None) -> str:
+    """The commit of this checkout, "-dirty" when tracked files differ; ``given`` where there is no git."""
+    if given:
+        return given
+    if shutil.which("git") is None or not (ROOT / ".git").exists():
+        return "unknown"
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+
+    # the results are what a run rewrites
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
+
+
+def _nvidia_smi() -> dict[str, str]:
+    if shutil.which("nvidia-smi") is None:
+        return {"driver": "unknown", "clocks": "unknown"}
+    query = "--query-gpu=driver_version,clocks.sm,clocks.mem"
+    command = ["nvidia-smi", f"--id={torch.cuda.current_device()}", query, "--format=csv,noheader"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        return {"driver": "unknown", "clocks": "unknown"}
+    driver, sm, memory = done.stdout.strip().split(", ")
+    return {"driver": driver, "clocks": f"SM {sm}, memory {memory}, as found"}
+
+
+def environment(commit: str | None = None) -> dict[str, str]:
     """What a number must be read with."""
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    gpu = torch.cuda.is_available()
     return {
-        "device": device,
+        "device": torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads",
+        **({**_nvidia_smi(), "cuda": torch.version.cuda or "none"} if gpu else {}),
         "torch": torch.__version__,
-        "d2v_fast": d2v_fast.__version__,
+        "triton": _triton_version(),
         "python": platform.python_version(),
+        "d2v_fast": d2v_fast.__version__,
+        "commit": git_commit(commit),
     }
 
 
-def write_json(path: str | Path, record: dict[str, Any]) -> None:
-    """Write ``record`` with the environment beside it."""
-    Path(path).write_text(json.dumps({"environment": environment(), **record}, indent=2) + "\n", encoding="utf-8")
+def _triton_version() -> str:
+    try:
+        import triton
+    except ImportError:
+        return "not installed"
+    return triton.__version__
+
+
+def device_folder(name: str | None = None) -> str:
+    """The folder of a device's results: its name in lower case, words joined by "-"."""
+    name = name or (torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu")
+    return "-".join("".join(c if c.isalnum() else " " for c in name.lower()).split())
+
+
+def write_json(path: str | Path, record: dict[str, Any], commit: str | None = None) -> None:
+    """Write ``record`` with the environment in front; a file that is there is replaced, never added to."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"environment": environment(commit), **record}, indent=1, allow_nan=False)
+    partial = path.with_name(path.name + ".part")
+    partial.write_text(text + "\n", encoding="utf-8")
+    partial.replace(path)

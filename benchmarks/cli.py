@@ -1,0 +1,110 @@
+"""The command line that every bench file has, its table, and its JSON."""
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from common import RESULTS, device_folder, write_json
+from driver import OURS, Bench, Case, ready, run_cpu, run_gpu
+
+SCHEMA = 1
+SMOKE_ROUNDS = 7
+
+
+def parser(bench: Bench) -> argparse.ArgumentParser:
+    names = list(bench.providers)
+    result = argparse.ArgumentParser(description=f"Benchmark of {bench.op}; see benchmarks/README.md.")
+    result.add_argument("--smoke", action="store_true", help="small sizes and ratios only: what a CPU can tell")
+    result.add_argument("--providers", nargs="+", choices=names, default=names, metavar="NAME", help=", ".join(names))
+    result.add_argument("--cases", default="main", help='"main", "all", or a part of the names to run')
+    result.add_argument("--json", help="write the results to this file")
+    result.add_argument("--out", help="or to DIR/<gpu>/<op>.json (default on a GPU: benchmarks/results)")
+    result.add_argument("--budget", type=float, default=math.inf, help="seconds after which nothing new is started")
+    result.add_argument("--commit", help="what to record where the checkout has no .git")
+    return result
+
+
+def main(bench: Bench, argv: list[str] | None = None) -> None:
+    """Run ``bench``; exit 1 when a provider other than a peer library is wrong or fails, 2 on bad arguments."""
+    arguments = parser(bench)
+    args = arguments.parse_args(argv)
+    gpu = torch.cuda.is_available() and not args.smoke
+    if not gpu and not args.smoke:
+        arguments.error("no GPU here: use --smoke (small sizes, ratios only)")
+    cases = select(bench, args.cases, args.smoke)
+    if not cases:
+        known = ", ".join(case.name for case in (bench.smoke if args.smoke else bench.cases))
+        arguments.error(f"--cases must be main, all or a part of: {known}; got {args.cases!r}")
+    names = sorted(args.providers, key=lambda name: (name != OURS, bench.providers[name].compiled))
+    record = {"schema": SCHEMA, "op": bench.op, "kind": "gpu" if gpu else "cpu-smoke"}
+    path = result_path(bench, args.json, args.out, gpu)
+    record, rows = run(bench, cases, names, record, gpu, time.monotonic() + args.budget)
+    if path:
+        write_json(path, {**record, "results": rows}, args.commit)
+        print(f"written: {path}")
+    bad = [row for row in rows if row["status"].startswith(("wrong", "failed")) and not row["peer"]]
+    if bad:
+        sys.exit(f"{len(bad)} of {len(rows)} measurements were refused; see the table")
+
+
+def select(bench: Bench, which: str, smoke: bool) -> list[Case]:
+    """Cases by name; "main" leaves the extra ones out."""
+    cases = bench.smoke if smoke else bench.cases
+    if which == "main":
+        return [case for case in cases if case.main]
+    return [case for case in cases if which == "all" or which in case.name]
+
+
+def result_path(bench: Bench, json_file: str | None, out: str | None, gpu: bool) -> Path | None:
+    """Where the JSON goes; nowhere for a smoke run without ``json_file`` or ``out``."""
+    if json_file:
+        return Path(json_file)
+    if out or gpu:
+        return Path(out or RESULTS) / (device_folder() if gpu else "cpu-smoke") / f"{bench.op}.json"
+    return None
+
+
+def run(bench: Bench, cases: list[Case], names: list[str], record: dict, gpu: bool, deadline: float):
+    """Check and measure, case by case; returns the record and its rows, and prints a line for each."""
+    copy_rate = math.nan
+    if gpu:
+        from timing import copy_gb_per_s, l2_bytes
+
+        copy_rate = copy_gb_per_s()
+        record = {**record, "copy_gb_per_s": copy_rate, "l2_mib": l2_bytes() / 2**20}
+        print(f"{bench.op}: copy {copy_rate:.0f} GB/s")
+    print(header(gpu))
+    all_rows = []
+    for case in cases:
+        for mode in bench.modes:
+            rows, functions = ready(bench, case, mode, names, deadline)
+            if gpu:
+                run_gpu(bench, case, mode, rows, functions, copy_rate)
+            else:
+                run_cpu(bench, case, mode, rows, functions, SMOKE_ROUNDS)
+            for row in rows:
+                print(line(row, gpu), flush=True)
+                row.update({"sizes": case.sizes, "options": case.options})
+            all_rows += rows
+    return record, all_rows
+
+
+def header(gpu: bool) -> str:
+    columns = f"{'case':34} {'mode':8} {'provider':18} {'time / ours':>11}"
+    return columns + (f" {'ms':>9} {'GB/s':>6} {'% copy':>6} {'MiB':>8} {'host us':>8}  timer" if gpu else "")
+
+
+def line(row: dict, gpu: bool) -> str:
+    """One row of the table; a provider that was not timed shows why."""
+    start = f"{row['case']:34} {row['mode']:8} {row['provider']:18}"
+    if "ratio" not in row and "ms_p50" not in row:
+        return f"{start} {row['status'] if row['status'] != 'ok' else 'right, not timed: no d2v_fast to compare with'}"
+    ratio = f"{row['ratio']:11.2f}" if "ratio" in row else " " * 11
+    if not gpu:
+        return f"{start} {ratio}  (p20 {row['p20']:.2f}, p80 {row['p80']:.2f})"
+    noise = f", noise {100 * row['noise']:.1f} %" if "noise" in row else ""
+    rates = f"{row['ms_p50']:9.4f} {row['gb_per_s']:6.0f} {row['percent_of_copy']:6.1f}"
+    return f"{start} {ratio} {rates} {row['peak_mib']:8.1f} {row['host_us']:8.0f}  {row['timer']}{noise}"

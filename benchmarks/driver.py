@@ -1,0 +1,260 @@
+"""Runs one op's benchmark: every provider is checked against float64 first, and only what is right is timed.
+
+A bench file describes its op as a :class:`Bench`; this module has the rest, so that all ops are measured alike.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from common import DEVICE, interleaved, ratios
+from torch import Tensor
+
+OURS = "d2v_fast"
+Results = dict[str, Any]  # name -> tensor or list of tensors
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of low-precision results; others: Bench.tolerance
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class WrongResult(ValueError):
+    """A provider computes something else."""
+
+
+class NotInstalled(ImportError):
+    """A peer library is not there."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table. ``sizes`` make the inputs, ``options`` go to every provider."""
+
+    name: str
+    dtype: str
+    sizes: dict[str, Any]
+    options: dict[str, Any]
+    main: bool = True  # part of the standard run; the others need --cases all
+
+
+@dataclass(frozen=True)
+class Provider:
+    """``load`` returns the function to run, or raises :class:`NotInstalled`."""
+
+    load: Callable[[], Callable[..., Results]]
+    prepare: Callable[[Results], Results] | None = None  # another memory layout of equal inputs, made before the clock
+    capturable: bool = True  # False: waits for the device, so no CUDA graph can hold it
+    compiled: bool = False
+    peer: bool = False  # another library's code: reported, but no reason to fail
+
+
+def ours(function: Callable[..., Results]) -> Provider:
+    """Our op."""
+    return Provider(lambda: function)
+
+
+def eager(function: Callable[..., Results], **flags: Any) -> Provider:
+    """Plain PyTorch."""
+    return Provider(lambda: function, **flags)
+
+
+def compiled(function: Callable[..., Results], **flags: Any) -> Provider:
+    """``torch.compile`` of plain PyTorch, for the shapes of the case."""
+    return Provider(lambda: torch.compile(function, dynamic=False), compiled=True, **flags)
+
+
+@dataclass(frozen=True)
+class Bench:
+    """An op: its cases, its inputs, who computes it, and the least traffic any implementation needs."""
+
+    op: str
+    cases: Sequence[Case]
+    smoke: Sequence[Case]
+    inputs: Callable[..., Results]  # (dtype, **sizes) -> tensors, lists of tensors or None
+    exact: Callable[..., Results]  # on float64 inputs
+    providers: Mapping[str, Provider]
+    minimal_bytes: Callable[[Case, str], int]  # of a case in a mode
+    differentiable: Sequence[str] = ()  # inputs that get a gradient; none: forward only
+    tolerance: float = 1e-4  # relative norm of the error of float32 results
+    checked_with: dict[str, Any] = field(default_factory=dict)  # sizes or options that the check replaces
+    also_check: Callable[[Callable[..., Results], Case], None] | None = None  # raises WrongResult
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        return ("fwd", "fwd+bwd") if self.differentiable else ("fwd",)
+
+
+def make_inputs(bench: Bench, case: Case, provider: Provider | None = None, seed: int = 0) -> Results:
+    """The same numbers for every provider, in the layout it wants."""
+    torch.manual_seed(seed)
+    inputs = bench.inputs(DTYPES[case.dtype], **case.sizes)
+    return provider.prepare(inputs) if provider and provider.prepare else inputs
+
+
+def make_call(bench: Bench, case: Case, mode: str, function: Callable, inputs: Results) -> Callable[[], Results]:
+    """A function without arguments: forward without gradients, or forward and backward with given upstream ones."""
+    options = case.options
+    if mode == "fwd":
+
+        def forward() -> Results:
+            with torch.no_grad():
+                return function(**inputs, **options)
+
+        return forward
+
+    leaves = {name: inputs[name] for name in bench.differentiable if inputs[name] is not None}
+    for x in leaves.values():
+        x.requires_grad_()
+    upstream: dict[str, Tensor] = {}
+
+    def forward_backward() -> Results:
+        results = function(**inputs, **options)
+        outputs = {name: x for name, x in results.items() if isinstance(x, Tensor) and x.requires_grad}
+        for name, x in outputs.items():
+            if name not in upstream:  # at the first call
+                upstream[name] = _upstream(x, DTYPES[case.dtype])
+        grads = torch.autograd.grad(list(outputs.values()), list(leaves.values()), [upstream[n] for n in outputs])
+        results = {name: x.detach() if isinstance(x, Tensor) else x for name, x in results.items()}
+        return {**results, **{f"grad_{name}": g for name, g in zip(leaves, grads, strict=True)}}
+
+    return forward_backward
+
+
+def _upstream(x: Tensor, low: torch.dtype) -> Tensor:
+    """The same gradient for every provider: random, and representable in the case's dtype."""
+    if x.dim() == 0:
+        return torch.full_like(x, 0.375)
+    generator = torch.Generator(device=x.device).manual_seed(1)
+    return torch.randn(x.shape, generator=generator, device=x.device).to(low).to(x.dtype)
+
+
+def to_double(inputs: Results) -> Results:
+    """float64 copies of all floating point inputs."""
+
+    def one(x: Any) -> Any:
+        if isinstance(x, list | tuple):
+            return [one(y) for y in x]
+        return x.detach().double() if isinstance(x, Tensor) and x.is_floating_point() else x
+
+    return {name: one(x) for name, x in inputs.items()}
+
+
+def exact_results(bench: Bench, case: Case, mode: str) -> Results:
+    """The float64 answer to the inputs of the check."""
+    case = check_case(bench, case)
+    return make_call(bench, case, mode, bench.exact, to_double(make_inputs(bench, case)))()
+
+
+def check_case(bench: Bench, case: Case) -> Case:
+    """``case`` with what the check replaces, such as no dropout."""
+    sizes, options = (
+        {name: bench.checked_with.get(name, value) for name, value in values.items()}
+        for values in (case.sizes, case.options)
+    )
+    return replace(case, sizes=sizes, options=options)
+
+
+def check(bench: Bench, case: Case, mode: str, provider: Provider, function: Callable, exact: Results) -> float:
+    """The largest error relative to its limit; raises :class:`WrongResult` above 1."""
+    case = check_case(bench, case)
+    inputs = make_inputs(bench, case, provider)
+    _poison(sum(x.nbytes for x in _tensors(inputs)))
+    actual = make_call(bench, case, mode, function, inputs)()
+    worst = 0.0
+    for name, want in exact.items():
+        got = actual.get(name)
+        if got is None:
+            raise WrongResult(f"{name} is missing")
+        pairs = list(zip(_tensors(got), _tensors(want), strict=True))
+        for g, w in pairs:
+            if g.shape != w.shape:
+                raise WrongResult(f"{name} has shape {tuple(g.shape)}, expected {tuple(w.shape)}")
+            error = ((g.double() - w).norm() / w.norm().clamp(min=1e-30)).item()
+            share = error / TOLERANCE.get(g.dtype, bench.tolerance)
+            if not share <= 1:  # NaN as well
+                raise WrongResult(f"{name}: relative error {error:.1e} against float64")
+            worst = max(worst, share)
+    return worst
+
+
+def _poison(size: int) -> None:
+    """Leave NaN in the allocator's free memory, so that an output element nobody writes is noticed."""
+    torch.full((min(size, 2**31) // 4 + 1,), float("nan"), device=DEVICE)
+
+
+def _tensors(x: Any) -> list[Tensor]:
+    if isinstance(x, Tensor):
+        return [x]
+    if isinstance(x, Mapping):
+        x = x.values()
+    return [] if x is None or isinstance(x, int | float) else [t for y in x for t in _tensors(y)]
+
+
+def ready(bench: Bench, case: Case, mode: str, names: Sequence[str], deadline: float) -> tuple[list[dict], dict]:
+    """A row for every provider, and the functions of those that gave the right answer."""
+    rows, functions = [], {}
+    torch.compiler.reset()  # each case is compiled for its own shapes
+    exact = exact_results(bench, case, mode)
+    for name in names:
+        provider = bench.providers[name]
+        row = {"case": case.name, "dtype": case.dtype, "mode": mode, "provider": name, "peer": provider.peer}
+        rows.append(row)
+        if time.monotonic() > deadline:
+            row["status"] = "skipped: out of time"
+            continue
+        try:
+            function = provider.load()
+            row["error_of_limit"] = check(bench, case, mode, provider, function, exact)
+            if bench.also_check:
+                bench.also_check(function, case)
+        except NotInstalled:
+            row["status"] = "not installed"
+        except WrongResult as error:
+            row["status"] = f"wrong: {error}"
+        except Exception as error:  # reported in the table, and the run fails unless the provider is a peer
+            row["status"] = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+        else:
+            row["status"] = "ok"
+            functions[name] = function
+    return rows, functions
+
+
+def run_cpu(bench: Bench, case: Case, mode: str, rows: list[dict], functions: dict, rounds: int) -> None:
+    """Ratios of interleaved wall-clock times; no absolute time leaves this function."""
+    calls = {}
+    for name, function in functions.items():
+        inputs = make_inputs(bench, case, bench.providers[name])
+        calls[name] = make_call(bench, case, mode, function, inputs)
+    if OURS not in calls:
+        return
+    result = ratios(interleaved(calls, rounds), OURS)
+    for row in rows:
+        row.update(result.get(row["provider"], {}))
+
+
+def run_gpu(bench: Bench, case: Case, mode: str, rows: list[dict], functions: dict, copy_rate: float) -> None:
+    """Times, rates and memory of each provider; ours is timed again at the end, which gives the noise."""
+    from timing import gpu_time, host_us, input_sets, peak_mib
+
+    size = bench.minimal_bytes(case, mode)
+    for row in rows:
+        name = row["provider"]
+        if name not in functions:
+            continue
+        provider = bench.providers[name]
+        first = make_inputs(bench, case, provider)
+        sets = input_sets(sum(x.nbytes for x in _tensors(first)))
+        inputs = [first, *(make_inputs(bench, case, provider, seed) for seed in range(1, sets))]
+        calls = [make_call(bench, case, mode, functions[name], x) for x in inputs]
+        time_ = gpu_time(calls, provider.capturable)
+        row.update({"ms_p20": time_.p20, "ms_p50": time_.p50, "ms_p80": time_.p80, "timer": time_.timer})
+        if name == OURS:
+            again = gpu_time(calls, provider.capturable)
+            row["noise"] = abs(again.p50 - time_.p50) / min(again.p50, time_.p50)
+        rate = size / time_.p50 / 1e6
+        row.update({"minimal_bytes": size, "gb_per_s": rate, "percent_of_copy": 100 * rate / copy_rate})
+        row.update({"peak_mib": peak_mib(calls[0]), "host_us": host_us(calls[0]), "input_sets": sets})
+    base = next((row["ms_p50"] for row in rows if row["provider"] == OURS and "ms_p50" in row), None)
+    for row in rows:
+        if base is not None and "ms_p50" in row:
+            row["ratio"] = row["ms_p50"] / base

@@ -1,0 +1,127 @@
+"""The ops as a reader of PyTorch's manual would write them today: no needless copies, index_select, foreach, fused.
+
+Same signatures and results as ``fairseq_eager``; no function here waits for the device.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_DIMS = {"instance": (1,), "batch": (0, 1)}
+
+
+def _targets(layers: list[Tensor], positions: Tensor, norm: str, post_norm: str, eps: float = 1e-5) -> Tensor:
+    y = 0.0
+    for x in layers:
+        if norm == "layer":  # rows are independent: only those that are needed
+            x = F.layer_norm(x.flatten(0, 1).index_select(0, positions).float(), x.shape[-1:], eps=eps)
+        else:
+            x = x.float()
+            var, mean = torch.var_mean(x, _DIMS[norm], correction=0, keepdim=True)
+            x = (x - mean) * (var + eps).rsqrt()
+        y = y + x
+    y = y / len(layers)
+    y = y if norm == "layer" else y.flatten(0, 1).index_select(0, positions)
+    return F.layer_norm(y, y.shape[-1:], eps=eps) if post_norm == "layer" else y
+
+
+@torch.no_grad()
+def layer_targets(layers: list[Tensor], positions: Tensor, mask: Tensor, *, norm: str, post_norm: str) -> dict:
+    """Targets at flat ``positions``, whose number the host knows."""
+    return {"targets": _targets(layers, positions, norm, post_norm)}
+
+
+def _loss(pred: Tensor, target: Tensor, beta: float, scale: float) -> Tensor:
+    if beta == 0:
+        return F.mse_loss(pred.float(), target.float(), reduction="sum") * scale
+    return F.smooth_l1_loss(pred.float(), target.float(), reduction="sum", beta=beta) * scale
+
+
+def data2vec_loss(
+    pred: Tensor, layers: list[Tensor], positions: Tensor, mask: Tensor,
+    *, norm: str, post_norm: str, beta: float, scale: float,
+) -> dict:  # fmt: skip
+    """Targets, loss and the two collapse metrics."""
+    with torch.no_grad():
+        y = _targets(layers, positions, norm, post_norm)
+        target_var = (y.var(0) + 1e-6).sqrt().mean()
+        pred_var = (pred.detach().float().var(0) + 1e-6).sqrt().mean()
+    return {"loss": _loss(pred, y, beta, scale), "target_var": target_var, "pred_var": pred_var}
+
+
+def masked_smooth_l1(pred: Tensor, target: Tensor, mask: Tensor | None, *, beta: float, scale: float) -> dict:
+    """Without a mask PyTorch's own loss; with one a dense loss, weighted, so that nothing waits for the device."""
+    if mask is None:
+        return {"loss": _loss(pred, target, beta, scale)}
+    d = torch.where(mask[..., None], pred.float() - target.float(), 0.0)
+    if beta == 0:
+        return {"loss": d.square().sum() * scale}
+    return {"loss": F.smooth_l1_loss(d, torch.zeros_like(d), reduction="sum", beta=beta) * scale}
+
+
+@torch.no_grad()
+def ema_update(teacher: list[Tensor], student: list[Tensor], copies: list[Tensor], *, decay: float) -> dict:
+    """``_foreach_lerp_``; a student in low precision is upcast first, because foreach lists share a dtype."""
+    same = [p if p.dtype == e.dtype else p.to(e.dtype) for e, p in zip(teacher, student, strict=True)]
+    torch._foreach_lerp_(teacher, same, 1 - decay)
+    torch._foreach_copy_(copies, teacher)
+    return {"teacher": teacher, "copies": copies}
+
+
+@torch.no_grad()
+def ema_update_mul_add(teacher: list[Tensor], student: list[Tensor], copies: list[Tensor], *, decay: float) -> dict:
+    """``_foreach_mul_`` and ``_foreach_add_``, the form most training code has."""
+    torch._foreach_mul_(teacher, decay)
+    same = [p if p.dtype == e.dtype else p.to(e.dtype) for e, p in zip(teacher, student, strict=True)]
+    torch._foreach_add_(teacher, same, alpha=1 - decay)
+    torch._foreach_copy_(copies, teacher)
+    return {"teacher": teacher, "copies": copies}
+
+
+@torch.no_grad()
+def l2_norm(tensors: list[Tensor]) -> dict:
+    """``torch.nn.utils.get_total_norm`` on the foreach path."""
+    return {"norm": torch.nn.utils.get_total_norm(tensors, foreach=True).float()}
+
+
+@torch.no_grad()
+def adamw_ema(
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], ema: list[Tensor],
+    ema_copies: list[Tensor], steps: list[Tensor], grad_scale: Tensor,
+    *, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, decay: float,
+) -> dict:  # fmt: skip
+    """PyTorch's fused AdamW, which divides by its scale in the same kernel, and :func:`ema_update`."""
+    torch._foreach_add_(steps, 1.0)
+    torch._fused_adamw_(
+        params, grads, exp_avgs, exp_avg_sqs, [], steps, lr=lr, beta1=betas[0], beta2=betas[1],
+        weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
+        grad_scale=grad_scale.reciprocal().float(), found_inf=None,
+    )  # fmt: skip
+    averaged = ema_update(ema, params, ema_copies, decay=decay)
+    return {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "ema": averaged["teacher"]}
+
+
+def layer_norm_gelu(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float) -> dict:
+    """Channels last, in the dtype of ``x``."""
+    return {"y": F.gelu(F.layer_norm(x, x.shape[-1:], weight, bias, eps))}
+
+
+def bias_gelu(x: Tensor, bias: Tensor | None) -> dict:
+    """In the dtype of ``x``."""
+    return {"y": F.gelu(x if bias is None else x + bias)}
+
+
+def residual_dropout_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, column_scale: Tensor | None, row_scale: Tensor | None,
+    *, p: float, eps: float, return_residual: bool,
+) -> dict:  # fmt: skip
+    """LayerScale and DropPath in one ``addcmul`` where both are there."""
+    branch = F.dropout(x, p)
+    if column_scale is not None and row_scale is not None:
+        h = torch.addcmul(residual, branch.to(residual.dtype), column_scale * row_scale[:, None, None])
+    else:
+        branch = branch if column_scale is None else branch * column_scale
+        branch = branch if row_scale is None else branch * row_scale[:, None, None].to(branch.dtype)
+        h = residual + branch
+    y = F.layer_norm(h, h.shape[-1:], weight, bias, eps).to(x.dtype)
+    return {"y": y, "h": h} if return_residual else {"y": y}
