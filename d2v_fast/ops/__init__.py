@@ -2,7 +2,8 @@
 
 from d2v_fast.ops.data2vec_loss import LossOutput, data2vec_loss
 from d2v_fast.ops.ema import ema_update_
+from d2v_fast.ops.l2_norm import clip_factor, l2_norm
 from d2v_fast.ops.layer_targets import layer_targets
 from d2v_fast.ops.masked_smooth_l1 import masked_smooth_l1
 
-__all__ = ["LossOutput", "data2vec_loss", "ema_update_", "layer_targets", "masked_smooth_l1"]
+__all__ = ["LossOutput", "clip_factor", "data2vec_loss", "ema_update_", "l2_norm", "layer_targets", "masked_smooth_l1"]
