@@ -13,7 +13,9 @@ def _fp32(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
-def _targets(layers: list[Tensor], mask: Tensor, norm: str, post_norm: str) -> Tensor:
+def _targets(
+    layers: list[Tensor], mask: Tensor, norm: str, post_norm: str, batch_index: Tensor | None = None
+) -> Tensor:
     results = [x.transpose(0, 1) for x in layers]  # [T, B, C], as its transformer leaves them
     over_time = norm in ("instance", "batch")
     if over_time:
@@ -31,6 +33,8 @@ def _targets(layers: list[Tensor], mask: Tensor, norm: str, post_norm: str) -> T
         y = F.layer_norm(_fp32(y), y.shape[-1:])
     if not over_time:
         y = y.transpose(0, 1)
+    if batch_index is not None:
+        y = y.index_select(0, batch_index)  # data2vec 2.0 repeats the targets for every masked clone
     return y[mask]  # waits for the device
 
 
@@ -51,12 +55,12 @@ def _mean_std(y: Tensor) -> Tensor:
 
 
 def data2vec_loss(
-    pred: Tensor, layers: list[Tensor], positions: Tensor, mask: Tensor,
+    pred: Tensor, layers: list[Tensor], positions: Tensor, mask: Tensor, batch_index: Tensor | None,
     *, norm: str, post_norm: str, beta: float, scale: float,
 ) -> dict:  # fmt: skip
-    """``Data2VecAudioModel.forward`` from the layer results on; ``mask`` [B, T], pred [N, C] at its True positions."""
+    """``Data2VecAudioModel.forward`` from the layer results on; pred [N, C] at the True positions of ``mask``."""
     with torch.no_grad():
-        y = _targets(layers, mask, norm, post_norm)
+        y = _targets(layers, mask, norm, post_norm, batch_index)
     loss = _loss(pred, y, beta, scale)
     with torch.no_grad():
         return {"loss": loss, "target_var": _mean_std(y), "pred_var": _mean_std(_fp32(pred.detach()))}

@@ -38,11 +38,14 @@ def _loss(pred: Tensor, target: Tensor, beta: float, scale: float) -> Tensor:
 
 
 def data2vec_loss(
-    pred: Tensor, layers: list[Tensor], positions: Tensor, mask: Tensor,
+    pred: Tensor, layers: list[Tensor], positions: Tensor, mask: Tensor, batch_index: Tensor | None,
     *, norm: str, post_norm: str, beta: float, scale: float,
 ) -> dict:  # fmt: skip
     """Targets, loss and the two collapse metrics."""
     with torch.no_grad():
+        if batch_index is not None:
+            frames = layers[0].shape[1]
+            positions = batch_index[positions // frames] * frames + positions % frames
         y = _targets(layers, positions, norm, post_norm)
         target_var = (y.var(0) + 1e-6).sqrt().mean()
         pred_var = (pred.detach().float().var(0) + 1e-6).sqrt().mean()
