@@ -1,5 +1,6 @@
 """Fused operations. Importing this package loads torch only; Triton is imported by the first call that needs it."""
 
+from d2v_fast.ops.bias_gelu import bias_gelu
 from d2v_fast.ops.data2vec_loss import LossOutput, data2vec_loss
 from d2v_fast.ops.ema import ema_update_
 from d2v_fast.ops.l2_norm import clip_factor, l2_norm

@@ -1,0 +1,57 @@
+"""Shared by the ops on the last dim of [..., C]: rows without copies where possible, and checks of arguments."""
+
+import torch
+from torch import Tensor
+
+from d2v_fast.ops._dispatch import check_device, check_float
+
+MAX_WIDTH = 65536  # columns; the kernels hold a row in one tile
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """[..., C] as [N, C] with unit stride in the last dim; copies only where a view cannot give that."""
+    x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def dense(v: Tensor | None) -> Tensor | None:
+    """A vector in contiguous memory, as the kernels read it."""
+    return None if v is None else v.contiguous()
+
+
+def widen(dtype: torch.dtype, *tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in ``dtype``; those that have it already are not copied."""
+    return [None if v is None else v.to(dtype) for v in tensors]
+
+
+def empty_like_rows(x: Tensor) -> Tensor:
+    """Contiguous output of x's shape and dtype, for fake implementations."""
+    return torch.empty(x.shape, device=x.device, dtype=x.dtype)
+
+
+def empty_vector(x: Tensor, like: Tensor | None) -> Tensor:
+    """Gradient of a vector that may be missing, for fake implementations."""
+    return x.new_empty(0) if like is None else torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
+def check_rows(name: str, x: Tensor) -> None:
+    """Raise unless ``x`` is a floating point tensor [..., C] with 1 <= C <= MAX_WIDTH."""
+    check_float(name, x)
+    if x.dim() == 0 or not 1 <= x.shape[-1] <= MAX_WIDTH:
+        raise ValueError(f"{name} must be [..., C] with C from 1 to {MAX_WIDTH}, got shape {tuple(x.shape)}")
+
+
+def check_vector(name: str, v: Tensor | None, size: int, device: torch.device) -> None:
+    """Raise unless ``v`` is None or a floating point tensor [size] on ``device``."""
+    if v is None:
+        return
+    check_float(name, v)
+    if v.shape != (size,):
+        raise ValueError(f"{name} must have shape ({size},), got {tuple(v.shape)}")
+    check_device(name, v, device)
+
+
+def check_eps(eps: float) -> None:
+    """Raise unless ``eps`` is positive."""
+    if not eps > 0:
+        raise ValueError(f"eps must be > 0, got {eps}")

@@ -1,0 +1,146 @@
+"""``gelu(layer_norm(x))``: what follows every convolution of the speech front-end and of the convolutional positions.
+
+fairseq: ``ConvFeatureExtractionModel`` (extractor mode "layer_norm") and ``make_conv_pos``. The norm is over the last
+dim with the biased variance, the GELU the exact one. Backward keeps ``x`` and its rows' mean and 1 / deviation, and
+recomputes the rest in one pass, the gradients of weight and bias included.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from d2v_fast.ops import _rows
+from d2v_fast.ops._dispatch import accumulation_dtype, cpu_runs_triton
+
+
+def layer_norm_gelu_ref(
+    x: Tensor,  # [..., C]
+    weight: Tensor | None = None,  # [C]
+    bias: Tensor | None = None,  # [C]
+    eps: float = 1e-5,
+) -> Tensor:
+    """The definition of the op in plain PyTorch; differentiable."""
+    wide, w, b = _rows.widen(_accumulation(x, weight, bias), x, weight, bias)
+    return F.gelu(F.layer_norm(wide, x.shape[-1:], w, b, eps)).to(x.dtype)
+
+
+def layer_norm_gelu_grad_ref(
+    grad: Tensor,  # [N, C]
+    x: Tensor,  # [N, C]
+    mean: Tensor,  # [N]
+    rstd: Tensor,  # [N]
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias, each in its dtype (empty where there is none)."""
+    wide, g, w, b = _rows.widen(mean.dtype, x, grad, weight, bias)
+    normed = (wide - mean[:, None]).mul_(rstd[:, None])
+    u = normed if w is None else normed * w
+    g = torch.ops.aten.gelu_backward(g, u if b is None else u + b)
+    grads = torch.ops.aten.native_layer_norm_backward(
+        g, wide, x.shape[-1:], mean[:, None], rstd[:, None], w, b, [True, w is not None, b is not None]
+    )
+    return tuple(x.new_empty(0) if v is None else d.to(v.dtype) for v, d in zip((x, weight, bias), grads, strict=True))
+
+
+def _accumulation(*tensors: Tensor | None) -> torch.dtype:
+    return accumulation_dtype(*(v for v in tensors if v is not None))
+
+
+@torch.library.custom_op("d2v_fast::layer_norm_gelu_fwd", mutates_args=(), device_types="cpu")
+def _fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    acc = _accumulation(x, weight, bias)
+    if cpu_runs_triton(acc):
+        return _fwd_triton(x, weight, bias, eps)
+    wide, w, b = _rows.widen(acc, _rows.as_rows(x), weight, bias)
+    u, mean, rstd = torch.native_layer_norm(wide, x.shape[-1:], w, b, eps)
+    return F.gelu(u).to(x.dtype).view(x.shape), mean.view(-1), rstd.view(-1)
+
+
+@_fwd.register_kernel("cuda")
+def _fwd_triton(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    from d2v_fast.kernels import layer_norm_gelu as kernels
+
+    y, mean, rstd = kernels.layer_norm_gelu_fwd(_rows.as_rows(x), _rows.dense(weight), _rows.dense(bias), eps)
+    return y.view(x.shape), mean, rstd
+
+
+@torch.library.custom_op("d2v_fast::layer_norm_gelu_bwd", mutates_args=(), device_types="cpu")
+def _bwd(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if cpu_runs_triton(mean.dtype):
+        return _bwd_triton(grad, x, mean, rstd, weight, bias)
+    grads = layer_norm_gelu_grad_ref(_rows.as_rows(grad), _rows.as_rows(x), mean, rstd, weight, bias)
+    return grads[0].view(x.shape), *grads[1:]
+
+
+@_bwd.register_kernel("cuda")
+def _bwd_triton(
+    grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    from d2v_fast.kernels import layer_norm_gelu as kernels
+
+    grads = kernels.layer_norm_gelu_bwd(
+        _rows.as_rows(grad), _rows.as_rows(x), mean, rstd, _rows.dense(weight), _rows.dense(bias)
+    )
+    return grads[0].view(x.shape), *grads[1:]
+
+
+@_fwd.register_fake
+def _(x, weight, bias, eps):
+    stats = [torch.empty(x.shape[:-1].numel(), device=x.device, dtype=_accumulation(x, weight, bias)) for _ in range(2)]
+    return _rows.empty_like_rows(x), *stats
+
+
+@_bwd.register_fake
+def _(grad, x, mean, rstd, weight, bias):
+    return _rows.empty_like_rows(x), _rows.empty_vector(x, weight), _rows.empty_vector(x, bias)
+
+
+def _setup_context(ctx, inputs, output):
+    x, weight, bias, _ = inputs
+    _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.save_for_backward(x, mean, rstd, weight, bias)
+
+
+def _backward(ctx, grad, *_):
+    _, _, _, weight, bias = ctx.saved_tensors
+    grad_x, grad_weight, grad_bias = _bwd(grad, *ctx.saved_tensors)
+    return grad_x, None if weight is None else grad_weight, None if bias is None else grad_bias, None
+
+
+_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def layer_norm_gelu(
+    x: Tensor,  # [..., C]
+    weight: Tensor | None = None,  # [C]
+    bias: Tensor | None = None,  # [C]
+    *,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Exact GELU of the layer norm of ``x`` over its last dim.
+
+    Args:
+        x: [..., C] float32, bfloat16 or float16 (float64 on CPU), C from 1 to 65536. Rows may lie anywhere; a last dim
+            without unit stride is copied.
+        weight: [C] factor on the normalised values, 1 when None; of any of these dtypes.
+        bias: [C] added after it, 0 when None.
+        eps: added to the variance.
+
+    Returns:
+        [..., C] contiguous, in x's dtype, also under autocast (PyTorch's layer norm would return float32 there);
+        computed in float32, variance in two passes. Differentiable in all tensors; deterministic. GELU is as accurate
+        as :func:`d2v_fast.ops.bias_gelu` says; NaN and inf make their row NaN.
+
+    Raises:
+        ValueError: C is 0 or above 65536, a vector's shape is not (C,), devices differ, or ``eps`` is not positive.
+        TypeError: an input is not floating point, or float64 on a GPU.
+    """
+    _rows.check_rows("x", x)
+    _rows.check_vector("weight", weight, x.shape[-1], x.device)
+    _rows.check_vector("bias", bias, x.shape[-1], x.device)
+    _rows.check_eps(eps)
+    return _fwd(x, weight, bias, float(eps))[0]

@@ -1,0 +1,290 @@
+"""Residual, dropout and layer norm around a Transformer's sublayer, with LayerScale and DropPath where there are any.
+
+    h = residual + row_scale * column_scale * dropout(x)
+    y = layer_norm(h)
+
+Post-norm layers use ``y`` alone (fairseq ``TransformerSentenceEncoderLayer``); in pre-norm layers ``h`` is the residual
+stream and ``y`` the input of the next sublayer (BEiT ``Block``). ``h`` is rounded to the residual's dtype before the
+norm.
+
+The dropout mask is never stored: it is a function of a seed that lives in a device tensor, and backward draws it again.
+The seed comes from PyTorch's generator of the device, so ``torch.manual_seed`` governs it, drawing it does not wait for
+the device, and a captured CUDA graph gets another one at every replay. CPU and GPU draw different masks.
+"""
+
+import torch
+from torch import Tensor
+
+from d2v_fast.ops import _rows
+from d2v_fast.ops._dispatch import accumulation_dtype, check_device, cpu_runs_triton
+
+
+def residual_dropout_layer_norm_ref(
+    x: Tensor,  # [N, C]
+    residual: Tensor,  # [N, C]
+    weight: Tensor | None = None,  # [C]
+    bias: Tensor | None = None,  # [C]
+    column_scale: Tensor | None = None,  # [C]
+    row_scale: Tensor | None = None,  # [B], N a multiple of B
+    seed: Tensor | None = None,  # [] int64; None without dropout
+    p: float = 0.0,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """y, h, and the rows' mean and 1 / deviation [N]: the definition of the op in plain PyTorch; differentiable."""
+    acc = _accumulation(x, residual, weight, bias, column_scale)
+    wide, stream, w, b, scale = _rows.widen(acc, x, residual, weight, bias, column_scale)
+    h = (stream + _branch(wide, scale, row_scale, seed, p)).to(residual.dtype)
+    y, mean, rstd = torch.native_layer_norm(h.to(acc), x.shape[-1:], w, b, eps)
+    return y.to(x.dtype), h, mean.view(-1), rstd.view(-1)
+
+
+def residual_dropout_layer_norm_grad_ref(
+    grad_y: Tensor,  # [N, C]
+    grad_h: Tensor | None,  # [N, C]
+    h: Tensor,  # [N, C]
+    mean: Tensor,  # [N]
+    rstd: Tensor,  # [N]
+    weight: Tensor | None,
+    bias: Tensor | None,
+    column_scale: Tensor | None,
+    row_scale: Tensor | None,
+    seed: Tensor | None,
+    x: Tensor | None,  # [N, C], when the column scale wants a gradient
+    p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x, residual, weight, bias and column scale; see the kernels' launcher for which are empty."""
+    wide, g, stream, w, b, scale = _rows.widen(mean.dtype, h, grad_y, grad_h, weight, bias, column_scale)
+    grad, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
+        g, wide, h.shape[-1:], mean[:, None], rstd[:, None], w, b, [True, w is not None, b is not None]
+    )
+    if stream is not None:
+        grad += stream
+    branch = _branch(grad, None, row_scale, seed, p)
+    two = _two_gradients(grad_y, h, column_scale, row_scale, seed)
+    vectors = (
+        (weight, grad_weight),
+        (bias, grad_bias),
+        (None, None) if x is None else (column_scale, (branch * x).sum(0)),
+    )
+    return (
+        (branch if scale is None else branch * scale).to(grad_y.dtype),
+        grad.to(h.dtype) if two else h.new_empty(0),
+        *(h.new_empty(0) if v is None else d.to(v.dtype) for v, d in vectors),
+    )
+
+
+def _branch(x: Tensor, column_scale: Tensor | None, row_scale: Tensor | None, seed: Tensor | None, p: float) -> Tensor:
+    # linear in x, and its own transpose: backward applies it to a gradient
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed.item())
+        x = x * torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)
+    if column_scale is not None:
+        x = x * column_scale
+    if row_scale is not None:
+        x = x * row_scale.to(x.dtype).repeat_interleave(x.shape[0] // max(row_scale.numel(), 1))[:, None]
+    return x
+
+
+def _accumulation(*tensors: Tensor | None) -> torch.dtype:
+    return accumulation_dtype(*(v for v in tensors if v is not None))
+
+
+def _two_gradients(grad_y: Tensor, h: Tensor, *factors: Tensor | None) -> bool:
+    """Whether the residual's gradient differs from that of x: in dtype, or by a factor."""
+    return grad_y.dtype != h.dtype or any(v is not None for v in factors)
+
+
+@torch.library.custom_op("d2v_fast::residual_dropout_layer_norm_fwd", mutates_args=(), device_types="cpu")
+def _fwd(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    column_scale: Tensor | None,
+    row_scale: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    args = weight, bias, column_scale, row_scale, seed, p, eps
+    if cpu_runs_triton(_accumulation(x, residual, weight, bias, column_scale)):
+        return _fwd_triton(x, residual, *args)
+    y, h, *stats = residual_dropout_layer_norm_ref(_rows.as_rows(x), _rows.as_rows(residual), *args)
+    return y.view(x.shape), h.view(x.shape), *stats
+
+
+@_fwd.register_kernel("cuda")
+def _fwd_triton(
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    column_scale: Tensor | None,
+    row_scale: Tensor | None,
+    seed: Tensor | None,
+    p: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from d2v_fast.kernels import residual_dropout_layer_norm as kernels
+
+    vectors = map(_rows.dense, (weight, bias, column_scale, row_scale))
+    y, h, *stats = kernels.residual_dropout_layer_norm_fwd(
+        _rows.as_rows(x), _rows.as_rows(residual), *vectors, seed, p, eps
+    )
+    return y.view(x.shape), h.view(x.shape), *stats
+
+
+@torch.library.custom_op("d2v_fast::residual_dropout_layer_norm_bwd", mutates_args=(), device_types="cpu")
+def _bwd(
+    grad_y: Tensor,
+    grad_h: Tensor | None,
+    h: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    column_scale: Tensor | None,
+    row_scale: Tensor | None,
+    seed: Tensor | None,
+    x: Tensor | None,
+    p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if cpu_runs_triton(mean.dtype):
+        return _bwd_triton(grad_y, grad_h, h, mean, rstd, weight, bias, column_scale, row_scale, seed, x, p)
+    rows = [None if v is None else _rows.as_rows(v) for v in (grad_y, grad_h, h, x)]
+    grads = residual_dropout_layer_norm_grad_ref(
+        *rows[:3], mean, rstd, weight, bias, column_scale, row_scale, seed, rows[3], p
+    )
+    return _in_shape(grads, h)
+
+
+@_bwd.register_kernel("cuda")
+def _bwd_triton(
+    grad_y: Tensor,
+    grad_h: Tensor | None,
+    h: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    column_scale: Tensor | None,
+    row_scale: Tensor | None,
+    seed: Tensor | None,
+    x: Tensor | None,
+    p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from d2v_fast.kernels import residual_dropout_layer_norm as kernels
+
+    rows = [None if v is None else _rows.as_rows(v) for v in (grad_y, grad_h, h, x)]
+    vectors = map(_rows.dense, (weight, bias, column_scale, row_scale))
+    two = _two_gradients(grad_y, h, column_scale, row_scale, seed)
+    grads = kernels.residual_dropout_layer_norm_bwd(*rows[:3], mean, rstd, *vectors, seed, rows[3], p, two)
+    return _in_shape(grads, h)
+
+
+def _in_shape(grads: tuple[Tensor, ...], h: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    grad_x, grad_residual, *vectors = grads
+    return grad_x.view(h.shape), grad_residual if grad_residual.dim() == 1 else grad_residual.view(h.shape), *vectors
+
+
+@_fwd.register_fake
+def _(x, residual, weight, bias, column_scale, row_scale, seed, p, eps):
+    acc = _accumulation(x, residual, weight, bias, column_scale)
+    stats = [torch.empty(x.shape[:-1].numel(), device=x.device, dtype=acc) for _ in range(2)]
+    return _rows.empty_like_rows(x), _rows.empty_like_rows(residual), *stats
+
+
+@_bwd.register_fake
+def _(grad_y, grad_h, h, mean, rstd, weight, bias, column_scale, row_scale, seed, x, p):
+    two = _two_gradients(grad_y, h, column_scale, row_scale, seed)
+    vectors = (_rows.empty_vector(h, v) for v in (weight, bias, None if x is None else column_scale))
+    return _rows.empty_like_rows(grad_y), _rows.empty_like_rows(h) if two else h.new_empty(0), *vectors
+
+
+def _setup_context(ctx, inputs, output):
+    x, _, weight, bias, column_scale, row_scale, seed, ctx.p, _ = inputs
+    _, h, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)  # post-norm layers do not use h: its gradient is None, not zeros
+    ctx.x_dtype = x.dtype
+    # The column scale's gradient needs x: h - residual would lose it to cancellation at the usual scale of 1e-4.
+    kept_x = x if column_scale is not None and ctx.needs_input_grad[4] else None
+    ctx.save_for_backward(h, mean, rstd, weight, bias, column_scale, row_scale, seed, kept_x)
+
+
+def _backward(ctx, grad_y, grad_h, *_):
+    h, mean, rstd, weight, bias, column_scale, row_scale, seed, x = ctx.saved_tensors
+    if grad_y is None:
+        grad_y = torch.zeros_like(h, dtype=ctx.x_dtype)
+    grad_x, grad_residual, grad_weight, grad_bias, grad_scale = _bwd(
+        grad_y, grad_h, h, mean, rstd, weight, bias, column_scale, row_scale, seed, x, ctx.p
+    )
+    two = _two_gradients(grad_y, h, column_scale, row_scale, seed)
+    return (
+        grad_x,
+        grad_residual if two else grad_x,
+        None if weight is None else grad_weight,
+        None if bias is None else grad_bias,
+        None if x is None else grad_scale,
+        *(None,) * 4,
+    )
+
+
+_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def residual_dropout_layer_norm(
+    x: Tensor,  # [..., C]
+    residual: Tensor,  # [..., C]
+    weight: Tensor | None = None,  # [C]
+    bias: Tensor | None = None,  # [C]
+    *,
+    p: float = 0.0,
+    training: bool = True,
+    eps: float = 1e-5,
+    column_scale: Tensor | None = None,  # [C]
+    row_scale: Tensor | None = None,  # [B]
+    return_residual: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``y = layer_norm(h)`` of ``h = residual + row_scale * column_scale * dropout(x)``, in one pass each way.
+
+    Args:
+        x: [..., C] output of the sublayer; float32, bfloat16 or float16 (float64 on CPU), C from 1 to 65536. Rows may
+            lie anywhere; a last dim without unit stride is copied.
+        residual: of x's shape; its dtype may differ, for instance float32 with bfloat16 ``x``.
+        weight: [C] factor of the layer norm, 1 when None; of any of these dtypes.
+        bias: [C] added after it, 0 when None.
+        p: probability of dropping an element of ``x``, in [0, 1); those that stay are divided by ``1 - p``.
+        training: False switches dropout off (not the scales).
+        eps: added to the variance.
+        column_scale: [C] factor on ``x`` (LayerScale).
+        row_scale: [B] factor on ``x[b]``, B the size of x's first dim: 0 or ``1 / (1 - rate)`` for DropPath. It gets
+            no gradient.
+        return_residual: return ``(y, h)``, both differentiable (pre-norm), instead of ``y`` (post-norm).
+
+    Returns:
+        y [..., C] in x's dtype, and h in the residual's, both contiguous, also under autocast; computed in float32.
+        With dropout off the result is deterministic; with dropout it is, given ``torch.manual_seed``. NaN and inf in a
+        row make it NaN, in dropped elements too.
+
+    Raises:
+        ValueError: C is 0 or above 65536, shapes or devices differ, ``p`` is outside [0, 1) or ``eps`` not positive.
+        TypeError: an input is not floating point, or float64 on a GPU.
+    """
+    _rows.check_rows("x", x)
+    _rows.check_rows("residual", residual)
+    if residual.shape != x.shape:
+        raise ValueError(f"residual must have shape {tuple(x.shape)} like x, got {tuple(residual.shape)}")
+    check_device("residual", residual, x.device)
+    for name, v in (("weight", weight), ("bias", bias), ("column_scale", column_scale)):
+        _rows.check_vector(name, v, x.shape[-1], x.device)
+    if row_scale is not None and x.dim() < 2:
+        raise ValueError(f"x must be [B, ..., C] with a row_scale, got shape {tuple(x.shape)}")
+    _rows.check_vector("row_scale", row_scale, x.shape[0], x.device)
+    if not 0 <= p < 1:
+        raise ValueError(f"p must lie in [0, 1), got {p}")
+    _rows.check_eps(eps)
+    seed = torch.randint(2**63 - 1, (), device=x.device) if training and p > 0 else None
+    row_scale = None if row_scale is None else row_scale.detach()
+    y, h, _, _ = _fwd(x, residual, weight, bias, column_scale, row_scale, seed, float(p), float(eps))
+    return (y, h) if return_residual else y

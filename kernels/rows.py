@@ -1,0 +1,82 @@
+"""Shared by the kernels that work on rows [N, C]: tiles, launch sizes and the second stage of column sums.
+
+A forward program owns ``block_n`` rows. A backward program takes row blocks in turn, keeps sums over its rows
+(gradients of weights and biases) in registers, and writes them once: no atomics, the same result every time.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from d2v_fast.kernels import launch
+
+MAX_WIDTH = 65536  # columns; a row is one tile
+_SM_COUNT = 132  # of an H100; stands in where tensors have no device
+_PROGRAMS_PER_SM = 8
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """Tile of ``block_n`` rows and ``block_c`` columns; at most ``max_programs`` programs share the row blocks."""
+
+    block_n: int
+    block_c: int
+    num_warps: int
+    max_programs: int
+
+
+def whole_rows(x: Tensor, elements: int) -> LaunchConfig:
+    """Tile of whole rows of ``x`` [N, C], about ``elements`` of them for four warps; more warps for wider rows."""
+    row = max(triton.next_power_of_2(x.shape[1]), 8)
+    if launch.interpreted(x):
+        return LaunchConfig(block_n=64, block_c=row, num_warps=4, max_programs=3)
+    block_n = min(max(elements // row, 1), 64)
+    num_warps = min(max(4 * block_n * row // elements, 1), 32)
+    return LaunchConfig(block_n, row, num_warps, max_programs(x, num_warps))
+
+
+def max_programs(x: Tensor, num_warps: int) -> int:
+    """How many programs of a persistent kernel fill the device of ``x``."""
+    count = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else _SM_COUNT
+    return max(count * _PROGRAMS_PER_SM * 4 // max(num_warps, 4), 1)
+
+
+def sum_partials(partials: Tensor, like: Tensor | None) -> Tensor:
+    """Sum [P, C] over the programs, in the dtype of ``like``; empty when there is nothing to sum for."""
+    return partials.new_empty(0) if like is None else partials.sum(0).to(like.dtype)
+
+
+@triton.jit
+def tile(block, cols, N, C, BLOCK_N: tl.constexpr):
+    """Rows (int64: N * C may pass 2**31) of a row block, and where it and ``cols`` are inside [N, C]."""
+    rows = tl.cast(block, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return rows, (rows < N)[:, None] & (cols < C)[None, :]
+
+
+@triton.jit
+def load_vector(ptr, cols, C, default, PRESENT: tl.constexpr):
+    """[BLOCK_C] values in fp32, or one default for all columns."""
+    if PRESENT:
+        return tl.load(ptr + cols, mask=cols < C, other=0.0).to(tl.float32)[None, :]
+    else:
+        return default
+
+
+@triton.jit
+def standardise(x, inside, C, eps):
+    """x [BLOCK_N, BLOCK_C], 0 outside: normalised rows (0 outside), mean and 1 / deviation. Two passes in registers."""
+    mean = tl.sum(x, axis=1) / C
+    d = tl.where(inside, x - mean[:, None], 0.0)
+    rstd = 1.0 / tl.sqrt(tl.sum(d * d, axis=1) / C + eps)
+    return d * rstd[:, None], mean, rstd
+
+
+@triton.jit
+def standardise_grad(grad, normed, rstd, C):
+    """Gradient of the rows x, given that of the normalised rows; both 0 outside."""
+    mean_grad = tl.sum(grad, axis=1) / C
+    mean_product = tl.sum(grad * normed, axis=1) / C
+    return (grad - mean_grad[:, None] - normed * mean_product[:, None]) * rstd[:, None]
