@@ -14,6 +14,7 @@ if not _os.path.isdir(_os.path.join(_here, "kernels")):
 _PUBLIC = {
     "Data2Vec": "d2v_fast.nn",
     "Data2VecConfig": "d2v_fast.nn",
+    "bias_gelu": "d2v_fast.ops",
     "data2vec_loss": "d2v_fast.ops",
     "ema_update_": "d2v_fast.ops",
     "info": "d2v_fast._info",

@@ -4,7 +4,20 @@ from d2v_fast.ops.bias_gelu import bias_gelu
 from d2v_fast.ops.data2vec_loss import LossOutput, data2vec_loss
 from d2v_fast.ops.ema import ema_update_
 from d2v_fast.ops.l2_norm import clip_factor, l2_norm
+from d2v_fast.ops.layer_norm_gelu import layer_norm_gelu
 from d2v_fast.ops.layer_targets import layer_targets
 from d2v_fast.ops.masked_smooth_l1 import masked_smooth_l1
+from d2v_fast.ops.residual_dropout_layer_norm import residual_dropout_layer_norm
 
-__all__ = ["LossOutput", "clip_factor", "data2vec_loss", "ema_update_", "l2_norm", "layer_targets", "masked_smooth_l1"]
+__all__ = [
+    "LossOutput",
+    "bias_gelu",
+    "clip_factor",
+    "data2vec_loss",
+    "ema_update_",
+    "l2_norm",
+    "layer_norm_gelu",
+    "layer_targets",
+    "masked_smooth_l1",
+    "residual_dropout_layer_norm",
+]
