@@ -18,8 +18,10 @@ _PUBLIC = {
     "data2vec_loss": "d2v_fast.ops",
     "ema_update_": "d2v_fast.ops",
     "info": "d2v_fast._info",
+    "layer_norm_gelu": "d2v_fast.ops",
     "layer_targets": "d2v_fast.ops",
     "masked_smooth_l1": "d2v_fast.ops",
+    "residual_dropout_layer_norm": "d2v_fast.ops",
 }
 __all__ = ["__version__", *_PUBLIC]
 

@@ -84,6 +84,7 @@ def test_public_names():
         "Data2Vec",
         "Data2VecConfig",
         "__version__",
+        "bias_gelu",
         "data2vec_loss",
         "ema_update_",
         "info",
