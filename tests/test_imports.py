@@ -88,8 +88,10 @@ def test_public_names():
         "data2vec_loss",
         "ema_update_",
         "info",
+        "layer_norm_gelu",
         "layer_targets",
         "masked_smooth_l1",
+        "residual_dropout_layer_norm",
     ]
     for name in d2v_fast.__all__:
         assert getattr(d2v_fast, name) is not None
