@@ -106,8 +106,8 @@ def adamw_ema(
         denom = v.sqrt().add_(eps)
         p.add_(p, alpha=-weight_decay * lr)
         p.addcdiv_(m, denom, value=-step_size)
-    averaged = ema_update(ema, params, ema_copies, decay=decay)
-    return {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "ema": averaged["teacher"]}
+    ema_update(ema, params, ema_copies, decay=decay)
+    return {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "ema": ema, "ema_copies": ema_copies}
 
 
 def layer_norm_gelu(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float) -> dict:

@@ -83,8 +83,8 @@ def ema_update_mul_add(teacher: list[Tensor], student: list[Tensor], copies: lis
 
 @torch.no_grad()
 def l2_norm(tensors: list[Tensor]) -> dict:
-    """``torch.nn.utils.get_total_norm`` on the foreach path."""
-    return {"norm": torch.nn.utils.get_total_norm(tensors, foreach=True).float()}
+    """``torch.nn.utils.get_total_norm`` on the foreach path, with norms in float32."""
+    return {"norm": torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)).norm(2)}
 
 
 @torch.no_grad()
@@ -100,8 +100,8 @@ def adamw_ema(
         weight_decay=weight_decay, eps=eps, amsgrad=False, maximize=False,
         grad_scale=grad_scale.reciprocal().float(), found_inf=None,
     )  # fmt: skip
-    averaged = ema_update(ema, params, ema_copies, decay=decay)
-    return {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "ema": averaged["teacher"]}
+    ema_update(ema, params, ema_copies, decay=decay)
+    return {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "ema": ema, "ema_copies": ema_copies}
 
 
 def layer_norm_gelu(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float) -> dict:

@@ -62,8 +62,10 @@ def apex_adamw_ema() -> Callable:
         torch._foreach_mul_(grads, grad_scale)  # the clip factor
         lists = [grads, params, exp_avgs, exp_avg_sqs]
         apply(adam, overflow, lists, lr, *betas, eps, step, 1, 1, weight_decay)
-        averaged = average(ema, params, ema_copies, decay=decay)
-        return {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "ema": averaged["teacher"]}
+        average(ema, params, ema_copies, decay=decay)
+        return {
+            "params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "ema": ema, "ema_copies": ema_copies
+        }  # fmt: skip
 
     return run
 
