@@ -4,6 +4,7 @@ import argparse
 import math
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -38,12 +39,15 @@ def main(bench: Bench, argv: list[str] | None = None) -> None:
     if not cases:
         known = ", ".join(case.name for case in (bench.smoke if args.smoke else bench.cases))
         arguments.error(f"--cases must be main, all or a part of: {known}; got {args.cases!r}")
-    names = sorted(args.providers, key=lambda name: (name != OURS, bench.providers[name].compiled))
     record = {"schema": SCHEMA, "op": bench.op, "kind": "gpu" if gpu else "cpu-smoke"}
     path = result_path(bench, args.json, args.out, gpu)
-    record, rows = run(bench, cases, names, record, gpu, time.monotonic() + args.budget)
+
+    def save(record: dict, rows: list[dict]) -> None:
+        if path:
+            write_json(path, {**record, "results": rows}, args.commit)
+
+    rows = run(bench, cases, args.providers, record, gpu, time.monotonic() + args.budget, save)
     if path:
-        write_json(path, {**record, "results": rows}, args.commit)
         print(f"written: {path}")
     bad = [row for row in rows if row["status"].startswith(("wrong", "failed")) and not row["peer"]]
     if bad:
@@ -67,8 +71,14 @@ def result_path(bench: Bench, json_file: str | None, out: str | None, gpu: bool)
     return None
 
 
-def run(bench: Bench, cases: list[Case], names: list[str], record: dict, gpu: bool, deadline: float):
-    """Check and measure, case by case; returns the record and its rows, and prints a line for each."""
+def run(
+    bench: Bench, cases: list[Case], names: list[str], record: dict, gpu: bool, deadline: float,
+    save: Callable[[dict, list[dict]], None],
+) -> list[dict]:  # fmt: skip
+    """Check and measure, case by case; prints a line for each provider and saves after each case.
+
+    Compiled providers come in a second round, so that a short budget goes to the others first.
+    """
     copy_rate = math.nan
     if gpu:
         from timing import copy_gb_per_s, l2_bytes
@@ -77,19 +87,27 @@ def run(bench: Bench, cases: list[Case], names: list[str], record: dict, gpu: bo
         record = {**record, "copy_gb_per_s": copy_rate, "l2_mib": l2_bytes() / 2**20}
         print(f"{bench.op}: copy {copy_rate:.0f} GB/s")
     print(header(gpu))
-    all_rows = []
-    for case in cases:
-        for mode in bench.modes:
-            rows, functions = ready(bench, case, mode, names, deadline)
-            if gpu:
-                run_gpu(bench, case, mode, rows, functions, copy_rate)
-            else:
-                run_cpu(bench, case, mode, rows, functions, SMOKE_ROUNDS)
-            for row in rows:
-                print(line(row, gpu), flush=True)
-                row.update({"sizes": case.sizes, "options": case.options})
-            all_rows += rows
-    return record, all_rows
+    rounds = []
+    for wanted in (False, True):
+        group = [name for name in names if name != OURS and bench.providers[name].compiled == wanted]
+        if group or not wanted:
+            rounds += [(case, mode, wanted, [OURS, *group]) for case in cases for mode in bench.modes]
+    all_rows: list[dict] = []
+    for i, (case, mode, again, group) in enumerate(rounds):
+        rows, functions = ready(bench, case, mode, group, deadline)
+        if gpu:
+            run_gpu(bench, case, mode, rows, functions, copy_rate)
+            torch.cuda.empty_cache()
+        else:
+            run_cpu(bench, case, mode, rows, functions, SMOKE_ROUNDS)
+        # ours is measured in both rounds, beside what it is compared with, and reported once
+        rows = rows[1:] if again or OURS not in names else rows
+        for row in rows:
+            print(line(row, gpu), flush=True)
+            row.update({"sizes": case.sizes, "options": case.options})
+        all_rows += rows
+        save({**record, "complete": i + 1 == len(rounds)}, all_rows)
+    return all_rows
 
 
 def header(gpu: bool) -> str:

@@ -191,10 +191,13 @@ def _tensors(x: Any) -> list[Tensor]:
 
 
 def ready(bench: Bench, case: Case, mode: str, names: Sequence[str], deadline: float) -> tuple[list[dict], dict]:
-    """A row for every provider, and the functions of those that gave the right answer."""
+    """A row for every provider, and the functions of those that gave the right answer.
+
+    Past ``deadline`` (of ``time.monotonic``) nothing new is started and the rows say so.
+    """
     rows, functions = [], {}
     torch.compiler.reset()  # each case is compiled for its own shapes
-    exact = exact_results(bench, case, mode)
+    exact = exact_results(bench, case, mode) if time.monotonic() < deadline else {}
     for name in names:
         provider = bench.providers[name]
         row = {"case": case.name, "dtype": case.dtype, "mode": mode, "provider": name, "peer": provider.peer}
@@ -233,28 +236,37 @@ def run_cpu(bench: Bench, case: Case, mode: str, rows: list[dict], functions: di
 
 
 def run_gpu(bench: Bench, case: Case, mode: str, rows: list[dict], functions: dict, copy_rate: float) -> None:
-    """Times, rates and memory of each provider; ours is timed again at the end, which gives the noise."""
-    from timing import gpu_time, host_us, input_sets, peak_mib
-
-    size = bench.minimal_bytes(case, mode)
+    """Times, rates and memory of each provider that is in ``functions``, and the ratio to ours."""
     for row in rows:
         name = row["provider"]
         if name not in functions:
             continue
-        provider = bench.providers[name]
-        first = make_inputs(bench, case, provider)
-        sets = input_sets(sum(x.nbytes for x in _tensors(first)))
-        inputs = [first, *(make_inputs(bench, case, provider, seed) for seed in range(1, sets))]
-        calls = [make_call(bench, case, mode, functions[name], x) for x in inputs]
-        time_ = gpu_time(calls, provider.capturable)
-        row.update({"ms_p20": time_.p20, "ms_p50": time_.p50, "ms_p80": time_.p80, "timer": time_.timer})
-        if name == OURS:
-            again = gpu_time(calls, provider.capturable)
-            row["noise"] = abs(again.p50 - time_.p50) / min(again.p50, time_.p50)
-        rate = size / time_.p50 / 1e6
-        row.update({"minimal_bytes": size, "gb_per_s": rate, "percent_of_copy": 100 * rate / copy_rate})
-        row.update({"peak_mib": peak_mib(calls[0]), "host_us": host_us(calls[0]), "input_sets": sets})
+        try:
+            row.update(_measure(bench, case, mode, name, functions[name]))
+        except RuntimeError as error:  # out of memory, or a graph that could not be captured: shown, and the run fails
+            row["status"] = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            continue
+        row["percent_of_copy"] = 100 * row["gb_per_s"] / copy_rate
     base = next((row["ms_p50"] for row in rows if row["provider"] == OURS and "ms_p50" in row), None)
     for row in rows:
         if base is not None and "ms_p50" in row:
             row["ratio"] = row["ms_p50"] / base
+
+
+def _measure(bench: Bench, case: Case, mode: str, name: str, function: Callable[..., Results]) -> dict:
+    from timing import gpu_time, host_us, input_sets, peak_mib
+
+    provider = bench.providers[name]
+    first = make_inputs(bench, case, provider)
+    sets = input_sets(sum(x.nbytes for x in _tensors(first)))
+    inputs = [first, *(make_inputs(bench, case, provider, seed) for seed in range(1, sets))]
+    calls = [make_call(bench, case, mode, function, x) for x in inputs]
+    taken = gpu_time(calls, provider.capturable)
+    size = bench.minimal_bytes(case, mode)
+    result = {"ms_p20": taken.p20, "ms_p50": taken.p50, "ms_p80": taken.p80, "timer": taken.timer}
+    result.update({"minimal_bytes": size, "gb_per_s": size / taken.p50 / 1e6, "input_sets": sets})
+    result.update({"peak_mib": peak_mib(calls[0]), "host_us": host_us(calls[0])})
+    if name == OURS:  # timed twice: what two equal programs differ by
+        again = gpu_time(calls, provider.capturable)
+        result["noise"] = abs(again.p50 - taken.p50) / min(again.p50, taken.p50)
+    return result

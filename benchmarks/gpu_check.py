@@ -1,0 +1,274 @@
+"""GPU tests and all benchmarks in one command that ends within a budget.
+
+python benchmarks/gpu_check.py                     # everything, nine minutes at most; results in benchmarks/results
+python benchmarks/gpu_check.py --part tests        # or bench, or a part of the names that --list prints
+python benchmarks/gpu_check.py --resume            # only what has not passed yet at this commit
+
+Needs PyTorch for CUDA, Triton, NumPy and pytest; the package need not be installed. Parts run in order of importance:
+tests that need a GPU (no synchronisation, graph capture, offsets beyond 2**31), the other tests of the ops, then one
+benchmark after the other. What the budget leaves no time for is listed. Exit status: 0, 1 when a part failed, 2
+without a GPU. Writes one JSON a part to OUT/<gpu>/parts, the results to OUT/<gpu>, and summary.md.
+"""
+
+import argparse
+import ast
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TESTS, BENCHMARKS = ROOT / "tests", ROOT / "benchmarks"
+ORDER = ("data2vec_loss", "ema", "adamw_ema", "layer_targets", "layer_norm_gelu", "residual_dropout_layer_norm")
+TEST_SHARE = 0.45  # of the budget, when benchmarks run too
+SHORTEST = 15  # seconds; a part is not started with less
+CODE = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"  # unlike -m pytest, leaves the root off the path
+
+
+@dataclass
+class Part:
+    """One process of the check. ``needs``: modules that are not installed, which is why it cannot run."""
+
+    name: str
+    kind: str  # "gpu tests", "tests" or "bench"
+    file: Path
+    needs: list[str]
+
+
+@dataclass
+class Outcome:
+    """What came of a part."""
+
+    name: str
+    status: str  # passed, failed, incomplete, skipped, passed before
+    seconds: float = 0.0
+    detail: str = ""
+    commit: str = ""
+    output: str = ""
+
+
+def missing_modules(file: Path, seen: set[Path] | None = None) -> set[str]:
+    """Modules outside of this repository that importing ``file`` needs and that are not installed."""
+    seen = set() if seen is None else seen
+    if file in seen:
+        return set()
+    seen.add(file)
+    names: set[str] = set()
+    for node in ast.parse(file.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names if node.module.startswith("d2v_fast"))
+    missing: set[str] = set()
+    for name in names:
+        own = own_file(name, file.parent)
+        if own:
+            missing |= missing_modules(own, seen)
+        elif not name.startswith("d2v_fast") and importlib.util.find_spec(name.split(".")[0]) is None:
+            missing.add(name.split(".")[0])
+    return missing
+
+
+def own_file(module: str, folder: Path) -> Path | None:
+    """The source of a module of this repository, seen from a script in ``folder``."""
+    parts = module.split(".")
+    if parts[:2] == ["d2v_fast", "kernels"]:
+        parts = parts[1:]
+    elif parts[0] != "d2v_fast":
+        beside = folder / f"{parts[0]}.py"
+        return beside if beside.exists() else None
+    path = ROOT.joinpath(*parts)
+    candidates = (path.with_suffix(".py"), path / "__init__.py")
+    return next((p for p in candidates if p.exists()), None)
+
+
+def find_parts() -> list[Part]:
+    """Every test file that runs something on a GPU, and every benchmark, the most important first."""
+    found = []
+    for file in sorted(TESTS.glob("test_*.py")):
+        text = file.read_text(encoding="utf-8")
+        needs = sorted(missing_modules(file) | ({"pytest"} if importlib.util.find_spec("pytest") is None else set()))
+        if "mark.gpu" in text:
+            found.append(Part(f"gpu-{file.stem}", "gpu tests", file, needs))
+        if "DEVICE" in text:
+            found.append(Part(file.stem, "tests", file, needs))
+    kinds = {"gpu tests": 0, "tests": 1}
+    found.sort(key=lambda part: kinds[part.kind])
+    benches = [p for p in sorted(BENCHMARKS.glob("bench_*.py")) if p.stem != "bench_train_step"]
+    rank = {name: i for i, name in enumerate(ORDER)}
+    benches.sort(key=lambda p: rank.get(p.stem.removeprefix("bench_"), len(ORDER)))
+    for file in [*benches, BENCHMARKS / "bench_train_step.py"]:
+        found.append(Part(file.stem, "bench", file, sorted(missing_modules(file))))
+    return found
+
+
+def command(part: Part, out: Path, commit: str, seconds: float) -> list[str]:
+    """The command line of a part that has ``seconds``."""
+    if part.kind == "bench":
+        start = [sys.executable, str(part.file), "--commit", commit]
+        if part.name == "bench_train_step":
+            return [*start, "--batch", "8", "--seconds", "15", "--json", str(out / "train_step.json")]
+        return [*start, "--json", str(out / f"{part.name.removeprefix('bench_')}.json"), "--budget", f"{seconds:.0f}"]
+    # the project's addopts name a plugin that may be missing
+    options = ["-q", "-o", "addopts=", "--strict-markers", "--tb=short", "-rfE", "-p", "no:cacheprovider"]
+    if importlib.util.find_spec("pytest_timeout"):
+        options.append("--timeout=120")
+    only = "gpu" if part.kind == "gpu tests" else "not gpu"
+    return [sys.executable, "-c", CODE, *options, "-m", only, str(part.file)]
+
+
+def run_part(part: Part, out: Path, commit: str, deadline: float, share: float = 1.0) -> Outcome:
+    """Run a part until it ends, or until ``deadline``; with ``share`` it is asked to use that part of the time."""
+    left = deadline - time.monotonic()
+    if part.needs:
+        return Outcome(part.name, "skipped", detail=f"needs {', '.join(part.needs)}")
+    if left < SHORTEST:
+        return Outcome(part.name, "skipped", detail="no time left")
+    start = time.monotonic()
+    process = subprocess.Popen(
+        command(part, out, commit, max(left * share - SHORTEST, 1)), cwd=part.file.parent, env=child_environment(),
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=left)
+        status = "passed" if process.returncode == 0 else "failed"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        status = "incomplete"
+    lines = [line for line in output.splitlines() if line.strip()]
+    detail = lines[-1] if lines else ""
+    if part.kind == "bench" and status == "passed" and "out of time" in output:
+        status, detail = "incomplete", f"{output.count('out of time')} measurements: no time left"
+    elif status == "incomplete":
+        detail = "stopped: no time left"
+    seconds = round(time.monotonic() - start, 1)
+    return Outcome(part.name, status, seconds, detail, commit, "" if status == "passed" else "\n".join(lines[-80:]))
+
+
+def child_environment() -> dict[str, str]:
+    """This process's, with the checkout on the path unless it is what is installed."""
+    spec = importlib.util.find_spec("d2v_fast")
+    path = [] if spec and spec.origin and ROOT in Path(spec.origin).resolve().parents else [str(ROOT)]
+    inherited = os.environ.get("PYTHONPATH")
+    joined = os.pathsep.join(path + ([inherited] if inherited else []))
+    result = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "PYTHONUNBUFFERED": "1"}
+    result.pop("TRITON_INTERPRET", None)
+    return {**result, **({"PYTHONPATH": joined} if joined else {})}
+
+
+def passed_before(part: Part, out: Path, commit: str) -> bool:
+    """Whether an earlier run at this commit finished the part."""
+    file = out / "parts" / f"{part.name}.json"
+    if not file.exists():
+        return False
+    old = json.loads(file.read_text(encoding="utf-8"))
+    return old["status"] == "passed" and old["commit"] == commit
+
+
+def run_all(parts: list[Part], out: Path, commit: str, budget: float, jobs: int, resume: bool) -> list[Outcome]:
+    """Tests ``jobs`` at a time, then benchmarks alone, each with an equal share of the time that is left."""
+    end = time.monotonic() + budget
+    done = {part.name for part in parts if resume and passed_before(part, out, commit)}
+    outcomes = [Outcome(name, "passed before", commit=commit) for name in sorted(done)]
+    parts = [part for part in parts if part.name not in done]
+    benches = [part for part in parts if part.kind == "bench"]
+    tests_end = end if not benches else time.monotonic() + TEST_SHARE * budget
+
+    def record(outcome: Outcome) -> None:
+        (out / "parts" / f"{outcome.name}.json").write_text(json.dumps(asdict(outcome), indent=1) + "\n")
+        print(f"{outcome.status:11} {outcome.seconds:6.1f} s  {outcome.name:34} {outcome.detail}", flush=True)
+        if outcome.status == "failed":
+            print(outcome.output, flush=True)
+        outcomes.append(outcome)
+
+    (out / "parts").mkdir(parents=True, exist_ok=True)
+    for kind in ("gpu tests", "tests"):
+        group = [part for part in parts if part.kind == kind]
+        with ThreadPoolExecutor(jobs) as pool:
+            for outcome in pool.map(lambda part: run_part(part, out, commit, tests_end), group):
+                record(outcome)
+    for i, part in enumerate(benches):
+        record(run_part(part, out, commit, end, share=1 / (len(benches) - i)))
+    return outcomes
+
+
+def summary(outcomes: list[Outcome], out: Path) -> str:
+    """Markdown: a line for each part, then the measurements of ours beside what it is compared with."""
+    lines = ["# GPU check", "", "| part | status | seconds | |", "|---|---|---|---|"]
+    lines += [f"| {o.name} | {o.status} | {o.seconds:.0f} | {o.detail.strip('= ')} |" for o in outcomes]
+    for file in sorted(out.glob("*.json")):
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if record.get("kind") != "gpu":
+            continue
+        environment = record["environment"]
+        lines += ["", f"## {record['op']}", ""]
+        lines += [
+            f"{environment['device']}, driver {environment['driver']}, torch {environment['torch']}, triton "
+            f"{environment['triton']}, commit {environment['commit']}, copy {record['copy_gb_per_s']:.0f} GB/s",
+            "",
+            "| case | mode | provider | time / ours | ms p20 | p50 | p80 | GB/s | % of copy | peak MiB | host us |",
+            "|---|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        lines += [result_line(row) for row in record["results"]]
+    return "\n".join(lines) + "\n"
+
+
+def result_line(row: dict) -> str:
+    """A measurement, or the reason why there is none."""
+    start = f"| {row['case']} | {row['mode']} | {row['provider']} |"
+    if "ms_p50" not in row:
+        return f"{start} {row['status']} |" + " |" * 7
+    ratio = f"{row['ratio']:.2f}" if "ratio" in row else ""
+    times = " | ".join(f"{row[name]:.4f}" for name in ("ms_p20", "ms_p50", "ms_p80"))
+    rates = f"{row['gb_per_s']:.0f} | {row['percent_of_copy']:.1f} | {row['peak_mib']:.1f} | {row['host_us']:.0f}"
+    return f"{start} {ratio} | {times} | {rates} |"
+
+
+def main() -> None:
+    description, _, details = __doc__.partition("\n\n")
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, epilog=details, formatter_class=formatter)
+    parser.add_argument("--out", type=Path, default=BENCHMARKS / "results", help="folder of the results")
+    parser.add_argument("--budget", type=float, default=520, help="seconds")
+    parser.add_argument("--part", default="all", help='"tests", "bench", or a part of the names')
+    parser.add_argument("--jobs", type=int, default=4, help="test processes at a time")
+    parser.add_argument("--resume", action="store_true", help="leave out what passed before at this commit")
+    parser.add_argument("--commit", help="what to record where the checkout has no .git")
+    parser.add_argument("--list", action="store_true", help="print the parts and stop")
+    args = parser.parse_args()
+    kinds = {"all": ("gpu tests", "tests", "bench"), "tests": ("gpu tests", "tests"), "bench": ("bench",)}
+    parts = [p for p in find_parts() if p.kind in kinds.get(args.part, ()) or args.part in p.name]
+    if not parts:
+        parser.error(f"--part must be all, tests, bench or a part of a name that --list prints, got {args.part!r}")
+    if args.list:
+        for part in parts:
+            print(f"{part.kind:10} {part.name}" + (f"  (skipped: needs {', '.join(part.needs)})" if part.needs else ""))
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        print("gpu-check needs a CUDA device and a PyTorch built for it; on a CPU run make test", file=sys.stderr)
+        sys.exit(2)
+    if str(ROOT) not in sys.path:
+        sys.path.append(str(ROOT))
+    from common import device_folder, git_commit
+
+    commit = git_commit(args.commit)
+    out = args.out.resolve() / device_folder()
+    outcomes = run_all(parts, out, commit, args.budget, args.jobs, args.resume)
+    (out / "summary.md").write_text(summary(outcomes, out), encoding="utf-8")
+    counts = {status: sum(o.status == status for o in outcomes) for status in dict.fromkeys(o.status for o in outcomes)}
+    print(", ".join(f"{count} {status}" for status, count in counts.items()) + f"; {out / 'summary.md'}")
+    sys.exit(1 if counts.get("failed") else 0)
+
+
+if __name__ == "__main__":
+    main()
