@@ -77,15 +77,31 @@ def pointer(table_ptr, row, column, num_tensors, start, DTYPE: tl.constexpr, ALI
     return ptr
 
 
+@triton.jit
+def load(ptr, offsets, live, MASKED: tl.constexpr):
+    """Elements as float32. Full blocks go without a mask: one made of a loaded size turns vector accesses scalar."""
+    x = tl.load(ptr + offsets, mask=live) if MASKED else tl.load(ptr + offsets)
+    return x.to(tl.float32)
+
+
+@triton.jit
+def store(ptr, offsets, x, live, MASKED: tl.constexpr):
+    """Write ``x`` in the dtype of the pointer."""
+    x = x.to(ptr.dtype.element_ty)
+    if MASKED:
+        tl.store(ptr + offsets, x, mask=live)
+    else:
+        tl.store(ptr + offsets, x)
+
+
 def build_table(sizes: Sequence[int], rows: Sequence[Sequence[int]], chunk: int, device: torch.device) -> Table:
     """The table of tensors with ``sizes`` elements (none of them 0) and more ``rows`` of one value per tensor."""
     ends = list(accumulate(-(-size // chunk) for size in sizes))
     values = [0, *ends[:-1], *sizes]
     for row in rows:
         values.extend(row)
-    data = torch.tensor(values) if device.type == "cpu" else _write(values, device)
-    lanes = max(triton.next_power_of_2(len(sizes)), 32)
-    return Table(data[: len(values)].view(-1, len(sizes)), ends[-1], lanes)
+    data = int_tensor(values, device).view(-1, len(sizes))
+    return Table(data, ends[-1], max(triton.next_power_of_2(len(sizes)), 32))
 
 
 @triton.jit
@@ -98,12 +114,14 @@ def _write_kernel(
         tl.store(out_ptr + first + i, (values[i] - 4611686018427387905) >> 1)
 
 
-def _write(values: list[int], device: torch.device) -> Tensor:
-    """``values`` on a GPU, written by a kernel that has them as arguments.
+def int_tensor(values: Sequence[int], device: torch.device) -> Tensor:
+    """``values`` [n] int64 on ``device``; on a GPU a kernel that has them as arguments writes them.
 
     A copy would need pinned memory, which a captured CUDA graph would read again at every replay. Odd numbers above
     2^62 are always of the same type for Triton, so that there is one kernel and not one per pattern of values.
     """
+    if device.type == "cpu":
+        return torch.tensor(values)
     launches = -(-len(values) // _VALUES_PER_LAUNCH)
     out = torch.empty(launches * _VALUES_PER_LAUNCH, dtype=torch.int64, device=device)
     coded = [2 * value + _ODD_LARGE for value in values]
@@ -111,7 +129,7 @@ def _write(values: list[int], device: torch.device) -> Tensor:
     with torch.cuda.device(device):
         for first in range(0, out.numel(), _VALUES_PER_LAUNCH):
             _write_kernel[(1,)](out, tuple(coded[first : first + _VALUES_PER_LAUNCH]), first, num_warps=1)
-    return out
+    return out[: len(values)]
 
 
 def current_stream(device: torch.device) -> int | None:

@@ -23,24 +23,11 @@ def lerp(e, p, weight):
 
 @triton.jit
 def _lerp_block(e_ptr, p_ptr, copy_ptr, offsets, live, weight, MASKED: tl.constexpr, HAS_COPY: tl.constexpr):
-    # Full blocks go without a mask: one that depends on a loaded size turns vector accesses into scalar ones.
-    if MASKED:
-        e = tl.load(e_ptr + offsets, mask=live)
-        p = tl.load(p_ptr + offsets, mask=live).to(tl.float32)
-    else:
-        e = tl.load(e_ptr + offsets)
-        p = tl.load(p_ptr + offsets).to(tl.float32)
-    e = lerp(e, p, weight)
-    if MASKED:
-        tl.store(e_ptr + offsets, e, mask=live)
-    else:
-        tl.store(e_ptr + offsets, e)
+    e = chunks.load(e_ptr, offsets, live, MASKED)
+    e = lerp(e, chunks.load(p_ptr, offsets, live, MASKED), weight)
+    chunks.store(e_ptr, offsets, e, live, MASKED)
     if HAS_COPY:
-        low = e.to(copy_ptr.dtype.element_ty)
-        if MASKED:
-            tl.store(copy_ptr + offsets, low, mask=live)
-        else:
-            tl.store(copy_ptr + offsets, low)
+        chunks.store(copy_ptr, offsets, e, live, MASKED)
 
 
 @triton.jit(do_not_specialize=["num_tensors"])

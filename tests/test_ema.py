@@ -221,7 +221,7 @@ def test_compile_fullgraph():
         (lambda e, p: ema_update_(e, p, torch.ones((), device="meta")), ValueError, "decay must be on .* got meta"),
         (lambda e, p: ema_update_(e, p[::-1], 0.5), ValueError, r"student\[0\] must have shape \(4, 6\) .* got \(8,\)"),
         (lambda e, p: ema_update_([e[0], e[1].long()], p, 0.5), TypeError, r"teacher\[1\].*int64: copy such tensors"),
-        (lambda e, p: ema_update_([e[0], e[1].half()], p, 0.5), TypeError, r"teacher\[1\].*float16: pass it in copies"),
+        (lambda e, p: ema_update_([e[0], e[1].half()], p, 0.5), TypeError, r"teacher\[1\].*float16: pass it as a copy"),
         (lambda e, p: ema_update_(e, [p[0], p[1].int()], 0.5), TypeError, r"student\[1\] must be float32.*int32"),
         (lambda e, p: ema_update_([e[0].t()], [p[0].t()], 0.5), ValueError, r"teacher\[0\] must be contiguous"),
         (lambda e, p: ema_update_([e[0]], [p[0].t().contiguous().t()], 0.5), ValueError, r"student\[0\] must be cont"),

@@ -6,20 +6,13 @@ leaves ``teacher == student`` exactly where it is, and decay 0 and 1 copy and fr
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from d2v_fast.ops._dispatch import (
-    KERNEL_DTYPES,
-    check_device,
-    check_float,
-    check_scalar,
-    cpu_runs_triton,
-    has_triton,
-)
+from d2v_fast.ops._dispatch import check_scalar, cpu_runs_triton, has_triton
+from d2v_fast.ops._lists import check_length, check_lists, check_no_overlap
 
 
 def ema_update_ref(
@@ -104,83 +97,16 @@ def ema_update_(
             not floating point, or float64 on a GPU.
     """
     teacher, student, copies = list(teacher), list(student), list(copies or ())
-    if len(student) != len(teacher):
-        raise ValueError(f"student must hold {len(teacher)} tensors like teacher, got {len(student)}")
-    if copies and len(copies) != len(teacher):
-        raise ValueError(f"copies must hold {len(teacher)} tensors like teacher, got {len(copies)}")
+    check_length("student", len(student), len(teacher), "teacher")
+    if copies:
+        check_length("copies", len(copies), len(teacher), "teacher")
     if not isinstance(decay, Tensor) and not 0 <= decay <= 1:
         raise ValueError(f"decay must lie in [0, 1], got {decay}")
     if not teacher:
         return
-    if not _alike(teacher, student, copies):
-        _check_teacher(teacher)
-        _check_like_teacher("student", student, teacher)
-        _check_like_teacher("copies", copies, teacher)
+    check_lists({"teacher": teacher}, {"student": student, "copies": copies})
     if isinstance(decay, Tensor):
         check_scalar("decay", decay, teacher[0].device)
         _op(teacher, student, decay, 0.0, copies)
     else:
         _op(teacher, student, None, float(decay), copies)
-
-
-def _alike(teacher: list[Tensor], student: list[Tensor], copies: list[Tensor]) -> bool:
-    """Whether all is well, for the usual case; comparing whole lists costs a fifth of looking at pairs."""
-    dtypes = {x.dtype for x in student}.union(x.dtype for x in copies)
-    everything = [*teacher, *student, *copies]
-    shapes = [e.shape for e in teacher]
-    return (
-        {e.dtype for e in teacher} == {torch.float32}
-        and dtypes.issubset(KERNEL_DTYPES)
-        and len({x.device for x in everything}) == 1
-        and all(map(Tensor.is_contiguous, everything))
-        and [p.shape for p in student] == shapes
-        and (not copies or [c.shape for c in copies] == shapes)
-    )
-
-
-def _check_teacher(teacher: list[Tensor]) -> None:
-    for i, e in enumerate(teacher):
-        if not e.is_floating_point():
-            raise TypeError(f"teacher[{i}] must be floating point, got {e.dtype}: copy such tensors instead")
-        if e.dtype not in (torch.float32, torch.float64):
-            raise TypeError(f"teacher[{i}] must be a float32 master, got {e.dtype}: pass it in copies instead")
-        check_float(f"teacher[{i}]", e)
-        check_device(f"teacher[{i}]", e, teacher[0].device)
-        if e.dtype != teacher[0].dtype:
-            raise TypeError(f"teacher[{i}] must be {teacher[0].dtype} like the first, got {e.dtype}")
-        if not e.is_contiguous():
-            raise ValueError(f"teacher[{i}] must be contiguous, got shape {tuple(e.shape)} strides {e.stride()}")
-
-
-def _check_like_teacher(name: str, tensors: list[Tensor], teacher: list[Tensor]) -> None:
-    for i, x in enumerate(tensors):
-        e = teacher[i]
-        check_float(f"{name}[{i}]", x)
-        check_device(f"{name}[{i}]", x, e.device)
-        if x.shape != e.shape:
-            raise ValueError(f"{name}[{i}] must have shape {tuple(e.shape)} like teacher, got {tuple(x.shape)}")
-        if not x.is_contiguous():
-            raise ValueError(f"{name}[{i}] must be contiguous, got shape {tuple(x.shape)} strides {x.stride()}")
-
-
-def check_no_overlap(written: Sequence[Tensor], read: Sequence[Tensor], names: str) -> None:
-    """Raise ValueError when a tensor of ``written`` overlaps any other tensor. Tensors that are read may be tied."""
-    tensors = [*written, *read]
-    if _overlap(tuple(map(Tensor.data_ptr, tensors)), tuple(x.nbytes for x in tensors), len(written)):
-        raise ValueError(f"{names} must not share memory with each other or with other arguments, but some do")
-
-
-@lru_cache(maxsize=16)
-def _overlap(addresses: tuple[int, ...], nbytes: tuple[int, ...], num_written: int) -> bool:
-    spans = [
-        (start, start + size, i < num_written)
-        for i, (start, size) in enumerate(zip(addresses, nbytes, strict=True))
-        if size > 0
-    ]
-    end_of_any = end_of_written = 0
-    for start, end, written in sorted(spans):
-        if start < (end_of_any if written else end_of_written):
-            return True
-        end_of_any = max(end_of_any, end)
-        end_of_written = max(end_of_written, end) if written else end_of_written
-    return False

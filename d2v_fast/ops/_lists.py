@@ -1,0 +1,85 @@
+"""Shared by the ops on lists of tensors: the checks of their arguments."""
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from d2v_fast.ops._dispatch import KERNEL_DTYPES, check_device, check_float
+
+
+def check_lists(masters: dict[str, list[Tensor]], others: dict[str, list[Tensor]]) -> None:
+    """Raise unless all lists hold contiguous tensors of the same shapes on one device, ``masters`` in float32.
+
+    ``masters`` and ``others`` map names of arguments to lists of one length; ``others`` may be in any float dtype, and
+    empty lists in it are skipped. Comparing whole lists first costs a fifth of looking at every tensor.
+    """
+    (name, first), *_ = masters.items()
+    if _alike(list(masters.values()), [x for x in others.values() if x]):
+        return
+    for other_name, tensors in masters.items():
+        _check_masters(other_name, tensors, first)
+    for other_name, tensors in [*masters.items(), *others.items()]:
+        _check_like(other_name, tensors, name, first)
+
+
+def _alike(masters: list[list[Tensor]], others: list[list[Tensor]]) -> bool:
+    everything = [x for tensors in (*masters, *others) for x in tensors]
+    shapes = [x.shape for x in masters[0]]
+    return (
+        {x.dtype for tensors in masters for x in tensors} == {torch.float32}
+        and {x.dtype for tensors in others for x in tensors}.issubset(KERNEL_DTYPES)
+        and len({x.device for x in everything}) == 1
+        and all(map(Tensor.is_contiguous, everything))
+        and all([x.shape for x in tensors] == shapes for tensors in (*masters[1:], *others))
+    )
+
+
+def _check_masters(name: str, tensors: list[Tensor], first: list[Tensor]) -> None:
+    for i, x in enumerate(tensors):
+        if not x.is_floating_point():
+            raise TypeError(f"{name}[{i}] must be floating point, got {x.dtype}: copy such tensors instead")
+        if x.dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"{name}[{i}] must be a float32 master, got {x.dtype}: pass it as a copy instead")
+        check_float(f"{name}[{i}]", x)
+        check_device(f"{name}[{i}]", x, first[0].device)
+        if x.dtype != first[0].dtype:
+            raise TypeError(f"{name}[{i}] must be {first[0].dtype} like the first, got {x.dtype}")
+
+
+def _check_like(name: str, tensors: list[Tensor], first_name: str, first: list[Tensor]) -> None:
+    for i, x in enumerate(tensors):
+        want = first[i]
+        check_float(f"{name}[{i}]", x)
+        check_device(f"{name}[{i}]", x, want.device)
+        if x.shape != want.shape:
+            raise ValueError(f"{name}[{i}] must have shape {tuple(want.shape)} like {first_name}, got {tuple(x.shape)}")
+        if not x.is_contiguous():
+            raise ValueError(f"{name}[{i}] must be contiguous, got shape {tuple(x.shape)} strides {x.stride()}")
+
+
+def check_length(name: str, found: int, length: int, like: str) -> None:
+    """Raise ValueError unless the list ``name`` holds ``length`` tensors."""
+    if found != length:
+        raise ValueError(f"{name} must hold {length} tensors like {like}, got {found}")
+
+
+def check_no_overlap(written: Sequence[Tensor], read: Sequence[Tensor], names: str) -> None:
+    """Raise ValueError when a tensor of ``written`` overlaps any other tensor. Tensors that are read may be tied."""
+    starts, ends, disjoint = _sorted_spans(tuple(map(Tensor.data_ptr, written)), tuple(x.nbytes for x in written))
+    for x in read:
+        before = bisect_left(starts, x.data_ptr() + x.nbytes) - 1  # the last one that starts before the end of x
+        disjoint = disjoint and (before < 0 or ends[before] <= x.data_ptr() or x.nbytes == 0)
+    if not disjoint:
+        raise ValueError(f"{names} must not share memory with each other or with other arguments, but some do")
+
+
+@lru_cache(maxsize=16)
+def _sorted_spans(addresses: tuple[int, ...], nbytes: tuple[int, ...]) -> tuple[list[int], list[int], bool]:
+    """Starts and ends of the spans that are not empty, by address, and whether they are disjoint."""
+    spans = sorted((start, start + size) for start, size in zip(addresses, nbytes, strict=True) if size > 0)
+    disjoint = all(end <= start for (_, end), (start, _) in pairwise(spans))
+    return [start for start, _ in spans], [end for _, end in spans], disjoint
