@@ -19,7 +19,8 @@ from d2v_fast.kernels import layer_targets as targets
 from d2v_fast.kernels.layer_targets import _find, _target_tile
 
 STD_EPS = tl.constexpr(1e-6)  # fairseq's, inside the root of the spread
-_WARPS_PER_SM = 16  # what the registers of the loss kernel allow
+_WARPS_PER_SM = 16
+_REGISTERS = 65536 // (32 * _WARPS_PER_SM)  # per thread: a bound for ptxas, which otherwise halves the warps
 _MERGE_PARTS, _MERGE_COLS, _MERGE_LOSSES = 64, 32, 1024
 _SCALE_BLOCK = 2048
 
@@ -34,22 +35,22 @@ class LaunchConfig:
     num_warps: int
 
 
-def config_for(pred: Tensor, layer: Tensor, whole_rows: bool) -> LaunchConfig:
-    """The tiles for ``pred`` [N, C] and results like ``layer``; ``whole_rows`` when a layer norm needs all channels.
+def config_for(pred: Tensor, whole_rows: bool) -> LaunchConfig:
+    """The tiles for ``pred`` [N, C]; ``whole_rows`` when a layer norm needs all channels in one program.
 
-    32 elements per thread and, once there are rows enough, one wave of programs: each leaves 16 C bytes of partial
-    sums, so more rows per program mean less memory. Layer norms at C = 768 leave a quarter of 1024 lanes idle; the
-    kernel is bound by memory, which idle lanes do not touch.
+    16 elements per thread, the most that leaves registers for 16 warps, and one wave of programs where there are rows
+    enough: each leaves 16 C bytes of partial sums. Layer norms at C = 768 leave a quarter of 1024 lanes idle, which
+    costs issue slots but no memory traffic.
     """
     N, C = pred.shape
     row = triton.next_power_of_2(max(C, 1))
     if launch.interpreted(pred):
         return LaunchConfig(block_n=64, block_c=row, tiles=2, num_warps=4)
     if whole_rows:
-        block_n, block_c = min(max(16384 // (row * layer.element_size()), 1), 32), row
+        block_n, block_c = min(max(4096 // row, 1), 32), row
     else:
-        block_n, block_c = 32, min(row, 128)
-    num_warps = min(max(block_n * block_c // 1024, 4), 16)
+        block_n, block_c = 32, min(row, 64)
+    num_warps = min(max(block_n * block_c // 512, 4), 16)
     programs = _processors(pred.device) * _WARPS_PER_SM // num_warps
     tiles = triton.cdiv(N * triton.cdiv(C, block_c), block_n * programs)
     return LaunchConfig(block_n, block_c, max(tiles, 1), num_warps)
@@ -77,9 +78,9 @@ def _regression(d, beta, SQUARED: tl.constexpr):
 
 @triton.jit
 def _add_tile(count, mean, m2, x, live, tile_count):
-    """Merge the rows of ``x`` [BLOCK_N, BLOCK_C] into running moments [BLOCK_C] (Chan's formula)."""
-    tile_mean = tl.sum(tl.where(live, x, 0.0), axis=0) / tile_count
-    d = tl.where(live, x - tile_mean[None, :], 0.0)
+    """Merge ``x`` [BLOCK_N, BLOCK_C, 2], 0 where not live, into running moments [BLOCK_C, 2] (Chan's formula)."""
+    tile_mean = tl.sum(x, axis=0) * (1.0 / tile_count)
+    d = tl.where(live, x - tile_mean[None, :, :], 0.0)
     delta = tile_mean - mean
     share = tile_count / (count + tile_count)
     return mean + delta * share, m2 + tl.sum(d * d, axis=0) + delta * delta * (count * share)
@@ -125,10 +126,9 @@ def _data2vec_loss_kernel(
     inside = cols < C
     loss = 0.0
     count = 0.0
-    mean_y = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    mean_p = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    m2_y = tl.zeros((BLOCK_C,), dtype=tl.float32)
-    m2_p = tl.zeros((BLOCK_C,), dtype=tl.float32)
+    # [BLOCK_C, 2]: target and prediction share reductions. The moments wait in memory, which is this program's alone
+    # and stays in the cache: in registers they would crowd out the layer results in flight.
+    out = parts_ptr + part * 4 * C + (2 * C * tl.arange(0, 2))[None, :] + cols[:, None]
     first_row = part * tiles * BLOCK_N
     last_row = tl.minimum(first_row + tiles * BLOCK_N, num_rows)
     for start in range(first_row, last_row, BLOCK_N):
@@ -145,22 +145,23 @@ def _data2vec_loss_kernel(
             table_ptr, stats_ptr, b, t, found, cols, C, K, stats_rows, stride_b, stride_t, eps,
             DTYPE, ALIGNED, NORM, POST_LAYER_NORM, BLOCK_N, BLOCK_C,
         )  # fmt: skip
+        y = tl.where(live, y, 0.0)
         p = tl.load(pred_ptr + rows[:, None] * stride_pred + cols[None, :], mask=live, other=0.0).to(tl.float32)
         each, slope = _regression(p - y, beta, SQUARED)
-        loss += tl.sum(tl.where(live, each, 0.0))
+        loss += tl.sum(each)  # dead lanes give 0
         if HAS_GRAD:
             grad = (slope * scale).to(grad_ptr.dtype.element_ty)
             tl.store(grad_ptr + rows[:, None] * C + cols[None, :], grad, mask=live)
         tile_count = tl.minimum(num_rows - start, BLOCK_N).to(tl.float32)
-        mean_y, m2_y = _add_tile(count, mean_y, m2_y, y, live, tile_count)
-        mean_p, m2_p = _add_tile(count, mean_p, m2_p, p, live, tile_count)
+        again = inside[:, None] & (start > first_row)
+        mean = tl.load(out, mask=again, other=0.0)
+        m2 = tl.load(out + C, mask=again, other=0.0)
+        mean, m2 = _add_tile(count, mean, m2, tl.join(y, p), live[:, :, None], tile_count)
         count += tile_count
+        tl.store(out, mean, mask=inside[:, None])
+        tl.store(out + C, m2, mask=inside[:, None])
+        tl.debug_barrier()  # the next tile may load them in other threads
     tl.store(losses_ptr + tl.program_id(0), loss * scale)
-    out = parts_ptr + part * 4 * C + cols
-    tl.store(out, mean_y, mask=inside)
-    tl.store(out + C, m2_y, mask=inside)
-    tl.store(out + 2 * C, mean_p, mask=inside)
-    tl.store(out + 3 * C, m2_p, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows", "rows_per_part", "num_parts", "num_losses"])
@@ -182,11 +183,11 @@ def _merge_kernel(
     num_col_blocks = tl.cdiv(C, BLOCK_C)
     which = tl.program_id(0) // num_col_blocks  # 0 targets, 1 predictions, 2 the loss
     if which == 2:
-        total = tl.zeros((BLOCK_L,), dtype=tl.float32)
+        losses = tl.zeros((BLOCK_L,), dtype=tl.float32)
         for start in range(0, num_losses, BLOCK_L):
             index = start + tl.arange(0, BLOCK_L)
-            total += tl.load(losses_ptr + index, mask=index < num_losses, other=0.0)
-        tl.store(loss_ptr, tl.sum(total, axis=0))
+            losses += tl.load(losses_ptr + index, mask=index < num_losses, other=0.0)
+        tl.store(loss_ptr, tl.sum(losses, axis=0))
     else:
         cols = (tl.program_id(0) % num_col_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
         inside = cols < C
@@ -198,11 +199,12 @@ def _merge_kernel(
             parts = start + tl.arange(0, BLOCK_P).to(tl.int64)
             live = (parts < num_parts)[:, None] & inside[None, :]
             count = tl.minimum(num_rows - parts * rows_per_part, rows_per_part).to(tl.float32)[:, None]
-            mean = tl.load(source[None, :] + parts[:, None] * 4 * C, mask=live, other=0.0)
-            m2 = tl.load(source[None, :] + parts[:, None] * 4 * C + C, mask=live, other=0.0)
+            part_ptr = source[None, :] + parts[:, None] * 4 * C
+            mean = tl.load(part_ptr, mask=live, other=0.0)
+            part_m2 = tl.load(part_ptr + C, mask=live, other=0.0)
             d = tl.where(live, mean - shift[None, :], 0.0)
             sum1 += count * d
-            sum2 += m2 + count * d * d
+            sum2 += part_m2 + count * d * d
         total = num_rows.to(tl.float32)
         offset = tl.sum(sum1, axis=0) / total
         m2 = tl.sum(sum2, axis=0) - total * offset * offset
@@ -214,7 +216,7 @@ def _merge_kernel(
         tl.store(spread_ptr + which * C + cols, tl.where(num_rows > 1, std, 0.0), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["size"])
 def _scale_kernel(
     factor_ptr,  # [] fp32
     x_ptr,  # [size]
@@ -222,10 +224,16 @@ def _scale_kernel(
     size,
     BLOCK: tl.constexpr,
 ):
-    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    live = offsets < size
-    x = tl.load(x_ptr + offsets, mask=live).to(tl.float32) * tl.load(factor_ptr).to(tl.float32)
-    tl.store(out_ptr + offsets, x.to(out_ptr.dtype.element_ty), mask=live)
+    first = tl.program_id(0).to(tl.int64) * BLOCK
+    offsets = first + tl.arange(0, BLOCK)
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if first + BLOCK <= size:  # a mask by an odd size would make every access a scalar one
+        x = tl.load(x_ptr + offsets).to(tl.float32) * factor
+        tl.store(out_ptr + offsets, x.to(out_ptr.dtype.element_ty))
+    else:
+        live = offsets < size
+        x = tl.load(x_ptr + offsets, mask=live).to(tl.float32) * factor
+        tl.store(out_ptr + offsets, x.to(out_ptr.dtype.element_ty), mask=live)
 
 
 def data2vec_loss_fwd(
@@ -255,7 +263,7 @@ def data2vec_loss_fwd(
         return loss, grad.fill_(value), moments, spread
     layers = targets.same_strides(layers)
     whole_rows = "layer" in (norm, post_norm)
-    config = config or config_for(pred, layers[0], whole_rows)
+    config = config or config_for(pred, whole_rows)
     num_parts = triton.cdiv(N, config.block_n * config.tiles)
     parts = torch.empty((num_parts, 4, C), device=pred.device, dtype=torch.float32)
     losses = torch.empty((num_parts, triton.cdiv(C, config.block_c)), device=pred.device, dtype=torch.float32)
@@ -295,6 +303,7 @@ def data2vec_loss_fwd(
             BLOCK_N=config.block_n,
             BLOCK_C=config.block_c,
             num_warps=config.num_warps,
+            maxnreg=_REGISTERS if C % 16 == 0 else None,  # scalar accesses, at other widths, need more
         )
         loss, moments, spread = _merge(parts, losses, N, config.block_n * config.tiles)
     return loss, grad, moments, spread

@@ -36,7 +36,7 @@ def config_for(x: Tensor, whole_rows: bool) -> LaunchConfig:
         block_n = min(max(4096 // row, 1), 16)
         warps = 8 if block_n * row >= 4096 else 4
         return LaunchConfig(block_t=16, block_c_stats=64, block_n=block_n, block_c=row, num_warps=warps)
-    return LaunchConfig(block_t=16, block_c_stats=64, block_n=16, block_c=64, num_warps=4)
+    return LaunchConfig(block_t=16, block_c_stats=64, block_n=32, block_c=64, num_warps=4)
 
 
 @triton.jit
@@ -78,16 +78,18 @@ def _column_stats_kernel(
     x_ptr = _layer_ptr(table_ptr, k, DTYPE, ALIGNED) + b * stride_b + cols[None, :]
     times = tl.arange(0, BLOCK_T)
     live = (times < length)[:, None] & inside[None, :]
-    head = tl.load(x_ptr + times[:, None].to(tl.int64) * stride_t, mask=live, other=0.0).to(tl.float32)
+    coming = tl.load(x_ptr + times[:, None].to(tl.int64) * stride_t, mask=live, other=0.0)
     # Sums of x - shift do not cancel when the mean is far from 0; the mean of the first tile is close enough.
-    shift = tl.sum(head, axis=0) / tl.maximum(tl.minimum(length, BLOCK_T), 1)
+    shift = tl.sum(coming.to(tl.float32), axis=0) / tl.maximum(tl.minimum(length, BLOCK_T), 1)
     sum1 = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
     sum2 = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
     for start in range(0, length, BLOCK_T):
-        t = start + times
+        x = coming.to(tl.float32)
+        now = live
+        t = start + BLOCK_T + times  # the next tile is on its way while this one is added
         live = (t < length)[:, None] & inside[None, :]
-        x = tl.load(x_ptr + t[:, None].to(tl.int64) * stride_t, mask=live, other=0.0).to(tl.float32)
-        d = tl.where(live, x - shift[None, :], 0.0)
+        coming = tl.load(x_ptr + t[:, None].to(tl.int64) * stride_t, mask=live, other=0.0)
+        d = tl.where(now, x - shift[None, :], 0.0)
         sum1 += d
         sum2 += d * d
     count = tl.maximum(length, 1)
@@ -101,9 +103,9 @@ def _column_stats_kernel(
 @triton.jit
 def _layer_norm(x, inside, C, eps):
     # x: [BLOCK_N, BLOCK_C] with 0 in the lanes that are not inside
-    mean = tl.sum(x, axis=1) / C
+    mean = tl.sum(x, axis=1) * (1.0 / C)
     d = tl.where(inside[None, :], x - mean[:, None], 0.0)
-    return d * tl.rsqrt(tl.sum(d * d, axis=1) / C + eps)[:, None]
+    return d * tl.rsqrt(tl.sum(d * d, axis=1) * (1.0 / C) + eps)[:, None]
 
 
 @triton.jit
@@ -141,7 +143,7 @@ def _average(
             rstd = tl.load(stats + C, mask=inside[None, :], other=0.0)
             x = (x - mean) * rstd
         total += x
-    return total / K
+    return total * (1.0 / K)
 
 
 @triton.jit
