@@ -26,24 +26,20 @@ ARCHS = (80, 90)
 FOLDER = Path(__file__).parent / "results" / "static"
 REGISTERS = 8  # tolerated growth: the granularity in which an SM hands them out
 INSTRUCTIONS = 1.05  # likewise, of the main loop and of the whole kernel, next to 4 instructions
-# Kernels whose accesses are few and narrow by nature: one address per layer, one number per row.
-NARROW = {"_pointer_table_kernel"}
+# Kernels whose accesses are few and narrow by nature: one address per layer, one partial sum per program.
+NARROW = {"_pointer_table_kernel", "_root_of_sum_kernel"}
 
 Row = dict[str, Any]
 
 
 def specializations(cases: Iterable[Case]) -> list[tuple[Case, Specialization]]:
-    """Every different compilation that each case needs, in order of launch."""
-    found = []
+    """Every different compilation that ``cases`` need, with the first case that needs it."""
+    found: dict[str, tuple[Case, Specialization]] = {}
     for case in cases:
-        seen = set()
         for launch in record(case.call()).triton:
-            for arch in ARCHS:
-                special = specialize(launch, arch)
-                if special.key not in seen:
-                    seen.add(special.key)
-                    found.append((case, special))
-    return found
+            for special in (specialize(launch, arch) for arch in ARCHS):
+                found.setdefault(special.key, (case, special))
+    return list(found.values())
 
 
 def tile_per_thread(special: Specialization) -> float:
@@ -55,7 +51,11 @@ def tile_per_thread(special: Specialization) -> float:
 
 def measure(special: Specialization) -> Row:
     """Compile and disassemble: everything that a row of the table says about the machine code."""
-    code = inspect(special.compile())
+    try:
+        compiled = special.compile()
+    except triton.compiler.errors.TritonError as error:
+        return {"error": f"does not compile: {str(error).splitlines()[-1]}"}
+    code = inspect(compiled)
     tile = tile_per_thread(special)
     return {
         "registers": code.registers,
@@ -69,36 +69,31 @@ def measure(special: Specialization) -> Row:
     }
 
 
-def report(cases: Iterable[Case], workers: int) -> list[Row]:
-    """One row per case, kernel and architecture. Equal compilations are made once."""
-    work = specializations(cases)
-    unique = {special.key: special for _, special in work}
-    _WORK.clear()
-    _WORK.update(unique)
+def report(cases: Iterable[Case], workers: int, only: str = "") -> list[Row]:
+    """One row per different compilation, of the ops whose name contains ``only``."""
+    _WORK[:] = [(case, special) for case, special in specializations(cases) if only in case.op]
     # forked workers share the recording: kernels and their arguments cannot be pickled
     with multiprocessing.get_context("fork").Pool(workers) as pool:
-        measured = dict(zip(unique, pool.map(_measure, unique, chunksize=1), strict=True))
+        measured = pool.map(_measure, range(len(_WORK)), chunksize=1)
     rows: list[Row] = []
-    for case, special in work:
-        kernel = special.kernel.fn.__name__
-        row = {"op": case.op, "case": case.name, "kernel": kernel, "arch": special.target.arch}
-        same = sum(name(row) == name(other).split("#")[0] for other in rows)
-        row["variant"] = same + 1
-        rows.append(json.loads(json.dumps({**row, "vector": case.vector, **measured[special.key]})))
-    return rows
+    for (case, special), code in zip(_WORK, measured, strict=True):
+        row = {"op": case.op, "case": case.name, "kernel": special.kernel.fn.__name__, "arch": special.target.arch}
+        same = sum(all(other[key] == row[key] for key in row) for other in rows)
+        rows.append({**row, "variant": same + 1, "vector": case.vector, **code})
+    return json.loads(json.dumps(rows))  # keys are strings, as in the file
 
 
-_WORK: dict[str, Specialization] = {}
+_WORK: list[tuple[Case, Specialization]] = []
 
 
-def _measure(key: str) -> Row:
-    return measure(_WORK[key])
+def _measure(index: int) -> Row:
+    return measure(_WORK[index][1])
 
 
 def name(row: Row) -> str:
     """What identifies a row in two tables."""
-    variant = f"#{row['variant']}" if row.get("variant", 1) > 1 else ""
-    return f"{row['op']} | {row['case']} | {row['kernel']} | sm_{row['arch']}{variant}"
+    variant = f" ({row['variant']})" if row["variant"] > 1 else ""
+    return f"{row['op']} | {row['case']} | {row['kernel']}{variant} | sm_{row['arch']}"
 
 
 def problems(rows: list[Row], committed: dict[str, Any]) -> list[str]:
@@ -108,12 +103,14 @@ def problems(rows: list[Row], committed: dict[str, Any]) -> list[str]:
     found += [f"{key}: not in the committed table" for key in now.keys() - then.keys()]
     found += [f"{key}: in the committed table, but no longer launched" for key in then.keys() - now.keys()]
     same_compiler = committed["triton"] == triton.__version__
-    for key in sorted(now.keys() & then.keys()):
+    for key in sorted(key for key in now.keys() & then.keys() if "error" not in now[key]):
         found += [f"{key}: {text}" for text in _regressions(now[key], then[key], same_compiler)]
     return found
 
 
 def _absolute(row: Row) -> list[str]:
+    if "error" in row:
+        return [f"{name(row)}: {row['error']}"]
     found = []
     if row["spills"]:
         found.append(f"{name(row)}: {row['spills']} spill instructions")
@@ -151,16 +148,16 @@ def markdown(rows: list[Row], compiler: str) -> str:
     lines = [
         "# Machine code of every kernel",
         "",
-        f"Triton {compiler}, `python benchmarks/aot_report.py`; nothing here was run on a GPU. *Main loop*: the shortest",
-        "innermost loop with 128-bit accesses, or the whole kernel where there is no loop. Loads and stores count the",
-        "instructions of one thread in it, by bits. *Per element*: its instructions over the elements that one thread",
-        "handles in one pass (product of the BLOCK constants over the threads).",
+        f"Triton {compiler}, written by `python benchmarks/aot_report.py`; nothing here was run on a GPU.",
+        "*Main loop*: the shortest innermost loop with 128-bit accesses, or the whole kernel where there is no loop.",
+        "Loads and stores count the instructions of one thread in it, by bits. *Per element*: its instructions over",
+        "the elements that one thread handles in one pass (product of the BLOCK constants over the threads).",
         "",
         "| op | case | kernel | sm | warps | registers | spills | shared B | instructions | main loop | per element "
         "| loads | stores |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    for row in (row for row in rows if "error" not in row):
         kernel = row["kernel"] + (f" ({row['variant']})" if row["variant"] > 1 else "")
         cells = [row["op"], row["case"], f"`{kernel}`", row["arch"], row["warps"], row["registers"], row["spills"]]
         cells += [row["shared"], row["whole"]["instructions"], row["main"]["instructions"]]
@@ -180,7 +177,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--only", default="", help="ops whose name contains this")
     parser.add_argument("--workers", type=int, default=min(os.cpu_count() or 1, 8))
     options = parser.parse_args(arguments)
-    rows = report([case for case in CASES if options.only in case.op], options.workers)
+    rows = report(CASES, options.workers, options.only)
     if options.check:
         committed = json.loads(options.table.read_text(encoding="utf-8"))
         committed["kernels"] = [row for row in committed["kernels"] if options.only in row["op"]]
@@ -191,8 +188,9 @@ def main(arguments: list[str] | None = None) -> int:
     table = {"triton": triton.__version__, "kernels": rows}
     options.table.write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     options.table.with_suffix(".md").write_text(markdown(rows, triton.__version__), encoding="utf-8")
-    print("\n".join(problem for row in rows for problem in _absolute(row)))
-    return 0
+    found = [problem for row in rows for problem in _absolute(row)]
+    print("\n".join([f"{len(rows)} compiled kernels written to {options.table}", *found]))
+    return bool(found)
 
 
 if __name__ == "__main__":

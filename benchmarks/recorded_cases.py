@@ -2,7 +2,7 @@
 
 Every builder allocates its inputs (undefined memory, so nothing is touched) and returns the call; the call includes
 the backward where there is one. Shapes are those of one GPU: speech base 15 clips x 780 frames, large 4 x 938,
-text 16 x 512 tokens, vision 128 (64) images x 197 tokens.
+text 16 x 512 tokens, vision 128 (64) images x 196 patches.
 """
 
 from collections.abc import Callable
@@ -51,12 +51,11 @@ def backward(function: Callable[[], Tensor], *inputs: Tensor) -> Call:
     return call
 
 
-def masked_smooth_l1(rows: int, width: int, pred=BF16, target=FP32, beta=0.0, masked=False, function=None) -> Call:
-    function = function or ops.masked_smooth_l1
+def masked_smooth_l1(rows: int, width: int, pred=BF16, target=FP32, beta=0.0, masked=False) -> Call:
     p = torch.empty(rows, width, dtype=pred, requires_grad=True)
     y = torch.empty(rows, width, dtype=target)
     mask = torch.ones(rows, dtype=torch.bool) if masked else None
-    return backward(lambda: function(p, y, mask, beta=beta), p)
+    return backward(lambda: ops.masked_smooth_l1(p, y, mask, beta=beta), p)
 
 
 def layer_targets(
@@ -116,6 +115,61 @@ def ema_update(sizes: list[tuple[int, ...]], student=FP32, copies=None, unaligne
     return lambda: ops.ema_update_(teacher, source, decay, copies=low)
 
 
+def l2_norm(sizes: list[tuple[int, ...]], dtype=FP32) -> Call:
+    tensors = _model(sizes, dtype)
+    return lambda: ops.l2_norm(tensors)
+
+
+def adamw_ema(
+    sizes: list[tuple[int, ...]], grad=FP32, ema=True, param_copies=None, ema_copies=None, **options: Any
+) -> Call:
+    params, first, second = (_model(sizes) for _ in range(3))
+    grads = _model(sizes, grad)
+    options |= {"grad_scale": torch.ones(()), "skip": torch.zeros(())}
+    if param_copies is not None:
+        options["param_copies"] = _model(sizes, param_copies)
+    if ema:
+        options |= {"ema": _model(sizes), "ema_decay": torch.tensor(0.999, dtype=torch.float64)}
+        options["ema_copies"] = None if ema_copies is None else _model(sizes, ema_copies)
+    decays = [0.01 if len(size) > 1 else 0.0 for size in sizes]
+    step, lr = torch.zeros(()), torch.tensor(1e-3, dtype=torch.float64)
+    return lambda: ops.adamw_ema_(params, grads, first, second, step, lr=lr, weight_decay=decays, **options)
+
+
+def _leaf(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, requires_grad=True)
+
+
+def bias_gelu(rows: int, width: int, dtype=BF16, bias=True) -> Call:
+    x = _leaf(rows, width, dtype=dtype)
+    b = _leaf(width) if bias else None
+    return backward(lambda: ops.bias_gelu(x, b), *((x, b) if bias else (x,)))
+
+
+def layer_norm_gelu(rows: int, width: int, dtype=BF16, affine=True) -> Call:
+    x = _leaf(rows, width, dtype=dtype)
+    parameters = (_leaf(width), _leaf(width)) if affine else ()
+    return backward(lambda: ops.layer_norm_gelu(x, *parameters), x, *parameters)
+
+
+def residual_dropout_layer_norm(
+    shape: tuple[int, int, int],
+    dtype=BF16,
+    residual=BF16,
+    p=0.1,
+    column_scale=False,
+    row_scale=False,
+    return_residual=False,
+) -> Call:
+    width = shape[2]
+    x, r, weight, bias = _leaf(*shape, dtype=dtype), _leaf(*shape, dtype=residual), _leaf(width), _leaf(width)
+    scale = _leaf(width) if column_scale else None
+    options = {"p": p, "column_scale": scale, "return_residual": return_residual}
+    options["row_scale"] = torch.ones(shape[0]) if row_scale else None
+    inputs = (x, r, weight, bias, *((scale,) if column_scale else ()))
+    return backward(lambda: ops.residual_dropout_layer_norm(x, r, weight, bias, **options), *inputs)
+
+
 def _case(op: str, name: str, build: Callable[..., Call], vector: bool = True, **arguments: Any) -> Case:
     return Case(op, name, build, arguments, vector)
 
@@ -123,9 +177,11 @@ def _case(op: str, name: str, build: Callable[..., Call], vector: bool = True, *
 SPEECH = {"shape": (15, 780, 768), "num_layers": 8, "fraction": 0.447}
 SPEECH_LARGE = {"shape": (4, 938, 1024), "num_layers": 8, "fraction": 0.447}
 TEXT = {"shape": (16, 512, 768), "num_layers": 10, "fraction": 0.15, "norm": "layer"}
-VISION = {"shape": (128, 197, 768), "num_layers": 6, "fraction": 0.61, "norm": "layer", "post_norm": "layer"}
-VISION_LARGE = VISION | {"shape": (64, 197, 1024)}
+VISION = {"shape": (128, 196, 768), "num_layers": 6, "fraction": 120 / 196, "norm": "layer", "post_norm": "layer"}
+VISION_LARGE = VISION | {"shape": (64, 196, 1024)}
 BASE = model_sizes(94_000_000, 204)
+
+LAYER_SCALE = {"residual": FP32, "p": 0.0, "column_scale": True, "row_scale": True, "return_residual": True}
 
 CASES = [
     _case("masked_smooth_l1", "bf16 768", masked_smooth_l1, rows=5230, width=768),
@@ -143,8 +199,60 @@ CASES = [
     _case("layer_targets", "vision fp32", layer_targets, **VISION, dtype=FP32),
     _case("layer_targets", "vision large fp32", layer_targets, **VISION_LARGE, dtype=FP32),
     _case("layer_targets", "width 100", layer_targets, False, shape=(15, 780, 100), num_layers=8, fraction=0.447),
+    _case("data2vec_loss", "speech bf16", data2vec_loss, **SPEECH),
+    _case("data2vec_loss", "speech fp16 beta, pred fp32", data2vec_loss, **SPEECH, dtype=FP16, pred=FP32, beta=0.5),
+    _case("data2vec_loss", "speech fp32 lengths", data2vec_loss, **SPEECH, dtype=FP32, lengths=True),
+    _case("data2vec_loss", "speech bf16 post layer", data2vec_loss, **SPEECH, post_norm="layer"),
+    _case("data2vec_loss", "speech bf16 post instance", data2vec_loss, **SPEECH, post_norm="instance"),
+    _case("data2vec_loss", "large bf16", data2vec_loss, **SPEECH_LARGE),
+    _case("data2vec_loss", "large fp32 batch norm", data2vec_loss, **SPEECH_LARGE, dtype=FP32, norm="batch"),
+    _case("data2vec_loss", "text bf16, 8 clones", data2vec_loss, **TEXT, clones=8),
+    _case("data2vec_loss", "vision fp32, pred bf16", data2vec_loss, **VISION, dtype=FP32),
+    _case("data2vec_loss", "vision large bf16", data2vec_loss, **VISION_LARGE),
+    _case("data2vec_loss", "width 100", data2vec_loss, False, shape=(15, 780, 100), num_layers=8, fraction=0.447),
     _case("ema_update_", "fp32", ema_update, sizes=BASE),
     _case("ema_update_", "fp32, bf16 copy", ema_update, sizes=BASE, copies=BF16),
     _case("ema_update_", "bf16, bf16 copy", ema_update, sizes=BASE, student=BF16, copies=BF16),
     _case("ema_update_", "fp32 unaligned", ema_update, False, sizes=BASE, unaligned=True),
+    _case("l2_norm", "fp32", l2_norm, sizes=BASE),
+    _case("l2_norm", "bf16", l2_norm, sizes=BASE, dtype=BF16),
+    _case("bias_gelu", "bf16 3072", bias_gelu, rows=11700, width=3072),
+    _case("bias_gelu", "fp32 4096", bias_gelu, rows=3752, width=4096, dtype=FP32),
+    _case("bias_gelu", "fp16 3072, no bias", bias_gelu, rows=8192, width=3072, dtype=FP16, bias=False),
+    _case("layer_norm_gelu", "bf16 512", layer_norm_gelu, rows=374400, width=512),
+    _case("layer_norm_gelu", "bf16 768, no affine", layer_norm_gelu, rows=11700, width=768, affine=False),
+    _case("layer_norm_gelu", "fp32 1024", layer_norm_gelu, rows=3752, width=1024, dtype=FP32),
+    _case("residual_dropout_layer_norm", "bf16 768", residual_dropout_layer_norm, shape=(15, 780, 768)),
+    _case(
+        "residual_dropout_layer_norm",
+        "fp16 1024",
+        residual_dropout_layer_norm,
+        shape=(4, 938, 1024),
+        dtype=FP16,
+        residual=FP16,
+    ),
+    _case(
+        "residual_dropout_layer_norm",
+        "fp32 768, pre-LN, no dropout",
+        residual_dropout_layer_norm,
+        shape=(16, 512, 768),
+        dtype=FP32,
+        residual=FP32,
+        p=0.0,
+        return_residual=True,
+    ),
+    _case(
+        "residual_dropout_layer_norm",
+        "bf16 768, vision",
+        residual_dropout_layer_norm,
+        shape=(128, 197, 768),
+        **LAYER_SCALE,
+    ),
+    _case(
+        "residual_dropout_layer_norm",
+        "bf16 1024, vision",
+        residual_dropout_layer_norm,
+        shape=(64, 197, 1024),
+        **LAYER_SCALE,
+    ),
 ]

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
-from d2v_fast.kernels import launch
+from d2v_fast.kernels import launch, rows
 from d2v_fast.ops import _dispatch
 
 NAMESPACE = "d2v_fast"
@@ -33,6 +33,8 @@ ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_s
 FREE = ALLOCATIONS | {"_unsafe_view", "resize_", "set_", "detach_", "lift_fresh", "is_same_size"}
 FILLS = {"zeros", "zeros_like", "new_zeros", "zero_", "fill_", "ones", "ones_like", "full", "full_like", "new_full"}
 FILLS |= {"scalar_tensor", "arange", "bernoulli_", "uniform_", "random_"}
+LAYER_NORMS = {"native_layer_norm", "native_layer_norm_backward"}
+BATCH_NORMS = {"native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update"}
 SYNCS = {"_local_scalar_dense", "nonzero"}
 GATHERS = {"index", "index_select", "embedding"}  # read the rows they return, not all of their input
 
@@ -61,6 +63,7 @@ class Recording:
     triton: list[Launch] = field(default_factory=list)
     aten: list[tuple[str, int, int]] = field(default_factory=list)  # operator, launches, bytes
     syncs: int = 0
+    partials: int = 0  # bytes of the partial sums that our kernels leave to an ATen reduction
     allocated: int = 0  # bytes of all tensors made inside, whether freed again or not
 
     @property
@@ -79,12 +82,17 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.recording = Recording()
         self.num_masked = num_masked  # rows that a boolean index keeps: meta tensors cannot say
+        self.inside = False  # one of our ops
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.namespace == NAMESPACE:
-            with self:  # what the launcher itself asks of torch counts as well
-                return func.redispatch(CUDA_KEYS, *args, **kwargs)
+            self.inside = True
+            try:
+                with self:  # what the launcher itself asks of torch counts as well
+                    return func.redispatch(CUDA_KEYS, *args, **kwargs)
+            finally:
+                self.inside = False
         name = func._schema.name.split("::")[1]
         indices = [x for x in args[1] if x is not None] if name in ("index", "index_put", "index_put_") else []
         if any(x.dtype == torch.bool for x in indices):
@@ -102,7 +110,11 @@ class Recorder(TorchDispatchMode):
             return
         inputs = _tensors((args, kwargs))
         written = outputs or _tensors(args[0])  # foreach operators return nothing
+        if name in LAYER_NORMS and not inputs[0].is_contiguous():  # copied inside the operator
+            self.recording.aten.append(("contiguous", 1, 2 * dense_bytes(inputs[0])))
         self.recording.aten.append((name, _launches(name, args, inputs), _traffic(name, inputs, written)))
+        if self.inside and name == "sum":
+            self.recording.partials += dense_bytes(inputs[0])
 
     def _boolean_index(self, name: str, args: tuple, mask: Tensor) -> Tensor:
         # nonzero: count, scan, write, and the host waits for the size
@@ -140,6 +152,8 @@ def _traffic(name: str, inputs: list[Tensor], written: list[Tensor]) -> int:
     if name in ("copy_", "_foreach_copy_"):
         return sum(map(dense_bytes, inputs))  # the destination is among them, and is not read
     loads = sum(map(dense_bytes, inputs))
+    if name in BATCH_NORMS:
+        loads += dense_bytes(inputs[0])
     if name == "native_layer_norm_backward":  # the weight's pass reads gradient and input again
         loads += sum(map(dense_bytes, inputs[:2])) if len(written) > 1 else 0
     return loads + stores
@@ -151,7 +165,7 @@ def _launches(name: str, args: tuple, inputs: list[Tensor]) -> int:
         return foreach_launches([x.numel() for x in lists[0]], len(lists))
     if name == "native_layer_norm_backward":
         return 3 if len(inputs) > 4 else 2
-    return 1
+    return 2 if name in BATCH_NORMS else 1  # statistics, then the normalisation
 
 
 def foreach_launches(sizes: list[int], num_lists: int) -> int:
@@ -170,24 +184,26 @@ def foreach_launches(sizes: list[int], num_lists: int) -> int:
 
 
 @contextmanager
-def _launches_recorded(launches: list[Launch]) -> Iterator[None]:
-    def run(kernel, *args, grid, warmup, **kwargs):
-        launches.append(Launch(kernel, tuple(grid), args, kwargs))
-
-    properties = SimpleNamespace(multi_processor_count=NUM_SMS)
+def gpu_launchers(num_sms: int) -> Iterator[None]:
+    """Launchers take CPU tensors, but choose tiles and grids as for a GPU of ``num_sms`` multiprocessors."""
+    properties = SimpleNamespace(multi_processor_count=num_sms)
     with (
-        mock.patch.object(JITFunction, "run", run),
-        mock.patch.object(launch, "interpreted", lambda x: False),  # tiles for a GPU
-        mock.patch.object(_dispatch, "INTERPRET", True),  # the launchers, also where no registered op leads to them
+        mock.patch.object(launch, "interpreted", lambda x: False),
+        mock.patch.object(_dispatch, "INTERPRET", True),
         mock.patch.object(torch.cuda, "get_device_properties", lambda *_: properties),
+        mock.patch.object(rows, "_SM_COUNT", num_sms),
     ):
         yield
 
 
-def record(function: Callable[[], Any], num_masked: int | None = None) -> Recording:
+def record(function: Callable[[], Any], num_masked: int | None = None, num_sms: int = NUM_SMS) -> Recording:
     """Call ``function`` and return what it launched. Results of Triton kernels are undefined memory."""
     recorder = Recorder(num_masked)
-    with _launches_recorded(recorder.recording.triton), recorder:
+
+    def run(kernel, *args, grid, warmup, **kwargs):
+        recorder.recording.triton.append(Launch(kernel, tuple(grid), args, kwargs))
+
+    with gpu_launchers(num_sms), mock.patch.object(JITFunction, "run", run), recorder:
         function()
     return recorder.recording
 
