@@ -9,7 +9,7 @@ from tiny import tiny_config
 
 from d2v_fast.nn.attention import attention
 from d2v_fast.nn.config import EncoderConfig
-from d2v_fast.nn.encoder import ConvPositions, RelativePositionBias, TransformerEncoder, drop_path
+from d2v_fast.nn.encoder import ConvPositions, RelativePositionBias, TransformerEncoder, drop_path_scale
 
 
 def math_attention(q, k, v, bias=None, padding_mask=None):
@@ -79,13 +79,13 @@ def test_conv_positions_even_kernel_trims_the_end():
 
 def test_drop_path():
     x = torch.ones(4000, 2, 3)
-    y = drop_path(x, 0.3, training=True)
-    rows = y[:, 0, 0]
+    rows = drop_path_scale(x, 0.3, training=True)
+    assert rows.shape == (4000,)
     assert torch.equal(rows[rows != 0], torch.full_like(rows[rows != 0], 1 / 0.7))
     assert (rows == 0).float().mean().item() == pytest.approx(0.3, abs=0.03)
-    assert torch.equal(y, rows[:, None, None].expand_as(y))
-    assert drop_path(x, 0.3, training=False) is x
-    assert drop_path(x, 0.0, training=True) is x
+    assert drop_path_scale(x.bfloat16(), 0.3, training=True).dtype == torch.float32
+    assert drop_path_scale(x, 0.3, training=False) is None
+    assert drop_path_scale(x, 0.0, training=True) is None
 
 
 def test_drop_path_rates_grow_linearly():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from d2v_fast.nn.attention import SelfAttention
 from d2v_fast.nn.config import EncoderConfig
+from d2v_fast.ops import bias_gelu, layer_norm_gelu, residual_dropout_layer_norm
 
 
 class EncoderOutput(NamedTuple):
@@ -38,7 +39,7 @@ class ConvPositions(nn.Module):
         for conv in self.convs:
             x = conv(x.transpose(1, 2)).transpose(1, 2)
             x = x[:, :-1] if self.trim else x
-            x = F.gelu(F.layer_norm(x, x.shape[-1:]))
+            x = layer_norm_gelu(x)
         return x
 
 
@@ -64,20 +65,32 @@ class RelativePositionBias(nn.Module):
         return F.embedding(self.index, self.table).permute(2, 0, 1)
 
 
-def drop_path(x: Tensor, p: float, training: bool) -> Tensor:
-    """Zero a residual branch x [B, T, C] for whole samples with probability ``p``; scale the others by 1 / (1 - p)."""
+def drop_path_scale(x: Tensor, p: float, training: bool) -> Tensor | None:
+    """Factor [B] on a residual branch x [B, T, C]: 0 for whole samples with probability ``p``, else 1 / (1 - p)."""
     if p == 0 or not training:
-        return x
-    keep = torch.empty(x.shape[0], 1, 1, dtype=x.dtype, device=x.device).bernoulli_(1 - p)
-    return x * keep / (1 - p)
+        return None
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return torch.empty(x.shape[0], dtype=dtype, device=x.device).bernoulli_(1 - p).div_(1 - p)
+
+
+def scale_branch(x: Tensor, p: float, column_scale: Tensor | None, row_scale: Tensor | None) -> Tensor:
+    """Dropout, LayerScale [C] and DropPath [B] of a residual branch x [B, T, C], without the residual."""
+    x = F.dropout(x, p)
+    x = x if column_scale is None else x * column_scale
+    return x if row_scale is None else x * row_scale[:, None, None].to(x.dtype)
 
 
 class Block(nn.Module):
-    """One Transformer layer, post-norm (speech, text) or pre-norm with LayerScale and DropPath (images)."""
+    """One Transformer layer, post-norm (speech, text) or pre-norm with LayerScale and DropPath (images).
+
+    Each sublayer's output goes into one fused op: dropout, scales, residual and the norm in front of the next sublayer.
+    In pre-norm encoders the last of these norms is the next layer's first.
+    """
 
     def __init__(self, config: EncoderConfig, drop_path: float) -> None:
         super().__init__()
         self.pre_norm = config.norm == "pre"
+        self.scaled_result = self.pre_norm and config.layer_result == "ffn"
         self.dropout, self.activation_dropout, self.drop_path = config.dropout, config.activation_dropout, drop_path
         self.attention = SelfAttention(config)
         self.norm1 = nn.LayerNorm(config.dim, eps=config.norm_eps)
@@ -88,23 +101,44 @@ class Block(nn.Module):
         self.scale1 = nn.Parameter(scale.clone()) if config.layer_scale > 0 else None
         self.scale2 = nn.Parameter(scale.clone()) if config.layer_scale > 0 else None
 
-    def _ffn(self, x: Tensor) -> Tensor:
-        hidden = F.dropout(F.gelu(self.fc1(x)), self.activation_dropout, self.training)  # [B, T, F]
-        return self.fc2(hidden)
+    def _ffn(self, y: Tensor) -> Tensor:
+        hidden = bias_gelu(F.linear(y, self.fc1.weight), self.fc1.bias)  # [B, T, F]
+        return self.fc2(F.dropout(hidden, self.activation_dropout, self.training))
 
-    def _branch(self, x: Tensor, scale: Tensor | None) -> Tensor:
-        x = x if scale is None else x * scale
-        return drop_path(F.dropout(x, self.dropout, self.training), self.drop_path, self.training)
+    def _factors(self, x: Tensor, scale: Tensor | None) -> dict[str, float | Tensor | None]:
+        """What happens to a sublayer's output x [B, T, C] on its way into the residual stream."""
+        row_scale = drop_path_scale(x, self.drop_path, self.training)
+        return {"p": self.dropout if self.training else 0.0, "column_scale": scale, "row_scale": row_scale}
 
-    def forward(self, x: Tensor, bias: Tensor | None, padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
-        """x [B, T, C] -> (block output [B, T, C], FFN output [B, T, C]: before the residual, and after LayerScale)."""
-        if self.pre_norm:
-            x = x + self._branch(self.attention(self.norm1(x), bias, padding_mask), self.scale1)
-            ffn = self._branch(self._ffn(self.norm2(x)), self.scale2)
-            return x + ffn, ffn
-        x = self.norm1(x + self._branch(self.attention(x, bias, padding_mask), self.scale1))
-        ffn = self._ffn(x)
-        return self.norm2(x + self._branch(ffn, self.scale2)), ffn
+    def _add_norm(self, x: Tensor, h: Tensor, norm: nn.LayerNorm, **factors) -> tuple[Tensor, Tensor]:
+        """Add x to the residual stream h and normalise: the next sublayer's input, and the next residual."""
+        out = residual_dropout_layer_norm(
+            x, h, norm.weight, norm.bias, eps=norm.eps, return_residual=self.pre_norm, **factors
+        )
+        return out if self.pre_norm else (out, out)
+
+    def forward(
+        self,
+        y: Tensor,  # [B, T, C] input of the attention
+        h: Tensor,  # [B, T, C] residual stream; y itself in post-norm layers
+        next_norm: nn.LayerNorm,  # of whatever follows; pre-norm layers apply it
+        bias: Tensor | None,  # [H, T, T]
+        padding_mask: Tensor | None,  # [B, T]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The next y, the next h (which is the layer's output), and the layer's FFN result, all [B, T, C].
+
+        The FFN result is taken before the residual: in post-norm layers as it leaves the FFN, in pre-norm layers as it
+        is added, so after LayerScale and DropPath.
+        """
+        middle, last = (self.norm2, next_norm) if self.pre_norm else (self.norm1, self.norm2)
+        x = self.attention(y, bias, padding_mask)
+        y, h = self._add_norm(x, h, middle, **self._factors(x, self.scale1))
+        ffn = self._ffn(y)
+        factors = self._factors(ffn, self.scale2)
+        if self.scaled_result:  # it has to exist on its own
+            ffn, factors = scale_branch(ffn, **factors), {}
+        y, h = self._add_norm(ffn, h, last, **factors)
+        return y, h, ffn
 
 
 class TransformerEncoder(nn.Module):
@@ -163,13 +197,21 @@ class TransformerEncoder(nn.Module):
             x = F.dropout(x, self.config.dropout, self.training)
         bias = self.relative_bias() if self.relative_bias is not None else None  # [H, T, T]
         results, states = [], [x] if hidden_states else []
-        for index in self._kept_layers():
-            x, ffn = self.layers[index](x, bias, padding_mask)
+        kept = self._kept_layers()
+        # the norm in front of each layer, and the final one: pre-norm layers end with that of their successor
+        norms = [*(self.layers[index].norm1 for index in kept), self.norm]
+        y, h = x, x  # input of the next sublayer, residual stream
+        if pre_norm:
+            # LayerScale makes increments of 1e-4: the stream stays in the weights' precision under autocast
+            h = x.to(torch.promote_types(x.dtype, self.norm.weight.dtype))
+            y = norms[0](h)
+        for index, next_norm in zip(kept, norms[1:], strict=True):
+            y, h, ffn = self.layers[index](y, h, next_norm, bias, padding_mask)
             if index >= len(self.layers) - top_k:
-                results.append(ffn if self.config.layer_result == "ffn" else x)
+                results.append(ffn if self.config.layer_result == "ffn" else h)
             if hidden_states:
-                states.append(x)
-        return EncoderOutput(self.norm(x) if pre_norm else x, results, states)
+                states.append(h)
+        return EncoderOutput(y, results, states)
 
 
 def init_linear(module: nn.Linear, config: EncoderConfig) -> None:

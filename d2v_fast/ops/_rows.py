@@ -3,9 +3,22 @@
 import torch
 from torch import Tensor
 
-from d2v_fast.ops._dispatch import check_device, check_float
+from d2v_fast.ops._dispatch import accumulation_dtype, check_device, check_float, cpu_runs_triton
 
 MAX_WIDTH = 65536  # columns; the kernels hold a row in one tile
+
+
+def runs_reference(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a public function is plain, differentiable PyTorch for ``x``, computed in ``dtype``.
+
+    It is on the CPU, where the Python of a registered op takes longer than the work of a small model's layer.
+    """
+    return x.device.type != "cuda" and not cpu_runs_triton(dtype)
+
+
+def accumulation(*tensors: Tensor | None) -> torch.dtype:
+    """:func:`accumulation_dtype` of the tensors that are there."""
+    return accumulation_dtype(*(v for v in tensors if v is not None))
 
 
 def as_rows(x: Tensor) -> Tensor:

@@ -9,30 +9,26 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2v_fast.ops import _rows
-from d2v_fast.ops._dispatch import accumulation_dtype, cpu_runs_triton
+from d2v_fast.ops._dispatch import cpu_runs_triton
 
 
 def bias_gelu_ref(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """The definition of the op in plain PyTorch; differentiable."""
-    u, bias = _rows.widen(_accumulation(x, bias), x, bias)
-    return F.gelu(u if bias is None else u + bias).to(x.dtype)
+    u, b = _rows.widen(_rows.accumulation(x, bias), x, bias)
+    return F.gelu(u if b is None else u + b).to(x.dtype)
 
 
 def bias_gelu_grad_ref(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`bias_gelu_ref` in x's and the bias's dtypes (empty without a bias)."""
-    wide, u, b = _rows.widen(_accumulation(x, bias), grad, x, bias)
+    wide, u, b = _rows.widen(_rows.accumulation(x, bias), grad, x, bias)
     grad_u = torch.ops.aten.gelu_backward(wide, u if b is None else u + b)
-    grad_bias = x.new_empty(0) if bias is None else grad_u.flatten(0, -2).sum(0).to(bias.dtype)
+    grad_bias = x.new_empty(0) if bias is None else grad_u.reshape(-1, x.shape[-1]).sum(0).to(bias.dtype)
     return grad_u.to(x.dtype), grad_bias
-
-
-def _accumulation(x: Tensor, bias: Tensor | None) -> torch.dtype:
-    return accumulation_dtype(x) if bias is None else accumulation_dtype(x, bias)
 
 
 @torch.library.custom_op("d2v_fast::bias_gelu_fwd", mutates_args=(), device_types="cpu")
 def _fwd(x: Tensor, bias: Tensor | None) -> Tensor:
-    if cpu_runs_triton(_accumulation(x, bias)):
+    if cpu_runs_triton(_rows.accumulation(x, bias)):
         return _fwd_triton(x, bias)
     return bias_gelu_ref(x, bias).contiguous()
 
@@ -46,7 +42,7 @@ def _fwd_triton(x: Tensor, bias: Tensor | None) -> Tensor:
 
 @torch.library.custom_op("d2v_fast::bias_gelu_bwd", mutates_args=(), device_types="cpu")
 def _bwd(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    if cpu_runs_triton(_accumulation(x, bias)):
+    if cpu_runs_triton(_rows.accumulation(x, bias)):
         return _bwd_triton(grad, x, bias)
     grad_x, grad_bias = bias_gelu_grad_ref(grad, x, bias)
     return grad_x.contiguous(), grad_bias
@@ -102,4 +98,6 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     _rows.check_rows("x", x)
     _rows.check_vector("bias", bias, x.shape[-1], x.device)
+    if _rows.runs_reference(x, _rows.accumulation(x, bias)):
+        return bias_gelu_ref(x, bias).contiguous()
     return _fwd(x, bias)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2v_fast.ops import _rows
-from d2v_fast.ops._dispatch import accumulation_dtype, cpu_runs_triton
+from d2v_fast.ops._dispatch import cpu_runs_triton
 
 
 def layer_norm_gelu_ref(
@@ -18,43 +18,38 @@ def layer_norm_gelu_ref(
     weight: Tensor | None = None,  # [C]
     bias: Tensor | None = None,  # [C]
     eps: float = 1e-5,
-) -> Tensor:
-    """The definition of the op in plain PyTorch; differentiable."""
-    wide, w, b = _rows.widen(_accumulation(x, weight, bias), x, weight, bias)
-    return F.gelu(F.layer_norm(wide, x.shape[-1:], w, b, eps)).to(x.dtype)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The result, and the rows' mean and 1 / deviation [..., 1]: the op in plain PyTorch, differentiable."""
+    wide, w, b = _rows.widen(_rows.accumulation(x, weight, bias), x, weight, bias)
+    u, mean, rstd = torch.native_layer_norm(wide, x.shape[-1:], w, b, eps)
+    return F.gelu(u).to(x.dtype), mean, rstd
 
 
 def layer_norm_gelu_grad_ref(
-    grad: Tensor,  # [N, C]
-    x: Tensor,  # [N, C]
-    mean: Tensor,  # [N]
-    rstd: Tensor,  # [N]
+    grad: Tensor,  # [..., C]
+    x: Tensor,  # [..., C]
+    mean: Tensor,  # [..., 1]
+    rstd: Tensor,  # [..., 1]
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias, each in its dtype (empty where there is none)."""
     wide, g, w, b = _rows.widen(mean.dtype, x, grad, weight, bias)
-    normed = (wide - mean[:, None]).mul_(rstd[:, None])
+    normed = (wide - mean) * rstd
     u = normed if w is None else normed * w
     g = torch.ops.aten.gelu_backward(g, u if b is None else u + b)
     grads = torch.ops.aten.native_layer_norm_backward(
-        g, wide, x.shape[-1:], mean[:, None], rstd[:, None], w, b, [True, w is not None, b is not None]
+        g, wide, x.shape[-1:], mean, rstd, w, b, [True, w is not None, b is not None]
     )
     return tuple(x.new_empty(0) if v is None else d.to(v.dtype) for v, d in zip((x, weight, bias), grads, strict=True))
 
 
-def _accumulation(*tensors: Tensor | None) -> torch.dtype:
-    return accumulation_dtype(*(v for v in tensors if v is not None))
-
-
 @torch.library.custom_op("d2v_fast::layer_norm_gelu_fwd", mutates_args=(), device_types="cpu")
 def _fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    acc = _accumulation(x, weight, bias)
-    if cpu_runs_triton(acc):
+    if cpu_runs_triton(_rows.accumulation(x, weight, bias)):
         return _fwd_triton(x, weight, bias, eps)
-    wide, w, b = _rows.widen(acc, _rows.as_rows(x), weight, bias)
-    u, mean, rstd = torch.native_layer_norm(wide, x.shape[-1:], w, b, eps)
-    return F.gelu(u).to(x.dtype).view(x.shape), mean.view(-1), rstd.view(-1)
+    y, mean, rstd = layer_norm_gelu_ref(x, weight, bias, eps)
+    return y.contiguous(), mean.view(-1), rstd.view(-1)
 
 
 @_fwd.register_kernel("cuda")
@@ -71,8 +66,9 @@ def _bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if cpu_runs_triton(mean.dtype):
         return _bwd_triton(grad, x, mean, rstd, weight, bias)
-    grads = layer_norm_gelu_grad_ref(_rows.as_rows(grad), _rows.as_rows(x), mean, rstd, weight, bias)
-    return grads[0].view(x.shape), *grads[1:]
+    stats = (v.view(*x.shape[:-1], 1) for v in (mean, rstd))
+    grad_x, *grads = layer_norm_gelu_grad_ref(grad, x, *stats, weight, bias)
+    return grad_x.contiguous(), *grads
 
 
 @_bwd.register_kernel("cuda")
@@ -89,7 +85,8 @@ def _bwd_triton(
 
 @_fwd.register_fake
 def _(x, weight, bias, eps):
-    stats = [torch.empty(x.shape[:-1].numel(), device=x.device, dtype=_accumulation(x, weight, bias)) for _ in range(2)]
+    acc = _rows.accumulation(x, weight, bias)
+    stats = [torch.empty(x.shape[:-1].numel(), device=x.device, dtype=acc) for _ in range(2)]
     return _rows.empty_like_rows(x), *stats
 
 
@@ -143,4 +140,6 @@ def layer_norm_gelu(
     _rows.check_vector("weight", weight, x.shape[-1], x.device)
     _rows.check_vector("bias", bias, x.shape[-1], x.device)
     _rows.check_eps(eps)
+    if _rows.runs_reference(x, _rows.accumulation(x, weight, bias)):
+        return layer_norm_gelu_ref(x, weight, bias, eps)[0].contiguous()
     return _fwd(x, weight, bias, float(eps))[0]

@@ -9,84 +9,83 @@ norm.
 
 The dropout mask is never stored: it is a function of a seed that lives in a device tensor, and backward draws it again.
 The seed comes from PyTorch's generator of the device, so ``torch.manual_seed`` governs it, drawing it does not wait for
-the device, and a captured CUDA graph gets another one at every replay. CPU and GPU draw different masks.
+the device, and a captured CUDA graph gets another one at every replay. CPU and GPU draw different masks: the CPU runs
+PyTorch's own operators one by one, ``dropout`` among them.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from d2v_fast.ops import _rows
-from d2v_fast.ops._dispatch import accumulation_dtype, check_device, cpu_runs_triton
+from d2v_fast.ops._dispatch import check_device, cpu_runs_triton
 
 
 def residual_dropout_layer_norm_ref(
-    x: Tensor,  # [N, C]
-    residual: Tensor,  # [N, C]
+    x: Tensor,  # [..., C]
+    residual: Tensor,  # [..., C]
     weight: Tensor | None = None,  # [C]
     bias: Tensor | None = None,  # [C]
     column_scale: Tensor | None = None,  # [C]
-    row_scale: Tensor | None = None,  # [B], N a multiple of B
-    seed: Tensor | None = None,  # [] int64; None without dropout
+    row_scale: Tensor | None = None,  # [B]
     p: float = 0.0,
     eps: float = 1e-5,
+    factor: Tensor | None = None,  # [..., C] of the dropout, if it is drawn already
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y, h, and the rows' mean and 1 / deviation [N]: the definition of the op in plain PyTorch; differentiable."""
-    acc = _accumulation(x, residual, weight, bias, column_scale)
+    """y, h, and the rows' mean and 1 / deviation [..., 1]: the op in plain PyTorch, differentiable."""
+    acc = _rows.accumulation(x, residual, weight, bias, column_scale)
     wide, stream, w, b, scale = _rows.widen(acc, x, residual, weight, bias, column_scale)
-    h = (stream + _branch(wide, scale, row_scale, seed, p)).to(residual.dtype)
+    wide = F.dropout(wide, p) if factor is None else wide * factor
+    h = (stream + _scaled(wide, scale, row_scale)).to(residual.dtype)
     y, mean, rstd = torch.native_layer_norm(h.to(acc), x.shape[-1:], w, b, eps)
-    return y.to(x.dtype), h, mean.view(-1), rstd.view(-1)
+    return y.to(x.dtype), h, mean, rstd
 
 
 def residual_dropout_layer_norm_grad_ref(
-    grad_y: Tensor,  # [N, C]
-    grad_h: Tensor | None,  # [N, C]
-    h: Tensor,  # [N, C]
-    mean: Tensor,  # [N]
-    rstd: Tensor,  # [N]
+    grad_y: Tensor,  # [..., C]
+    grad_h: Tensor | None,  # [..., C]
+    h: Tensor,  # [..., C]
+    mean: Tensor,  # [..., 1]
+    rstd: Tensor,  # [..., 1]
     weight: Tensor | None,
     bias: Tensor | None,
     column_scale: Tensor | None,
     row_scale: Tensor | None,
-    seed: Tensor | None,
-    x: Tensor | None,  # [N, C], when the column scale wants a gradient
-    p: float,
+    factor: Tensor | None,  # [..., C] of the dropout
+    x: Tensor | None,  # [..., C], when the column scale wants a gradient
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, residual, weight, bias and column scale; see the kernels' launcher for which are empty."""
+    """Gradients of x, residual, weight, bias and column scale (empty where there is none).
+
+    That of the residual is also empty where it equals that of x.
+    """
     wide, g, stream, w, b, scale = _rows.widen(mean.dtype, h, grad_y, grad_h, weight, bias, column_scale)
     grad, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
-        g, wide, h.shape[-1:], mean[:, None], rstd[:, None], w, b, [True, w is not None, b is not None]
+        g, wide, h.shape[-1:], mean, rstd, w, b, [True, w is not None, b is not None]
     )
-    if stream is not None:
-        grad += stream
-    branch = _branch(grad, None, row_scale, seed, p)
-    two = _two_gradients(grad_y, h, column_scale, row_scale, seed)
-    vectors = (
-        (weight, grad_weight),
-        (bias, grad_bias),
-        (None, None) if x is None else (column_scale, (branch * x).sum(0)),
-    )
+    grad = grad if stream is None else grad + stream
+    branch = _scaled(grad if factor is None else grad * factor, None, row_scale)
+    vectors = [(weight, grad_weight), (bias, grad_bias), (None, None)]
+    if x is not None:
+        vectors[2] = column_scale, (branch * x).reshape(-1, h.shape[-1]).sum(0)
+    two = _two_gradients(grad_y, h, column_scale, row_scale, factor)
     return (
-        (branch if scale is None else branch * scale).to(grad_y.dtype),
+        _scaled(branch, scale, None).to(grad_y.dtype),
         grad.to(h.dtype) if two else h.new_empty(0),
         *(h.new_empty(0) if v is None else d.to(v.dtype) for v, d in vectors),
     )
 
 
-def _branch(x: Tensor, column_scale: Tensor | None, row_scale: Tensor | None, seed: Tensor | None, p: float) -> Tensor:
-    # linear in x, and its own transpose: backward applies it to a gradient
-    if seed is not None:
-        generator = torch.Generator().manual_seed(seed.item())
-        x = x * torch.empty_like(x).bernoulli_(1 - p, generator=generator).div_(1 - p)
-    if column_scale is not None:
-        x = x * column_scale
-    if row_scale is not None:
-        x = x * row_scale.to(x.dtype).repeat_interleave(x.shape[0] // max(row_scale.numel(), 1))[:, None]
-    return x
+def _scaled(x: Tensor, column_scale: Tensor | None, row_scale: Tensor | None) -> Tensor:
+    x = x if column_scale is None else x * column_scale
+    return x if row_scale is None else x * row_scale.to(x.dtype).view(-1, *(1,) * (x.dim() - 1))
 
 
-def _accumulation(*tensors: Tensor | None) -> torch.dtype:
-    return accumulation_dtype(*(v for v in tensors if v is not None))
+def _dropout_factor(x: Tensor, seed: Tensor | None, p: float) -> Tensor | None:
+    """0 or 1 / (1 - p) for every element of ``x``: on the CPU a generator stands in for the kernels' Philox."""
+    if seed is None:
+        return None
+    generator = torch.Generator().manual_seed(seed.item())
+    return torch.empty(x.shape, dtype=_rows.accumulation(x)).bernoulli_(1 - p, generator=generator).div_(1 - p)
 
 
 def _two_gradients(grad_y: Tensor, h: Tensor, *factors: Tensor | None) -> bool:
@@ -106,11 +105,12 @@ def _fwd(
     p: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    args = weight, bias, column_scale, row_scale, seed, p, eps
-    if cpu_runs_triton(_accumulation(x, residual, weight, bias, column_scale)):
-        return _fwd_triton(x, residual, *args)
-    y, h, *stats = residual_dropout_layer_norm_ref(_rows.as_rows(x), _rows.as_rows(residual), *args)
-    return y.view(x.shape), h.view(x.shape), *stats
+    if cpu_runs_triton(_rows.accumulation(x, residual, weight, bias, column_scale)):
+        return _fwd_triton(x, residual, weight, bias, column_scale, row_scale, seed, p, eps)
+    y, h, *stats = residual_dropout_layer_norm_ref(
+        x, residual, weight, bias, column_scale, row_scale, 0.0, eps, _dropout_factor(x, seed, p)
+    )
+    return y.contiguous(), h.contiguous(), *(v.view(-1) for v in stats)
 
 
 @_fwd.register_kernel("cuda")
@@ -151,11 +151,12 @@ def _bwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     if cpu_runs_triton(mean.dtype):
         return _bwd_triton(grad_y, grad_h, h, mean, rstd, weight, bias, column_scale, row_scale, seed, x, p)
-    rows = [None if v is None else _rows.as_rows(v) for v in (grad_y, grad_h, h, x)]
+    stats = (v.view(*h.shape[:-1], 1) for v in (mean, rstd))
+    factor = _dropout_factor(h, seed, p)
     grads = residual_dropout_layer_norm_grad_ref(
-        *rows[:3], mean, rstd, weight, bias, column_scale, row_scale, seed, rows[3], p
+        grad_y, grad_h, h, *stats, weight, bias, column_scale, row_scale, factor, x
     )
-    return _in_shape(grads, h)
+    return tuple(v.contiguous() for v in grads)
 
 
 @_bwd.register_kernel("cuda")
@@ -178,18 +179,15 @@ def _bwd_triton(
     rows = [None if v is None else _rows.as_rows(v) for v in (grad_y, grad_h, h, x)]
     vectors = map(_rows.dense, (weight, bias, column_scale, row_scale))
     two = _two_gradients(grad_y, h, column_scale, row_scale, seed)
-    grads = kernels.residual_dropout_layer_norm_bwd(*rows[:3], mean, rstd, *vectors, seed, rows[3], p, two)
-    return _in_shape(grads, h)
-
-
-def _in_shape(grads: tuple[Tensor, ...], h: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad_x, grad_residual, *vectors = grads
-    return grad_x.view(h.shape), grad_residual if grad_residual.dim() == 1 else grad_residual.view(h.shape), *vectors
+    grad_x, grad_residual, *grads = kernels.residual_dropout_layer_norm_bwd(
+        *rows[:3], mean, rstd, *vectors, seed, rows[3], p, two
+    )
+    return grad_x.view(h.shape), grad_residual.view(h.shape) if two else grad_residual, *grads
 
 
 @_fwd.register_fake
 def _(x, residual, weight, bias, column_scale, row_scale, seed, p, eps):
-    acc = _accumulation(x, residual, weight, bias, column_scale)
+    acc = _rows.accumulation(x, residual, weight, bias, column_scale)
     stats = [torch.empty(x.shape[:-1].numel(), device=x.device, dtype=acc) for _ in range(2)]
     return _rows.empty_like_rows(x), _rows.empty_like_rows(residual), *stats
 
@@ -284,7 +282,12 @@ def residual_dropout_layer_norm(
     if not 0 <= p < 1:
         raise ValueError(f"p must lie in [0, 1), got {p}")
     _rows.check_eps(eps)
-    seed = torch.randint(2**63 - 1, (), device=x.device) if training and p > 0 else None
     row_scale = None if row_scale is None else row_scale.detach()
-    y, h, _, _ = _fwd(x, residual, weight, bias, column_scale, row_scale, seed, float(p), float(eps))
+    if _rows.runs_reference(x, _rows.accumulation(x, residual, weight, bias, column_scale)):
+        p = p if training else 0.0
+        y, h, *_ = residual_dropout_layer_norm_ref(x, residual, weight, bias, column_scale, row_scale, p, eps)
+        y, h = y.contiguous(), h.contiguous()
+    else:
+        seed = torch.randint(2**63 - 1, (), device=x.device) if training and p > 0 else None
+        y, h, *_ = _fwd(x, residual, weight, bias, column_scale, row_scale, seed, float(p), float(eps))
     return (y, h) if return_residual else y

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from d2v_fast.nn.config import EncoderConfig, SpeechFrontEndConfig
 from d2v_fast.nn.frontends.checks import check_dtype
+from d2v_fast.ops import bias_gelu, layer_norm_gelu
 
 
 def strided_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
@@ -45,12 +46,13 @@ class ConvLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, S_in, C_in] -> [B, S_out, C_out]."""
-        x = strided_conv(x, self.conv.weight, self.conv.bias, self.conv.stride[0])
-        if isinstance(self.norm, nn.GroupNorm):
-            x = self.norm(x.transpose(1, 2)).transpose(1, 2)
-        elif self.norm is not None:
-            x = self.norm(x)
-        return F.gelu(x)
+        bias = self.conv.bias if self.norm is not None else None
+        x = strided_conv(x, self.conv.weight, bias, self.conv.stride[0])
+        if isinstance(self.norm, nn.LayerNorm):
+            return layer_norm_gelu(x, self.norm.weight, self.norm.bias, eps=self.norm.eps)
+        if self.norm is None:
+            return bias_gelu(x, self.conv.bias)
+        return bias_gelu(self.norm(x.transpose(1, 2)).transpose(1, 2))
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
