@@ -14,10 +14,12 @@ if not _os.path.isdir(_os.path.join(_here, "kernels")):
 _PUBLIC = {
     "Data2Vec": "d2v_fast.nn",
     "Data2VecConfig": "d2v_fast.nn",
+    "adamw_ema_": "d2v_fast.ops",
     "bias_gelu": "d2v_fast.ops",
     "data2vec_loss": "d2v_fast.ops",
     "ema_update_": "d2v_fast.ops",
     "info": "d2v_fast._info",
+    "l2_norm": "d2v_fast.ops",
     "layer_norm_gelu": "d2v_fast.ops",
     "layer_targets": "d2v_fast.ops",
     "masked_smooth_l1": "d2v_fast.ops",

@@ -1,5 +1,6 @@
 """Fused operations. Importing this package loads torch only; Triton is imported by the first call that needs it."""
 
+from d2v_fast.ops.adamw_ema import adamw_ema_
 from d2v_fast.ops.bias_gelu import bias_gelu
 from d2v_fast.ops.data2vec_loss import LossOutput, data2vec_loss
 from d2v_fast.ops.ema import ema_update_
@@ -11,6 +12,7 @@ from d2v_fast.ops.residual_dropout_layer_norm import residual_dropout_layer_norm
 
 __all__ = [
     "LossOutput",
+    "adamw_ema_",
     "bias_gelu",
     "clip_factor",
     "data2vec_loss",
