@@ -1,6 +1,7 @@
 # make demo   install into .venv, fetch small real data, pretrain and probe on two CPU cores
 # make test   install the test tools too and run everything that CI runs
 # make lint   ruff only
+# make gpu-check  GPU tests and all benchmarks with the Python that has PyTorch for CUDA (PYTHON=...), in 9 minutes
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -10,7 +11,7 @@ OUT ?= runs/demo
 PATHS := $(if $(SPEECH),--speech "$(SPEECH)") $(if $(IMAGE),--image "$(IMAGE)") $(if $(TEXT),--text "$(TEXT)")
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint clean
+.PHONY: demo test lint gpu-check clean
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -42,6 +43,10 @@ test: lint
 	$(BIN)/pytest
 	TRITON_INTERPRET=1 $(BIN)/pytest tests/test_masked_smooth_l1.py tests/test_layer_targets.py tests/test_ema.py \
 		tests/test_data2vec.py
+
+# No virtual environment: the pinned PyTorch may not be the one that drives this GPU, and nothing need be installed.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache

@@ -62,11 +62,15 @@ def masked_smooth_l1(pred: Tensor, target: Tensor, mask: Tensor | None, *, beta:
     return {"loss": F.smooth_l1_loss(d, torch.zeros_like(d), reduction="sum", beta=beta) * scale}
 
 
+def _like(tensors: list[Tensor], others: list[Tensor]) -> list[Tensor]:
+    # foreach and fused ops want lists of one dtype
+    return [y.to(x.dtype) for x, y in zip(tensors, others, strict=True)]
+
+
 @torch.no_grad()
 def ema_update(teacher: list[Tensor], student: list[Tensor], copies: list[Tensor], *, decay: float) -> dict:
-    """``_foreach_lerp_``; a student in low precision is upcast first, because foreach lists share a dtype."""
-    same = [p if p.dtype == e.dtype else p.to(e.dtype) for e, p in zip(teacher, student, strict=True)]
-    torch._foreach_lerp_(teacher, same, 1 - decay)
+    """``_foreach_lerp_`` and a copy."""
+    torch._foreach_lerp_(teacher, _like(teacher, student), 1 - decay)
     torch._foreach_copy_(copies, teacher)
     return {"teacher": teacher, "copies": copies}
 
@@ -75,8 +79,7 @@ def ema_update(teacher: list[Tensor], student: list[Tensor], copies: list[Tensor
 def ema_update_mul_add(teacher: list[Tensor], student: list[Tensor], copies: list[Tensor], *, decay: float) -> dict:
     """``_foreach_mul_`` and ``_foreach_add_``, the form most training code has."""
     torch._foreach_mul_(teacher, decay)
-    same = [p if p.dtype == e.dtype else p.to(e.dtype) for e, p in zip(teacher, student, strict=True)]
-    torch._foreach_add_(teacher, same, alpha=1 - decay)
+    torch._foreach_add_(teacher, _like(teacher, student), alpha=1 - decay)
     torch._foreach_copy_(copies, teacher)
     return {"teacher": teacher, "copies": copies}
 
@@ -94,6 +97,7 @@ def adamw_ema(
     *, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, decay: float,
 ) -> dict:  # fmt: skip
     """PyTorch's fused AdamW, which divides by its scale in the same kernel, and :func:`ema_update`."""
+    grads = _like(params, grads)
     torch._foreach_add_(steps, 1.0)
     torch._fused_adamw_(
         params, grads, exp_avgs, exp_avg_sqs, [], steps, lr=lr, beta1=betas[0], beta2=betas[1],

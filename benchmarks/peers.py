@@ -60,6 +60,7 @@ def apex_adamw_ema() -> Callable:
     ) -> dict:  # fmt: skip
         overflow = torch.zeros(1, dtype=torch.int, device=params[0].device)
         torch._foreach_mul_(grads, grad_scale)  # the clip factor
+        grads = [g.to(p.dtype) for g, p in zip(grads, params, strict=True)]
         lists = [grads, params, exp_avgs, exp_avg_sqs]
         apply(adam, overflow, lists, lr, *betas, eps, step, 1, 1, weight_decay)
         average(ema, params, ema_copies, decay=decay)

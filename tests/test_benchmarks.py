@@ -1,0 +1,352 @@
+"""Every benchmark in its smoke form, the harness around them, and what it refuses."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+OPS = sorted(p.stem.removeprefix("bench_") for p in BENCHMARKS.glob("bench_*.py") if p.stem != "bench_train_step")
+COMPILED_HERE = "masked_smooth_l1"  # torch.compile takes seconds a case on a CPU: one op stands for all
+sys.path.insert(0, str(BENCHMARKS))
+
+import cli  # noqa: E402
+import driver  # noqa: E402
+import gpu_check  # noqa: E402
+import plot  # noqa: E402
+from driver import OURS, Provider  # noqa: E402
+
+
+def bench_of(op):
+    return __import__(f"bench_{op}").BENCH
+
+
+def smoke(bench, *arguments):
+    """Run the command in this process; its JSON."""
+    file = Path(arguments[arguments.index("--json") + 1])
+    cli.main(bench, ["--smoke", *arguments])
+    return json.loads(file.read_text())
+
+
+def plain(bench):
+    return [name for name, provider in bench.providers.items() if not provider.compiled]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_smoke(op, tmp_path, capsys):
+    bench = bench_of(op)
+    names = plain(bench)
+    record = smoke(bench, "--json", str(tmp_path / "x.json"), "--providers", *names)
+    assert record["op"] == op and record["schema"] == cli.SCHEMA and record["kind"] == "cpu-smoke"
+    assert record["complete"] is True
+    assert {"device", "torch", "triton", "python", "d2v_fast", "commit"} <= set(record["environment"])
+    rows = record["results"]
+    expected = {(c.name, m, n) for c in bench.smoke for m in bench.modes for n in names}
+    assert {(r["case"], r["mode"], r["provider"]) for r in rows} == expected and len(rows) == len(expected)
+    for row in rows:
+        if row["peer"] and row["status"] == "not installed":
+            assert "ratio" not in row
+            continue
+        assert row["status"] == "ok", row
+        assert 0 < row["p20"] <= row["ratio"] <= row["p80"] and row["error_of_limit"] <= 1
+        assert row["provider"] != OURS or row["ratio"] == 1
+        assert not [key for key in row if "ms" in key.split("_") or key in ("gb_per_s", "host_us")]
+    assert "not installed" in capsys.readouterr().out or not any(r["peer"] for r in rows)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_cases_are_distinct_and_their_bytes_positive(op):
+    bench = bench_of(op)
+    assert OURS in bench.providers and {"fairseq", "eager", "eager+compile"} <= set(bench.providers)
+    for cases in (bench.cases, bench.smoke):
+        assert len({case.name for case in cases}) == len(cases)
+    assert sum(case.main for case in bench.cases) >= 2
+    for case in bench.cases:
+        sizes = [bench.minimal_bytes(case, mode) for mode in bench.modes]
+        assert sizes == sorted(sizes) and sizes[0] > 0
+
+
+def test_bytes_of_known_cases():
+    """Recomputed by hand: B=15, T=780, C=768, K=8, N=5230 in bfloat16; 38 and 12 bytes a parameter."""
+    loss = bench_of("data2vec_loss")
+    case = loss.cases[0]
+    layers = 2 * 768 * 8 * (15 * 780 + 5230)
+    assert loss.minimal_bytes(case, "fwd+bwd") == layers + 5230 * (8 + 2 * 2 * 768)
+    ema = bench_of("ema")
+    teacher = driver.make_inputs(ema, ema.smoke[0])["teacher"]
+    assert ema.minimal_bytes(ema.smoke[0], "fwd") == 12 * sum(e.numel() for e in teacher)
+
+
+@pytest.mark.parametrize("op", ["masked_smooth_l1", "layer_norm_gelu", "ema"])
+def test_minimal_bytes_are_the_bytes_of_the_tensors(op):
+    """Forward: what the inputs hold and what comes out, less the vectors that the formulas leave out."""
+    bench = bench_of(op)
+    case = bench.smoke[0]
+    inputs = driver.make_inputs(bench, case)
+    results = driver.make_call(bench, case, "fwd", bench.providers[OURS].load(), inputs)()
+    size = sum(x.nbytes for x in driver._tensors([inputs, results]))
+    if op == "ema":  # the copies are not read; teacher and copies are both an input and a result
+        size -= sum(x.nbytes for x in inputs["copies"])
+    assert bench.minimal_bytes(case, "fwd") == pytest.approx(size, rel=0.01)
+
+
+def with_wrong(bench, change, peer=False):
+    def wrong(**arguments):
+        return change(bench.exact(**arguments))
+
+    return replace(bench, providers={**bench.providers, "wrong": Provider(lambda: wrong, peer=peer)})
+
+
+@pytest.mark.parametrize(
+    "change,reason",
+    [
+        (lambda r: {"loss": r["loss"] * (1 + 1e-3)}, "relative error"),
+        (lambda r: {"loss": r["loss"] * math.nan}, "relative error nan"),
+        (lambda r: {"loss": r["loss"].expand(2)}, "has shape"),
+        (lambda r: {"other": r["loss"]}, "missing"),
+    ],
+)
+def test_wrong_provider_is_not_timed(change, reason, tmp_path, capsys):
+    bench = with_wrong(bench_of("masked_smooth_l1"), change)
+    file = tmp_path / "x.json"
+    with pytest.raises(SystemExit, match="measurements were refused"):
+        smoke(bench, "--json", str(file), "--providers", OURS, "wrong")
+    rows = [row for row in json.loads(file.read_text())["results"] if row["provider"] == "wrong"]
+    assert rows and all(row["status"].startswith("wrong") and "ratio" not in row for row in rows)
+    assert any(reason in row["status"] for row in rows)
+    assert reason in capsys.readouterr().out
+
+
+def test_wrong_gradient_is_not_timed(tmp_path):
+    class DoubledGradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2 * grad
+
+    bench = with_wrong(bench_of("masked_smooth_l1"), lambda r: {"loss": DoubledGradient.apply(r["loss"])})
+    file = tmp_path / "x.json"
+    with pytest.raises(SystemExit):
+        smoke(bench, "--json", str(file), "--providers", OURS, "wrong")
+    rows = [row for row in json.loads(file.read_text())["results"] if row["provider"] == "wrong"]
+    assert {row["mode"]: row["status"][:5] for row in rows} == {"fwd": "ok", "fwd+bwd": "wrong"}
+
+
+def test_wrong_dropout_rate_is_not_timed(tmp_path):
+    bench = bench_of("residual_dropout_layer_norm")
+    keeps_all = Provider(lambda: lambda **arguments: bench.exact(**{**arguments, "p": 0.0}))
+    bench = replace(bench, providers={**bench.providers, "keeps all": keeps_all})
+    file = tmp_path / "x.json"
+    with pytest.raises(SystemExit):
+        smoke(bench, "--json", str(file), "--providers", OURS, "keeps all", "--cases", bench.smoke[0].name)
+    rows = [row for row in json.loads(file.read_text())["results"] if row["provider"] == "keeps all"]
+    assert all("dropout kept 1.000" in row["status"] for row in rows)
+
+
+def test_failing_provider_is_reported_and_a_peer_does_not_fail_the_run(tmp_path):
+    def raises(**arguments):
+        raise RuntimeError("no such kernel")
+
+    bench = bench_of("masked_smooth_l1")
+    for peer in (True, False):
+        changed = replace(bench, providers={**bench.providers, "broken": Provider(lambda: raises, peer=peer)})
+        arguments = ["--json", str(tmp_path / "x.json"), "--providers", OURS, "broken"]
+        if peer:
+            rows = smoke(changed, *arguments)["results"]
+            assert {r["status"] for r in rows} == {"ok", "failed: RuntimeError: no such kernel"}
+        else:
+            with pytest.raises(SystemExit):
+                smoke(changed, *arguments)
+
+
+def test_compiled_provider(tmp_path):
+    bench = bench_of(COMPILED_HERE)
+    case = bench.smoke[0].name
+    rows = smoke(bench, "--json", str(tmp_path / "x.json"), "--providers", "eager+compile", "--cases", case)["results"]
+    assert [(r["provider"], r["status"]) for r in rows] == [("eager+compile", "ok")] * 2
+    assert all(row["ratio"] > 0 for row in rows)
+
+
+def test_budget(tmp_path):
+    bench = bench_of("ema")
+    rows = smoke(bench, "--json", str(tmp_path / "x.json"), "--budget", "0", "--providers", *plain(bench))["results"]
+    assert {row["status"] for row in rows} == {"skipped: out of time"}
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        ([], "no GPU here"),
+        (["--smoke", "--cases", "nothing"], "--cases must be"),
+        (["--providers", "x"], "invalid choice"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys):
+    if torch.cuda.is_available() and not arguments:
+        pytest.skip("a GPU is here")
+    with pytest.raises(SystemExit) as stop:
+        cli.main(bench_of("ema"), arguments)
+    assert stop.value.code == 2 and message in capsys.readouterr().err
+
+
+def test_pytest_entry():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(BENCHMARKS / "bench_l2_norm.py")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS, check=False)
+    assert done.returncode == 0, done.stdout
+    assert "passed" in done.stdout and "not installed" in done.stdout
+
+
+# what only a GPU measures, with times made up
+
+
+@pytest.fixture
+def fake_gpu_times(monkeypatch):
+    timing = pytest.importorskip("timing")
+    monkeypatch.setattr(timing, "input_sets", lambda size: 2)
+    monkeypatch.setattr(
+        timing, "gpu_time", lambda calls, capturable: [c() for c in calls] and timing.GpuTime(1, 2, 3, "events")
+    )
+    monkeypatch.setattr(timing, "peak_mib", lambda call: 4.0)
+    monkeypatch.setattr(timing, "host_us", lambda call: 5.0)
+
+
+def gpu_rows(bench):
+    case = bench.smoke[0]
+    names = [name for name in plain(bench) if not bench.providers[name].peer]
+    rows, functions = driver.ready(bench, case, "fwd", names, math.inf)
+    driver.run_gpu(bench, case, "fwd", rows, functions, copy_rate=100.0)
+    return case, rows
+
+
+def test_gpu_rows(fake_gpu_times):
+    bench = bench_of("layer_targets")
+    case, rows = gpu_rows(bench)
+    size = bench.minimal_bytes(case, "fwd")
+    for row in rows:
+        assert row["ms_p20"] == 1 and row["ms_p80"] == 3 and row["ratio"] == 1 and row["input_sets"] == 2
+        assert row["gb_per_s"] == pytest.approx(size / 2e-3 / 1e9)
+        assert row["percent_of_copy"] == pytest.approx(row["gb_per_s"])
+        assert ("noise" in row) == (row["provider"] == OURS)
+
+
+def gpu_record(bench):
+    case, rows = gpu_rows(bench)
+    rows.append({"case": case.name, "mode": "fwd", "provider": "peer", "peer": True, "status": "not installed"})
+    environment = {"device": "GPU", "driver": "1", "torch": "2", "triton": "3", "commit": "0" * 40}
+    return {"op": bench.op, "kind": "gpu", "environment": environment, "copy_gb_per_s": 100.0, "results": rows}
+
+
+def test_summary_and_plot(fake_gpu_times, tmp_path):
+    bench = bench_of("ema")
+    record = gpu_record(bench)
+    (tmp_path / "ema.json").write_text(json.dumps(record))
+    outcomes = [gpu_check.Outcome("bench_ema", "passed", 3.0, "written")]
+    text = gpu_check.summary(outcomes, tmp_path)
+    assert "| bench_ema | passed | 3 |" in text and "copy 100 GB/s" in text
+    assert "| fairseq | 1.00 | 1.0000 | 2.0000 | 3.0000 |" in text and "| peer | not installed |" in text
+    assert [cli.line(row, gpu=True) for row in record["results"]]
+    pytest.importorskip("matplotlib")
+    plot.draw(plot.load(tmp_path)[0], tmp_path / "ema.png")
+    assert (tmp_path / "ema.png").stat().st_size > 5000
+
+
+def test_plot_refuses_empty_input(tmp_path):
+    with pytest.raises(ValueError, match="no results of benchmarks"):
+        plot.load(tmp_path)
+    with pytest.raises(ValueError, match="is not a folder"):
+        plot.load(tmp_path / "x")
+    (tmp_path / "ema.json").write_text(json.dumps({"op": "ema", "results": [{"status": "not installed"}]}))
+    with pytest.raises(ValueError, match="nothing was timed in the results of ema"):
+        plot.load(tmp_path)
+
+
+def test_peer_of_another_release_counts_as_not_installed(monkeypatch):
+    import peers
+
+    monkeypatch.setitem(sys.modules, "amp_C", None)
+    with pytest.raises(driver.NotInstalled, match="apex"):
+        peers.apex_l2_norm()
+
+
+# gpu_check
+
+
+def test_parts():
+    parts = gpu_check.find_parts()
+    names = [part.name for part in parts]
+    assert {f"bench_{op}" for op in OPS} <= set(names)
+    gpu = {part.name for part in parts if part.kind == "gpu tests"}
+    assert {"gpu-test_ema", "gpu-test_layer_targets", "gpu-test_masked_smooth_l1"} <= gpu
+    assert "gpu-test_train_loop" not in gpu and "test_ema" in names
+    assert [p.kind for p in parts] == sorted((p.kind for p in parts), key=["gpu tests", "tests", "bench"].index)
+
+
+def test_missing_modules_are_found_through_own_modules(monkeypatch):
+    found = gpu_check.importlib.util.find_spec
+    monkeypatch.setattr(
+        gpu_check.importlib.util, "find_spec", lambda n: None if n in ("omegaconf", "triton") else found(n)
+    )
+    assert "omegaconf" in gpu_check.missing_modules(ROOT / "d2v_fast" / "train" / "loop.py")
+    assert gpu_check.missing_modules(ROOT / "kernels" / "ema.py") == {"triton"}
+    assert (
+        gpu_check.missing_modules(ROOT / "d2v_fast" / "ops" / "ema.py") == set()
+    )  # Triton is imported by the first call
+    for part in gpu_check.find_parts():
+        assert "omegaconf" not in part.needs
+
+
+def part(tmp_path, name, code, needs=(), kind="bench"):
+    file = tmp_path / f"{name}.py"
+    file.write_text(code)
+    return gpu_check.Part(name, kind, file, list(needs))
+
+
+def test_run_all(tmp_path, capsys, monkeypatch):
+    """Fails, runs out of time, is skipped, is resumed: every part has its line and its file."""
+    monkeypatch.setattr(gpu_check, "SHORTEST", 0.1)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    mixed = "import pytest\ndef test_a(): pass\n@pytest.mark.gpu\ndef test_b(): assert 0, 'broken kernel'"
+    good, bad = part(tmp_path, "test_good", mixed, kind="tests"), part(tmp_path, "test_bad", mixed, kind="gpu tests")
+    needs = part(tmp_path, "test_needs", "import x", needs=["x"], kind="tests")
+    short = part(tmp_path, "bench_short", "print('skipped: out of time')")
+    outcomes = gpu_check.run_all([good, bad, needs, short], tmp_path, "abc", budget=200, jobs=2, resume=False)
+    want = {"test_bad": "failed", "test_good": "passed", "test_needs": "skipped", "bench_short": "incomplete"}
+    assert {o.name: o.status for o in outcomes} == want
+    printed = capsys.readouterr().out
+    assert "broken kernel" in printed and "needs x" in printed
+    assert json.loads((tmp_path / "parts" / "test_good.json").read_text())["detail"].startswith("1 passed")
+
+    again = gpu_check.run_all([good, needs], tmp_path, "abc", budget=100, jobs=2, resume=True)
+    assert {o.name: o.status for o in again} == {"test_good": "passed before", "test_needs": "skipped"}
+    assert not gpu_check.passed_before(good, tmp_path, "another commit")
+
+
+def test_budget_ends_what_hangs(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "SHORTEST", 0.1)
+    hangs = part(tmp_path, "bench_hangs", "import time; print('started', flush=True); time.sleep(60)")
+    late = part(tmp_path, "bench_late", "print('written')")
+    outcomes = gpu_check.run_all([hangs, late], tmp_path, "abc", budget=1, jobs=1, resume=False)
+    assert [(o.status, o.detail) for o in outcomes] == [
+        ("incomplete", "stopped: no time left"),
+        ("skipped", "no time left"),
+    ]
+    assert outcomes[0].seconds < 30
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_gpu_check_without_a_gpu():
+    """From a copy that is not installed, with nothing but the standard library and PyTorch on the path."""
+    environment = {**os.environ, "PYTHONPATH": ""}
+    command = [sys.executable, str(BENCHMARKS / "gpu_check.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2 and "needs a CUDA device" in done.stderr
