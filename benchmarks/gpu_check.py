@@ -93,11 +93,11 @@ def find_parts() -> list[Part]:
     """Every test file that runs something on a GPU, and every benchmark, the most important first."""
     found = []
     for file in sorted(TESTS.glob("test_*.py")):
-        text = file.read_text(encoding="utf-8")
+        nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
         needs = sorted(missing_modules(file) | ({"pytest"} if importlib.util.find_spec("pytest") is None else set()))
-        if "mark.gpu" in text:
+        if any(isinstance(node, ast.Attribute) and ast.unparse(node) == "pytest.mark.gpu" for node in nodes):
             found.append(Part(f"gpu-{file.stem}", "gpu tests", file, needs))
-        if "DEVICE" in text:
+        if any(isinstance(node, ast.Name) and node.id == "DEVICE" for node in nodes):
             found.append(Part(file.stem, "tests", file, needs))
     kinds = {"gpu tests": 0, "tests": 1}
     found.sort(key=lambda part: kinds[part.kind])

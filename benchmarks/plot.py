@@ -66,7 +66,9 @@ def draw(record: dict, file: Path) -> None:
     axes.margins(x=0.15)
     environment = record["environment"]
     smoke = "" if record["kind"] == "gpu" else ", small sizes: says nothing about a GPU"
-    title = f"{record['op']}: {environment['device']}{smoke}\ntorch {environment['torch']}, {environment['commit'][:10]}"
+    title = (
+        f"{record['op']}: {environment['device']}{smoke}\ntorch {environment['torch']}, {environment['commit'][:10]}"
+    )
     axes.set_title(title, fontsize=9)
     axes.set_xlabel(f"time / {OURS}", fontsize=8)
     handles = [axes.barh([math.nan], [math.nan], color=colors[name]) for name in providers]
