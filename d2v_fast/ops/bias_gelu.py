@@ -14,13 +14,14 @@ from d2v_fast.ops._dispatch import cpu_runs_triton
 
 def bias_gelu_ref(x: Tensor, bias: Tensor | None = None) -> Tensor:
     """The definition of the op in plain PyTorch; differentiable."""
-    u, b = _rows.widen(_rows.accumulation(x, bias), x, bias)
-    return F.gelu(u if b is None else u + b).to(x.dtype)
+    u, b = _rows.cast(_rows.accumulation(x, bias), x, bias)
+    (y,) = _rows.cast(x.dtype, F.gelu(u if b is None else u + b))
+    return y
 
 
 def bias_gelu_grad_ref(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """Gradients of :func:`bias_gelu_ref` in x's and the bias's dtypes (empty without a bias)."""
-    wide, u, b = _rows.widen(_rows.accumulation(x, bias), grad, x, bias)
+    wide, u, b = _rows.cast(_rows.accumulation(x, bias), grad, x, bias)
     grad_u = torch.ops.aten.gelu_backward(wide, u if b is None else u + b)
     grad_bias = x.new_empty(0) if bias is None else grad_u.reshape(-1, x.shape[-1]).sum(0).to(bias.dtype)
     return grad_u.to(x.dtype), grad_bias

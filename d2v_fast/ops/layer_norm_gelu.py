@@ -20,9 +20,10 @@ def layer_norm_gelu_ref(
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The result, and the rows' mean and 1 / deviation [..., 1]: the op in plain PyTorch, differentiable."""
-    wide, w, b = _rows.widen(_rows.accumulation(x, weight, bias), x, weight, bias)
+    wide, w, b = _rows.cast(_rows.accumulation(x, weight, bias), x, weight, bias)
     u, mean, rstd = torch.native_layer_norm(wide, x.shape[-1:], w, b, eps)
-    return F.gelu(u).to(x.dtype), mean, rstd
+    (y,) = _rows.cast(x.dtype, F.gelu(u))
+    return y, mean, rstd
 
 
 def layer_norm_gelu_grad_ref(
@@ -34,7 +35,7 @@ def layer_norm_gelu_grad_ref(
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias, each in its dtype (empty where there is none)."""
-    wide, g, w, b = _rows.widen(mean.dtype, x, grad, weight, bias)
+    wide, g, w, b = _rows.cast(mean.dtype, x, grad, weight, bias)
     normed = (wide - mean) * rstd
     u = normed if w is None else normed * w
     g = torch.ops.aten.gelu_backward(g, u if b is None else u + b)

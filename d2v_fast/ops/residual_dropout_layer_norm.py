@@ -34,11 +34,14 @@ def residual_dropout_layer_norm_ref(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """y, h, and the rows' mean and 1 / deviation [..., 1]: the op in plain PyTorch, differentiable."""
     acc = _rows.accumulation(x, residual, weight, bias, column_scale)
-    wide, stream, w, b, scale = _rows.widen(acc, x, residual, weight, bias, column_scale)
-    wide = F.dropout(wide, p) if factor is None else wide * factor
-    h = (stream + _scaled(wide, scale, row_scale)).to(residual.dtype)
-    y, mean, rstd = torch.native_layer_norm(h.to(acc), x.shape[-1:], w, b, eps)
-    return y.to(x.dtype), h, mean, rstd
+    wide, stream, w, b, scale = _rows.cast(acc, x, residual, weight, bias, column_scale)
+    if factor is not None:
+        wide = wide * factor
+    elif p > 0:
+        wide = F.dropout(wide, p)
+    (h,) = _rows.cast(residual.dtype, stream + _scaled(wide, scale, row_scale))
+    y, mean, rstd = torch.native_layer_norm(*_rows.cast(acc, h), x.shape[-1:], w, b, eps)
+    return *_rows.cast(x.dtype, y), h, mean, rstd
 
 
 def residual_dropout_layer_norm_grad_ref(
@@ -58,7 +61,7 @@ def residual_dropout_layer_norm_grad_ref(
 
     That of the residual is also empty where it equals that of x.
     """
-    wide, g, stream, w, b, scale = _rows.widen(mean.dtype, h, grad_y, grad_h, weight, bias, column_scale)
+    wide, g, stream, w, b, scale = _rows.cast(mean.dtype, h, grad_y, grad_h, weight, bias, column_scale)
     grad, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
         g, wide, h.shape[-1:], mean, rstd, w, b, [True, w is not None, b is not None]
     )
