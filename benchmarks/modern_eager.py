@@ -108,6 +108,27 @@ def adamw_ema(
     return {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "ema": ema, "ema_copies": ema_copies}
 
 
+@torch.no_grad()
+def adamw_ema_foreach(
+    params: list[Tensor], grads: list[Tensor], exp_avgs: list[Tensor], exp_avg_sqs: list[Tensor], ema: list[Tensor],
+    ema_copies: list[Tensor], steps: list[Tensor], grad_scale: Tensor,
+    *, step: int, lr: float, betas: tuple[float, float], eps: float, weight_decay: float, decay: float,
+) -> dict:  # fmt: skip
+    """AdamW of foreach ops, which ``torch.compile`` fuses: it can do nothing with the fused op."""
+    beta1, beta2 = betas
+    grads = torch._foreach_mul(_like(params, grads), grad_scale)
+    torch._foreach_lerp_(exp_avgs, grads, 1 - beta1)
+    torch._foreach_mul_(exp_avg_sqs, beta2)
+    torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1 - beta2)
+    denominators = torch._foreach_sqrt(exp_avg_sqs)
+    torch._foreach_div_(denominators, (1 - beta2**step) ** 0.5)
+    torch._foreach_add_(denominators, eps)
+    torch._foreach_mul_(params, 1 - lr * weight_decay)
+    torch._foreach_addcdiv_(params, exp_avgs, denominators, -lr / (1 - beta1**step))
+    ema_update(ema, params, ema_copies, decay=decay)
+    return {"params": params, "exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs, "ema": ema, "ema_copies": ema_copies}
+
+
 def layer_norm_gelu(x: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float) -> dict:
     """Channels last, in the dtype of ``x``."""
     return {"y": F.gelu(F.layer_norm(x, x.shape[-1:], weight, bias, eps))}
