@@ -13,7 +13,8 @@ ARROWS = {
     "kernels": set(),
     "ops": {"kernels"},
     "nn": {"ops"},
-    "train": {"nn", "ops"},
+    "optim": {"ops"},
+    "train": {"nn", "ops", "optim"},
     "demo": {"train", "nn"},
 }
 
@@ -44,13 +45,13 @@ def imports(path: Path) -> set[str]:
 @pytest.mark.parametrize("name", ARROWS)
 def test_arrows(name):
     folder = ROOT / name if name == "kernels" else ROOT / "d2v_fast" / name
-    files = sorted(folder.rglob("*.py"))
+    files = sorted(folder.rglob("*.py")) if folder.is_dir() else [folder.with_suffix(".py")]
     assert files
     for path in files:
         for module in imports(path):
             target = room(module)
             assert target in ARROWS.get(name, set()) | {name, None, "__version__"}, f"{path} imports {module}"
-            if name in ("kernels", "ops", "nn"):
+            if name in ("kernels", "ops", "nn", "optim"):
                 top = module.split(".")[0]
                 allowed = {"torch", "triton", "numpy", "d2v_fast"} | sys.stdlib_module_names
                 assert top in allowed, f"{path} imports {module}, which is not a core dependency"

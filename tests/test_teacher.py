@@ -110,6 +110,192 @@ def test_moves_saves_and_copies_with_the_model():
     assert torch.equal(other.teacher.module.get_parameter(name), model.teacher.module.get_parameter(name))
 
 
+def follows_exactly(teacher, student):
+    """A step with a decay of 0.5 puts every averaged parameter half-way, and copies the rest."""
+    moved(student)
+    start = {name: p.clone() for name, p in teacher.module.named_parameters()}
+    teacher.update_(10**6 if teacher._last_update is None else teacher._last_update + 1)
+    for (name, mine), theirs in zip(teacher.module.named_parameters(), student.parameters(), strict=True):
+        want = theirs if name.startswith(("copied.", "frozen")) else (start[name] + theirs) / 2
+        torch.testing.assert_close(mine.detach(), want.detach(), msg=name)
+
+
+HALF = EMAConfig(decay=0.5, end_decay=0.5, anneal_updates=0)
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_skipped_parameters_share_the_students_memory(share):
+    student = Student()
+    teacher = EMATeacher(student, HALF, skip=("copied.",), share=share)
+    for mine, theirs in zip(teacher.module.copied.parameters(), student.copied.parameters(), strict=True):
+        assert (mine.data_ptr() == theirs.data_ptr()) == share
+        assert not mine.requires_grad and theirs.requires_grad
+    assert teacher.module.body.weight.data_ptr() != student.body.weight.data_ptr()
+    assert teacher.module.frozen.data_ptr() != student.frozen.data_ptr()
+    for _ in range(2):
+        follows_exactly(teacher, student)
+
+
+def test_sharing_survives_moves_copies_and_loads():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.student = Student()
+            self.teacher = EMATeacher(self.student, HALF, skip=("copied.",))
+
+    def shared(model):
+        return model.teacher.module.copied.weight.data_ptr() == model.student.copied.weight.data_ptr()
+
+    model = Model()
+    assert shared(model.double().float())  # taken apart by the move, shared again at once
+    twin = copy.deepcopy(model)
+    assert not shared(twin)
+    follows_exactly(twin.teacher, twin.student)
+    assert shared(twin) and twin.student.copied.weight.data_ptr() != model.student.copied.weight.data_ptr()
+    follows_exactly(model.teacher, model.student)
+
+    state = {k: v.clone() for k, v in model.state_dict().items()}
+    state["teacher.module.copied.weight"] += 1  # a file from a teacher that averaged them
+    kept = state["student.copied.weight"].clone()
+    twin.load_state_dict(state)
+    assert torch.equal(twin.student.copied.weight, kept)  # loading the teacher leaves the student alone
+    assert torch.equal(twin.teacher.module.copied.weight, kept + 1)
+    follows_exactly(twin.teacher, twin.student)
+    assert shared(twin)
+    twin.load_state_dict(state, assign=True)  # other Parameter objects
+    follows_exactly(twin.teacher, twin.student)
+    assert shared(twin)
+
+
+def test_low_precision_student_is_copied():
+    student = Student().bfloat16()
+    teacher = EMATeacher(student, HALF, skip=("copied.",))
+    moved(student)
+    teacher.update_(1)
+    assert teacher.module.copied.weight.dtype == torch.float32
+    assert torch.equal(teacher.module.copied.weight, student.copied.weight.float())
+
+
+def test_steps_once_per_update():
+    student = Student()
+    teacher = EMATeacher(student, HALF)
+    moved(student)
+    teacher.update_(1)
+    once = teacher.module.body.weight.clone()
+    assert teacher.update_(1) == 0.5
+    assert torch.equal(teacher.module.body.weight, once)
+    teacher.update_(1, again=True)
+    assert not torch.equal(teacher.module.body.weight, once)
+    once = teacher.module.body.weight.clone()
+    teacher.update_(2)
+    assert not torch.equal(teacher.module.body.weight, once)
+    teacher.load_state_dict(teacher.state_dict())  # another start: the same number may come again
+    once = teacher.module.body.weight.clone()
+    teacher.update_(2)
+    assert not torch.equal(teacher.module.body.weight, once)
+
+
+def test_skip_flag_and_averages_moved_elsewhere():
+    student = Student()
+    teacher = EMATeacher(student, HALF, skip=("copied.",), share=False)
+    moved(student)
+    start = teacher.module.body.weight.clone()
+    assert teacher.update_(1, skip=torch.tensor(1.0)) == 0.5
+    teacher.update_(2, averaged=True)
+    assert torch.equal(teacher.module.body.weight, start)
+    assert torch.equal(teacher.module.copied.weight, student.copied.weight)
+    teacher.update_(3, skip=torch.tensor(0.0))
+    torch.testing.assert_close(teacher.module.body.weight, (start + student.body.weight.detach()) / 2)
+
+
+def test_averages_maps_student_to_teacher():
+    student = Student()
+    teacher = EMATeacher(student, HALF, skip=("copied.",))
+    averages = teacher.averages()
+    assert {id(p) for p in averages} == {id(p) for p in student.body.parameters()}
+    assert averages[student.body.weight] is teacher.module.body.weight
+
+
+def test_notices_frozen_and_replaced_parameters():
+    student = Student()
+    teacher = EMATeacher(student, HALF)
+    moved(student)
+    teacher.update_(1)
+    student.body.weight.requires_grad_(False)
+    moved(student)
+    teacher.update_(2)
+    assert torch.equal(teacher.module.body.weight, student.body.weight)
+    student.body.weight = nn.Parameter(torch.zeros(3, 4))
+    start = teacher.module.body.weight.clone()
+    teacher.update_(3)
+    torch.testing.assert_close(teacher.module.body.weight, start / 2)
+    student.extra = nn.Parameter(torch.zeros(1))
+    with pytest.raises(ValueError, match=r"must have the same parameters, but these differ: \['extra'\]"):
+        teacher.update_(4)
+
+
+def test_linear_warm_up_of_the_vision_reference():
+    """Its schedule: init + it (decay - init) / start_at for it < start_at, then decay; the same line as fairseq's."""
+    init, decay, start_at = 0.99, 0.9998, 40
+    schedule = EMAConfig(decay=init, end_decay=decay, anneal_updates=start_at)
+    for it in range(start_at):
+        assert schedule.decay_at(it) == pytest.approx(init + it * (decay - init) / start_at, abs=1e-12)
+    assert schedule.decay_at(start_at) == schedule.decay_at(10 * start_at) == decay
+    assert EMAConfig(decay=0.9998, end_decay=0.9998, anneal_updates=0).decay_at(1) == 0.9998
+
+
+def test_ema_state_round_trip():
+    student = Student()
+    teacher, other = (EMATeacher(student, HALF, skip=("copied.",)) for _ in range(2))
+    moved(student)
+    teacher.update_(1)
+    state = {name: x.clone() for name, x in teacher.ema_state().items()}
+    assert state.keys() == student.state_dict().keys()
+    kept = student.copied.weight.detach().clone()
+    state["copied.weight"] = state["copied.weight"] + 1
+    other.load_ema_state({name: x.double() if x.is_floating_point() else x for name, x in state.items()})
+    for name, x in other.ema_state().items():
+        assert torch.equal(x, state[name]) and x.dtype == teacher.ema_state()[name].dtype, name
+    assert torch.equal(student.copied.weight, kept)
+    follows_exactly(other, student)
+    with pytest.raises(ValueError, match=r"missing: \['frozen'\], unknown: \['other'\]"):
+        other.load_ema_state({"other" if name == "frozen" else name: x for name, x in state.items()})
+    with pytest.raises(ValueError, match=r"state\['frozen'\] must have shape \(2,\), got \(3,\)"):
+        other.load_ema_state({**state, "frozen": torch.zeros(3)})
+
+
+def test_sharded_student_and_teacher(tmp_path):
+    """FSDP2 on a mesh of one process: local shards are averaged, the same as without sharding."""
+    from torch import distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    plain, sharded = Student(), Student()
+    sharded.load_state_dict(plain.state_dict())
+    teachers = [EMATeacher(student, HALF, skip=("copied.",)) for student in (plain, sharded)]
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        sharded.frozen.requires_grad_(True), plain.frozen.requires_grad_(True)  # FSDP wants uniform gradients
+        fully_shard(sharded, mesh=mesh)
+        with pytest.raises(ValueError, match="teacher and student must be sharded alike"):
+            teachers[1].update_(1)
+        fully_shard(teachers[1].module, mesh=mesh)
+        for student in (plain, sharded):
+            torch.manual_seed(1)
+            with torch.no_grad():
+                for p in student.parameters():
+                    full = torch.randn(p.shape)
+                    (p.to_local() if isinstance(p, DTensor) else p).copy_(full)
+        for teacher in teachers:
+            teacher.update_(2)
+        for mine, want in zip(teachers[1].module.parameters(), teachers[0].module.parameters(), strict=True):
+            assert isinstance(mine, DTensor)
+            assert torch.equal(mine.to_local(), want)
+    finally:
+        dist.destroy_process_group()
+
+
 def test_unknown_skip_prefix():
     with pytest.raises(ValueError, match="no parameter of the student starts with 'nothing'"):
         EMATeacher(Student(), EMAConfig(), skip=("nothing",))

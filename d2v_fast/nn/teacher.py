@@ -1,60 +1,208 @@
 """The teacher: an exponential moving average of the student (paper section 3.2; fairseq ``EMAModule``)."""
 
 import copy
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from d2v_fast.nn.config import EMAConfig
 from d2v_fast.ops import ema_update_
+from d2v_fast.ops._lists import is_plain, local_shard
+
+
+class _Slot(NamedTuple):
+    """A parameter where it was found: ``owner[name] is parameter`` until someone replaces it."""
+
+    owner: dict[str, nn.Parameter]
+    name: str
+    parameter: nn.Parameter
+    requires_grad: bool
+
+    def valid(self) -> bool:
+        return self.owner.get(self.name) is self.parameter and self.parameter.requires_grad == self.requires_grad
+
+
+class _Pairs(NamedTuple):
+    """Parameters of the teacher with those of the student, by what happens to them; and where all were found."""
+
+    averaged: list[tuple[nn.Parameter, nn.Parameter]]
+    shared: list[tuple[nn.Parameter, nn.Parameter]]
+    copied: list[tuple[nn.Parameter, nn.Parameter]]
+    slots: list[_Slot]
+    counts: list[tuple[dict, int]]  # parameters and children of every module
+
+    def valid(self) -> bool:
+        """Whether nothing was added, replaced, frozen or unfrozen since; looking for it anew costs ten times more."""
+        return all(len(owner) == count for owner, count in self.counts) and all(slot.valid() for slot in self.slots)
 
 
 class EMATeacher(nn.Module):
     """A frozen fp32 copy of ``student``, always in eval mode, that follows it.
 
-    ``module`` is the copy. Parameters whose name starts with one of ``skip``, frozen parameters and buffers are copied;
-    the others are averaged. Being a submodule of the model, it moves, saves and loads with it.
+    ``module`` is the copy. Parameters are averaged, except those whose name starts with one of ``skip`` and frozen
+    ones: these are the student's values at any time. Buffers are copied, whatever their dtype. Being a submodule of the
+    model, the teacher moves, saves and loads with it. Parameters that are DTensors (FSDP2) are averaged shard by shard,
+    without communication; shard ``module`` as the student is sharded.
+
+    Args:
+        student: float32, bfloat16 or float16 parameters.
+        schedule: the decay.
+        skip: name prefixes; the teacher's parameters share the student's memory where device and dtype allow.
+        share: False copies them at every update instead.
 
     Raises:
         ValueError: a prefix of ``skip`` matches no parameter.
     """
 
-    def __init__(self, student: nn.Module, schedule: EMAConfig, skip: tuple[str, ...] = ()) -> None:
+    def __init__(
+        self, student: nn.Module, schedule: EMAConfig, skip: tuple[str, ...] = (), *, share: bool = True
+    ) -> None:
         super().__init__()
         names = [name for name, _ in student.named_parameters()]
         for prefix in skip:
             if not any(name.startswith(prefix) for name in names):
                 raise ValueError(f"skip: no parameter of the student starts with {prefix!r}; it has {names[:3]} ...")
         self._student = (student,)  # in a tuple, so that it is not registered as a part of the teacher
-        self.schedule, self.skip = schedule, tuple(skip)
+        self.schedule, self.skip, self.share = schedule, tuple(skip), share
         self.module = copy.deepcopy(student).float().requires_grad_(False)
+        self._found: _Pairs | None = None
+        self._last_update: int | None = None
+        self._share()
         self.eval()
 
     def train(self, mode: bool = True) -> "EMATeacher":
         """Stay in eval mode: the teacher has no dropout, DropPath or LayerDrop."""
         return super().train(False)
 
-    def _pairs(self) -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
-        """(teacher, student) tensors to average, and those to copy."""
-        student = self._student[0]
-        averaged, copied = [], []
-        for (name, mine), (_, theirs) in zip(self.module.named_parameters(), student.named_parameters(), strict=True):
-            follow = theirs.requires_grad and not name.startswith(self.skip)
-            (averaged if follow else copied).append((mine, theirs))
-        copied += zip(self.module.buffers(), student.buffers(), strict=True)
-        return averaged, copied
+    def averages(self) -> dict[nn.Parameter, nn.Parameter]:
+        """Student parameter -> its average, for an optimizer that moves the averages itself (``optim.AdamWEMA``)."""
+        return {theirs: mine for mine, theirs in self._pairs().averaged}
 
     @torch.no_grad()
-    def update_(self, update: int) -> float:
+    def update_(self, update: int, *, again: bool = False, averaged: bool = False, skip: Tensor | None = None) -> float:
         """Move towards the student as it is after ``update`` optimizer updates; return the decay that was used.
 
-        A decay of 1 leaves the averaged parameters as they are (fairseq), and still copies the others.
+        A second call with the same ``update`` does nothing. A decay of 1 leaves the averages as they are (fairseq), and
+        still copies the rest.
+
+        Args:
+            update: completed optimizer updates.
+            again: step even so (fairseq data2vec 1.0 steps once per micro-batch).
+            averaged: the averages have been moved already; only the rest is left to do.
+            skip: [] fp32 or fp64 on the device; the averages stay as they are unless it is 0.
         """
         decay = self.schedule.decay_at(update)
-        averaged, copied = self._pairs()
-        if decay < 1 and averaged:
-            mine, theirs = zip(*averaged, strict=True)
-            ema_update_(list(mine), list(theirs), decay)
-        for mine, theirs in copied:
-            mine.copy_(theirs)
+        if update == self._last_update and not again:
+            return decay
+        pairs = self._pairs()
+        if decay < 1 and pairs.averaged and not averaged:
+            used = decay if skip is None else torch.where(skip == 0, decay, torch.ones_like(skip, dtype=torch.float64))
+            mine, theirs = zip(*map(_shards, pairs.averaged), strict=True)
+            ema_update_(mine, theirs, used)
+        self._share()
+        for mine, theirs in pairs.copied:
+            _copy(mine, theirs)
+        for mine, theirs in pairs.shared:
+            if local_shard(mine).data_ptr() != local_shard(theirs).data_ptr():
+                _copy(mine, theirs)
+        for mine, theirs in zip(self.module.buffers(), self._student[0].buffers(), strict=True):
+            _copy(mine, theirs)
+        self._last_update = update
         return decay
+
+    def ema_state(self) -> dict[str, Tensor]:
+        """Everything the teacher consists of, by the student's names: float32 parameters, and buffers as they are.
+
+        This is what fairseq keeps under ``_ema`` (``EMAModule.fp32_params``), relative to the module that is tracked.
+        The tensors are the teacher's own: clone what has to stay.
+        """
+        return {name: x.detach() for name, x in self.module.state_dict().items()}
+
+    @torch.no_grad()
+    def load_ema_state(self, state: Mapping[str, Tensor]) -> None:
+        """Take over a dictionary such as :meth:`ema_state` returns, in any float dtype and on any device.
+
+        Parameters of ``skip`` are the student's again after the next update.
+
+        Raises:
+            ValueError: names are missing or unknown, or a shape differs; nothing is changed then.
+        """
+        own = self.module.state_dict()
+        if own.keys() != state.keys():
+            missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+            raise ValueError(f"state must have the student's names; missing: {missing[:3]}, unknown: {unknown[:3]}")
+        for name, x in own.items():
+            if x.shape != state[name].shape:
+                raise ValueError(f"state[{name!r}] must have shape {tuple(x.shape)}, got {tuple(state[name].shape)}")
+        self._unshare()
+        for name, x in self.module.state_dict().items():
+            x.copy_(state[name])
+
+    def _pairs(self) -> _Pairs:
+        """The pairs; found anew when the parameters have changed since the last call."""
+        if self._found is None or not self._found.valid():
+            mine, theirs = _slots(self.module), _slots(self._student[0])
+            if mine.keys() != theirs.keys():
+                changed = sorted(mine.keys() ^ theirs.keys())
+                raise ValueError(f"teacher and student must have the same parameters, but these differ: {changed[:3]}")
+            modules = [*self.module.modules(), *self._student[0].modules()]
+            counts = [(owner, len(owner)) for m in modules for owner in (m._parameters, m._modules)]
+            pairs = _Pairs([], [], [], [*mine.values(), *theirs.values()], counts)
+            for name, slot in theirs.items():
+                kind = pairs.averaged if slot.requires_grad else pairs.copied
+                kind = pairs.shared if name.startswith(self.skip) else kind
+                kind.append((mine[name].parameter, slot.parameter))
+            self._found = pairs
+        return self._found
+
+    def _share(self) -> None:
+        """Let parameters of ``skip`` be the student's memory: at first, and after a move or a load took them apart."""
+        if not self.share:
+            return
+        for mine, theirs in self._pairs().shared:
+            alike = mine.device == theirs.device and mine.dtype == theirs.dtype
+            if alike and type(mine) is type(theirs) is nn.Parameter and mine.data_ptr() != theirs.data_ptr():
+                mine.data = theirs.data
+
+    def _unshare(self) -> None:
+        for mine, theirs in self._pairs().shared:
+            if local_shard(mine).data_ptr() == local_shard(theirs).data_ptr():
+                mine.data = mine.data.clone()
+
+    def _load_from_state_dict(self, *args) -> None:
+        # Loading writes in place, the teacher last: into the student's memory, were it still shared.
+        self._unshare()
+        self._last_update = None
+        super()._load_from_state_dict(*args)
+
+    def _apply(self, fn, recurse: bool = True) -> "EMATeacher":
+        super()._apply(fn, recurse)
+        self._share()
+        return self
+
+
+def _slots(module: nn.Module) -> dict[str, _Slot]:
+    """Every parameter by its first name, and where it is kept."""
+    slots = {}
+    for path, p in module.named_parameters():
+        parent, _, name = path.rpartition(".")
+        slots[path] = _Slot(module.get_submodule(parent)._parameters, name, p, p.requires_grad)
+    return slots
+
+
+def _shards(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The local parts of a pair, which line up if both are sharded in the same way."""
+    mine, theirs = pair
+    if is_plain(mine) and is_plain(theirs):
+        return pair
+    layouts = [None if is_plain(x) else (x.device_mesh, x.placements) for x in pair]
+    if layouts[0] != layouts[1]:
+        raise ValueError(f"teacher and student must be sharded alike, got {layouts[0]} and {layouts[1]}")
+    return mine.to_local(), theirs.to_local()
+
+
+def _copy(mine: Tensor, theirs: Tensor) -> None:
+    mine, theirs = _shards((mine, theirs))
+    mine.copy_(theirs)

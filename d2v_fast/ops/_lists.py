@@ -83,3 +83,13 @@ def _sorted_spans(addresses: tuple[int, ...], nbytes: tuple[int, ...]) -> tuple[
     spans = sorted((start, start + size) for start, size in zip(addresses, nbytes, strict=True) if size > 0)
     disjoint = all(end <= start for (_, end), (start, _) in pairwise(spans))
     return [start for start, _ in spans], [end for _, end in spans], disjoint
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether ``x`` is a tensor of its own and not a DTensor."""
+    return type(x) in (Tensor, torch.nn.Parameter) or not hasattr(x, "to_local")
+
+
+def local_shard(x: Tensor) -> Tensor:
+    """The part of a DTensor that this process holds, to be written without gradients; other tensors as they are."""
+    return x if is_plain(x) else x.to_local()

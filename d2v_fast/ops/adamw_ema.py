@@ -230,11 +230,13 @@ def adamw_ema_(
     params = list(params)
     masters = {"params": params, "exp_avgs": list(exp_avgs), "exp_avg_sqs": list(exp_avg_sqs)}
     others = {"grads": list(grads), "param_copies": list(param_copies or ())}
-    decays = [float(weight_decay)] * len(params) if isinstance(weight_decay, (int, float)) else list(weight_decay)
+    shared = isinstance(weight_decay, (int, float))
+    decays = [float(weight_decay)] if shared else list(weight_decay)
+    _check_numbers(lr, betas, eps, decays, eps_mode)
+    decays = decays * len(params) if shared else decays
     for name, tensors in {**masters, **others, "weight_decay": decays}.items():
         if tensors or name != "param_copies":
             check_length(name, len(tensors), len(params), "params")
-    _check_numbers(lr, betas, eps, decays, eps_mode)
     index, averages, average_copies = _averages(params, ema, ema_decay, ema_copies)
     if not params:
         return

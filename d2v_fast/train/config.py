@@ -29,6 +29,7 @@ RUN_KEYS = (
     "keep_checkpoints",
     "stop_after",
     "reference_gpus",
+    "optim.one_pass",  # the same results up to rounding
     "data.path",  # the data themselves are compared, see checkpoint.restore
     "data.tokenizer",
     "data.cache_dir",

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from d2v_fast.nn import Data2Vec
+from d2v_fast.optim import AdamWEMA
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +20,7 @@ class OptimConfig:
     weight_decay: float = 0.01
     decay_vectors: bool = True  # False: no weight decay on biases, norms and other parameters of one dimension
     clip_norm: float = 0.0  # 0 = no clipping
+    one_pass: bool = False  # one kernel for AdamW and the teacher's average (optim.AdamWEMA); not yet timed on a GPU
 
     def __post_init__(self) -> None:
         for name in ("lr", "eps", "weight_decay", "clip_norm"):
@@ -44,10 +46,11 @@ class ScheduleConfig:
                 raise ValueError(f"schedule.{name} must be >= 0, got {getattr(self, name)}")
 
 
-def build_optimizer(model: Data2Vec, config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(model: Data2Vec, config: OptimConfig) -> torch.optim.AdamW | AdamWEMA:
     """AdamW over the student; parameters of one dimension go without weight decay if the configuration says so.
 
-    The mask embedding decays in either case, as in both released code bases.
+    The mask embedding decays in either case, as in both released code bases. With ``one_pass`` the optimizer moves the
+    teacher's averages as well.
     """
     decayed, free = [], []
     for name, p in model.named_parameters():
@@ -55,9 +58,10 @@ def build_optimizer(model: Data2Vec, config: OptimConfig) -> torch.optim.AdamW:
             decays = config.decay_vectors or p.ndim > 1 or name.endswith("mask_embedding")
             (decayed if decays else free).append(p)
     groups = [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
-    )
+    settings = {"lr": config.lr, "betas": config.betas, "eps": config.eps, "weight_decay": config.weight_decay}
+    if config.one_pass:
+        return AdamWEMA(groups, **settings, ema=model.teacher.averages())
+    return torch.optim.AdamW(groups, **settings, fused=True)
 
 
 def learning_rate(update: int, updates: int, optim: OptimConfig, schedule: ScheduleConfig) -> float:

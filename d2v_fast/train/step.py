@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from d2v_fast.nn import Batch, Data2Vec
+from d2v_fast.ops import clip_factor, l2_norm
+from d2v_fast.optim import AdamWEMA
 
 
 class StepMetrics(NamedTuple):
@@ -24,20 +26,20 @@ class StepMetrics(NamedTuple):
 def train_step(
     model: Data2Vec,
     batches: Sequence[Batch],  # the micro-batches of this update, on the model's device
-    optimizer: torch.optim.AdamW,
+    optimizer: torch.optim.AdamW | AdamWEMA,  # the latter moves the teacher's averages itself
     *,
     lr: float,
     update: int,  # updates completed before this one
     clip_norm: float = 0.0,
     autocast: bool = False,  # bf16
 ) -> StepMetrics:
-    """Make update ``update + 1``. A non-finite gradient leaves weights and optimizer state untouched."""
+    """Make update ``update + 1``. A non-finite gradient leaves weights, optimizer state and averages untouched."""
     config = model.config
     total = max(1, sum(batch.num_masked for batch in batches))
     outputs = []
     for index, batch in enumerate(batches):
         if index > 0 and config.ema.per == "micro_batch":  # data2vec 1.0 as released; see docs/numerics.md
-            model.teacher.update_(update)
+            model.teacher.update_(update, again=True)
         with torch.autocast(batch.inputs.device.type, torch.bfloat16, enabled=autocast):
             output = model(batch)
         weight = 1 / total if config.loss.token_weighted else 1 / (len(batches) * max(1, batch.num_masked))
@@ -45,15 +47,37 @@ def train_step(
         loss.backward()
         outputs.append(torch.stack([loss.detach(), output.target_var / len(batches), output.pred_var / len(batches)]))
 
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    apply = _one_pass if isinstance(optimizer, AdamWEMA) else _one_by_one
+    grad_norm, skipped = apply(model, optimizer, update + 1, clip_norm)
+    optimizer.zero_grad(set_to_none=True)
+    loss, target_var, pred_var = torch.stack(outputs).sum(0)
+    decay = config.ema.decay_at(update + 1)
+    return StepMetrics(loss, target_var, pred_var, grad_norm, skipped, decay, total)
+
+
+def _one_by_one(model: Data2Vec, optimizer: torch.optim.AdamW, update: int, clip_norm: float) -> tuple[Tensor, Tensor]:
+    """Clip, optimise, then step the teacher; gradient norm and 1.0 if it is not finite."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
     if clip_norm > 0:
         nn.utils.clip_grads_with_norm_(parameters, clip_norm, grad_norm, foreach=True)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
     optimizer.found_inf = (~torch.isfinite(grad_norm)).float()  # the fused kernel reads it on the device
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    decay = model.teacher.update_(update + 1)
-    loss, target_var, pred_var = torch.stack(outputs).sum(0)
-    return StepMetrics(loss, target_var, pred_var, grad_norm, optimizer.found_inf, decay, total)
+    model.teacher.update_(update, skip=optimizer.found_inf)
+    return grad_norm, optimizer.found_inf
+
+
+def _one_pass(model: Data2Vec, optimizer: AdamWEMA, update: int, clip_norm: float) -> tuple[Tensor, Tensor]:
+    """The same in one pass over the gradients for their norm, and one over everything."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    grad_norm = l2_norm([p.grad for p in parameters if p.grad is not None])
+    found_inf = (~torch.isfinite(grad_norm)).float()
+    optimizer.step(
+        grad_scale=clip_factor(grad_norm, clip_norm) if clip_norm > 0 else None,
+        found_inf=found_inf,
+        ema_decay=model.teacher.schedule.decay_at(update),
+    )
+    model.teacher.update_(update, averaged=True)  # copies what is not averaged
+    return grad_norm, found_inf
