@@ -4,7 +4,8 @@ python benchmarks/gpu_check.py                     # everything, nine minutes at
 python benchmarks/gpu_check.py --part tests        # or bench, or a part of the names that --list prints
 python benchmarks/gpu_check.py --resume            # only what has not passed yet at this commit
 
-Needs PyTorch for CUDA, Triton, NumPy and pytest; the package need not be installed. Parts run in order of importance:
+Needs PyTorch for CUDA, Triton, NumPy and pytest; the package need not be installed, and without hypothesis only the
+property tests are skipped. Parts run in order of importance:
 tests that need a GPU (no synchronisation, graph capture, offsets beyond 2**31), the other tests of the ops, then one
 benchmark after the other. What the budget leaves no time for is listed. Exit status: 0, 1 when a part failed, 2
 without a GPU. Writes one JSON a part to OUT/<gpu>/parts, the results to OUT/<gpu>, and summary.md.
@@ -25,6 +26,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 TESTS, BENCHMARKS = ROOT / "tests", ROOT / "benchmarks"
+STAND_INS = BENCHMARKS / "stand_ins"  # on the path of the tests where the real module is missing
 ORDER = ("data2vec_loss", "ema", "adamw_ema", "layer_targets", "layer_norm_gelu", "residual_dropout_layer_norm")
 TEST_SHARE = 0.45  # of the budget, when benchmarks run too
 SHORTEST = 15  # seconds; a part is not started with less
@@ -71,9 +73,18 @@ def missing_modules(file: Path, seen: set[Path] | None = None) -> set[str]:
         own = own_file(name, file.parent)
         if own:
             missing |= missing_modules(own, seen)
-        elif not name.startswith("d2v_fast") and importlib.util.find_spec(name.split(".")[0]) is None:
+        elif not name.startswith("d2v_fast") and not is_installed(name):
             missing.add(name.split(".")[0])
-    return missing
+    return missing - stand_ins()
+
+
+def is_installed(module: str) -> bool:
+    return importlib.util.find_spec(module.split(".")[0]) is not None
+
+
+def stand_ins() -> set[str]:
+    """Modules that the tests can do without."""
+    return {file.stem for file in STAND_INS.glob("*.py")}
 
 
 def own_file(module: str, folder: Path) -> Path | None:
@@ -94,7 +105,7 @@ def find_parts() -> list[Part]:
     found = []
     for file in sorted(TESTS.glob("test_*.py")):
         nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
-        needs = sorted(missing_modules(file) | ({"pytest"} if importlib.util.find_spec("pytest") is None else set()))
+        needs = sorted(missing_modules(file) | (set() if is_installed("pytest") else {"pytest"}))
         if any(isinstance(node, ast.Attribute) and ast.unparse(node) == "pytest.mark.gpu" for node in nodes):
             found.append(Part(f"gpu-{file.stem}", "gpu tests", file, needs))
         if any(isinstance(node, ast.Name) and node.id == "DEVICE" for node in nodes):
@@ -118,7 +129,7 @@ def command(part: Part, out: Path, commit: str, seconds: float) -> list[str]:
         return [*start, "--json", str(out / f"{part.name.removeprefix('bench_')}.json"), "--budget", f"{seconds:.0f}"]
     # the project's addopts name a plugin that may be missing
     options = ["-q", "-o", "addopts=", "--strict-markers", "--tb=short", "-rfE", "-p", "no:cacheprovider"]
-    if importlib.util.find_spec("pytest_timeout"):
+    if is_installed("pytest_timeout"):
         options.append("--timeout=120")
     only = "gpu" if part.kind == "gpu tests" else "not gpu"
     return [sys.executable, "-c", CODE, *options, "-m", only, str(part.file)]
@@ -157,6 +168,7 @@ def child_environment() -> dict[str, str]:
     """This process's, with the checkout on the path unless it is what is installed."""
     spec = importlib.util.find_spec("d2v_fast")
     path = [] if spec and spec.origin and ROOT in Path(spec.origin).resolve().parents else [str(ROOT)]
+    path += [] if all(map(is_installed, stand_ins())) else [str(STAND_INS)]
     inherited = os.environ.get("PYTHONPATH")
     joined = os.pathsep.join(path + ([inherited] if inherited else []))
     result = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "2"), "PYTHONUNBUFFERED": "1"}

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -246,6 +247,62 @@ def gpu_record(bench):
     return {"op": bench.op, "kind": "gpu", "environment": environment, "copy_gb_per_s": 100.0, "results": rows}
 
 
+class FakeGraph:
+    """A recording of calls whose replay takes 1 ms by the fake events."""
+
+    def replay(self):
+        pass
+
+
+class FakeEvent:
+    def __init__(self, **_):
+        pass
+
+    def record(self):
+        pass
+
+    def elapsed_time(self, end):
+        return 1.0
+
+
+@pytest.mark.parametrize(
+    "milliseconds,host,capturable,timer",
+    [
+        (0.01, 5.0, True, "graph"),  # short
+        (0.5, 480.0, True, "graph"),  # launches take as long as the kernels
+        (0.5, 100.0, True, "events"),
+        (0.01, 5.0, False, "events"),  # waits for the device
+    ],
+)
+def test_short_ops_are_timed_as_graphs(milliseconds, host, capturable, timer, monkeypatch):
+    timing = pytest.importorskip("timing")
+    calls = []
+    times = [0.9 * milliseconds, milliseconds, 1.1 * milliseconds]
+    monkeypatch.setattr(timing.triton.testing, "do_bench", lambda call, **_: [call(), times][1])
+    monkeypatch.setattr(timing, "host_us", lambda call: host)
+    for name, fake in {"Event": FakeEvent, "CUDAGraph": FakeGraph, "Stream": MagicMock, "graph": MagicMock()}.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    for name in ("current_stream", "stream", "synchronize"):
+        monkeypatch.setattr(torch.cuda, name, MagicMock())
+    result = timing.gpu_time([lambda: calls.append(0), lambda: calls.append(1)], capturable)
+    assert result.timer == timer
+    if timer == "events":
+        assert (result.p20, result.p50, result.p80) == tuple(times)
+        return
+    captured = len(calls) - 5  # two to warm up, one in do_bench, two on the side stream
+    assert captured == 2 * max(1, min(50, round(1 / milliseconds))) and calls.count(0) >= calls.count(1) > 0
+    assert result.p50 == pytest.approx(1.0 / captured)
+
+
+def test_input_sets_exceed_the_cache(monkeypatch):
+    timing = pytest.importorskip("timing")
+    monkeypatch.setattr(timing, "l2_bytes", lambda: 50 * 2**20)
+    for size in (1, 2**20, 30 * 2**20, 100 * 2**20, 900 * 2**20):
+        assert size < 2**21 or timing.input_sets(size) * size >= 200 * 2**20
+        assert timing.input_sets(size) >= 3
+    assert timing.input_sets(2**31) == 1
+
+
 def test_summary_and_plot(fake_gpu_times, tmp_path):
     bench = bench_of("ema")
     record = gpu_record(bench)
@@ -304,6 +361,22 @@ def test_missing_modules_are_found_through_own_modules(monkeypatch):
     )  # Triton is imported by the first call
     for part in gpu_check.find_parts():
         assert "omegaconf" not in part.needs
+
+
+def test_without_hypothesis_only_property_tests_are_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "is_installed", lambda name: name != "hypothesis")
+    (tmp_path / "test_x.py").write_text(
+        "import pytest\nfrom hypothesis import given, settings\nfrom hypothesis import strategies as st\n"
+        "@pytest.mark.parametrize('k', [1, 2])\n@settings(max_examples=2)\n"
+        "@given(st.lists(st.integers(0, 3)), y=st.data())\n"
+        "def test_property(k, x, y): assert 0\n"
+        "def test_other(): pass\n"
+    )
+    environment = gpu_check.child_environment()
+    assert str(gpu_check.STAND_INS) in environment["PYTHONPATH"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "test_x.py"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert "1 passed, 2 skipped" in done.stdout, done.stdout
 
 
 def part(tmp_path, name, code, needs=(), kind="bench"):
