@@ -175,6 +175,7 @@ COSTS = [
         {"sizes": BASE, "student": BF16, "copies": BF16}, SIZES, _predicted(816, 2.8, 1, 1.24),
     ),
     Cost("ema_update_", "94 M, bf16 copy", "ema_update", {"sizes": BASE, "copies": BF16}, SIZES),
+    Cost("adamw_ema_", "94 M, bf16 copy", "adamw_ema", {"sizes": BASE, "ema_copies": BF16}, SIZES),
     Cost("l2_norm", "94 M, bf16", "l2_norm", {"sizes": BASE, "dtype": BF16}, SIZES),
     Cost("bias_gelu", "speech base", "bias_gelu", {"rows": 11700, "width": 3072}, ROWS, _predicted(6, 1.58, 2, 0.36)),
     Cost("layer_norm_gelu", "speech conv 1", "layer_norm_gelu", {"rows": 374400, "width": 512}, ROWS),

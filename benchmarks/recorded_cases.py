@@ -214,6 +214,20 @@ CASES = [
     _case("ema_update_", "fp32, bf16 copy", ema_update, sizes=BASE, copies=BF16),
     _case("ema_update_", "bf16, bf16 copy", ema_update, sizes=BASE, student=BF16, copies=BF16),
     _case("ema_update_", "fp32 unaligned", ema_update, False, sizes=BASE, unaligned=True),
+    _case("adamw_ema_", "fp32", adamw_ema, sizes=BASE, ema=False),
+    _case("adamw_ema_", "fp32, ema, bf16 copy", adamw_ema, sizes=BASE, ema_copies=BF16),
+    _case(
+        "adamw_ema_", "bf16, ema, two bf16 copies", adamw_ema, sizes=BASE, grad=BF16, param_copies=BF16, ema_copies=BF16
+    ),
+    _case(
+        "adamw_ema_",
+        "fp16, ema, fp16 copy, fairseq",
+        adamw_ema,
+        sizes=BASE,
+        grad=FP16,
+        param_copies=FP16,
+        eps_mode="fairseq",
+    ),
     _case("l2_norm", "fp32", l2_norm, sizes=BASE),
     _case("l2_norm", "bf16", l2_norm, sizes=BASE, dtype=BF16),
     _case("bias_gelu", "bf16 3072", bias_gelu, rows=11700, width=3072),

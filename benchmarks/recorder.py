@@ -109,7 +109,7 @@ class Recorder(TorchDispatchMode):
         if name in FREE or name in SYNCS or func.is_view:
             return
         inputs = _tensors((args, kwargs))
-        written = outputs or _tensors(args[0])  # foreach operators return nothing
+        written = _tensors((outputs, _mutated(func, args, kwargs)))
         if name in LAYER_NORMS and not inputs[0].is_contiguous():  # copied inside the operator
             self.recording.aten.append(("contiguous", 1, 2 * dense_bytes(inputs[0])))
         self.recording.aten.append((name, _launches(name, args, inputs), _traffic(name, inputs, written)))
@@ -141,6 +141,12 @@ def dense_bytes(x: Tensor) -> int:
 def _tensors(tree: Any) -> list[Tensor]:
     unique = {id(x): x for x in tree_leaves(tree) if isinstance(x, Tensor)}
     return list(unique.values())
+
+
+def _mutated(func, args: tuple, kwargs: dict) -> list[Any]:
+    parameters = func._schema.arguments
+    given = {parameter.name: value for parameter, value in zip(parameters, args, strict=False)} | kwargs
+    return [given.get(x.name) for x in parameters if x.alias_info is not None and x.alias_info.is_write]
 
 
 def _traffic(name: str, inputs: list[Tensor], written: list[Tensor]) -> int:

@@ -13,6 +13,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -33,7 +36,7 @@ def _native_dropout(x: torch.Tensor, p: float = 0.5, training: bool = True, inpl
     return torch.native_dropout(x, p, True)[0] if training and p > 0 else x  # one kernel, as on a GPU
 
 
-def _steady(call, num_masked: int | None = None) -> Recording:
+def _steady(call: Callable[[], Any], num_masked: int | None = None) -> Recording:
     record(call, num_masked)  # tables and upstream gradients are made once
     return record(call, num_masked)
 
@@ -65,39 +68,39 @@ def count(cost: Cost) -> Row:
     return row
 
 
-def interpreted() -> dict[str, Row]:
-    """Bytes at the small shapes, from a process of its own: a process either interprets or records."""
-    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+def traffic() -> dict[str, dict[str, int]]:
+    """Bytes counted at the small shapes; needs TRITON_INTERPRET=1."""
+    return {cost.name: asdict(measure(cost.ours(small=True), SMALL_SMS)) for cost in COSTS}
+
+
+@contextmanager
+def _interpreted() -> Iterator[Callable[[], dict[str, dict[str, int]]]]:
+    """:func:`traffic` in a process of its own: a process either interprets or records."""
     command = [sys.executable, __file__, "--traffic"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-    return json.loads(done.stdout)
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
 
+        def result() -> dict[str, dict[str, int]]:
+            output, _ = process.communicate()
+            if process.returncode != 0:
+                raise RuntimeError(f"{' '.join(command)} failed, see above")
+            return json.loads(output)
 
-def traffic() -> dict[str, Row]:
-    """What :func:`interpreted` prints."""
-    found = {}
-    for cost in COSTS:
-        call = cost.ours(small=True)
-        call()
-        seen = measure(call, SMALL_SMS)
-        found[cost.name] = {"distinct": seen.distinct, "requested": seen.requested}
-    return found
+        yield result
 
 
 def table() -> list[Row]:
     """All rows; raises ValueError where a formula and the interpreter disagree."""
-    seen = interpreted()
-    rows = []
-    for cost in COSTS:
-        counted = seen[cost.name]
-        partials = record(cost.ours(small=True), num_sms=SMALL_SMS).partials
-        error = (cost.formula(small=True) + partials) / counted["distinct"] - 1
+    with _interpreted() as seen:
+        rows = [count(cost) for cost in COSTS]
+        small = [record(cost.ours(small=True), num_sms=SMALL_SMS).partials for cost in COSTS]
+        counted = seen()
+    for cost, row, partials in zip(COSTS, rows, small, strict=True):
+        distinct, requested = counted[cost.name]["distinct"], counted[cost.name]["requested"]
+        error = (cost.formula(small=True) + partials) / distinct - 1
         if abs(error) > TOLERANCE:
             raise ValueError(f"{cost.name}: the formula is {error:+.1%} off the bytes counted in the interpreter")
-        reread = round(counted["requested"] / counted["distinct"], 2)
-        rows.append({**count(cost), "formula_error": round(error, 4), "requested_per_distinct": reread})
+        row |= {"formula_error": round(error, 4), "requested_per_distinct": round(requested / distinct, 2)}
     return rows
 
 

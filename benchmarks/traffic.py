@@ -66,7 +66,7 @@ def measure(function: Callable[[], Any], num_sms: int) -> Traffic:
         mock.patch.object(builder, "create_masked_load", watched_load),
         mock.patch.object(builder, "create_masked_store", watched_store),
         mock.patch.object(interpreter.InterpretedFunction, "run", watched_run),
-        np.errstate(all="ignore"),
+        np.errstate(all="ignore"),  # inputs are undefined memory
     ):
         function()
     return watch.traffic

@@ -1,0 +1,121 @@
+"""The committed table of launches and bytes, and the counters it rests on."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLE = ROOT / "benchmarks" / "results" / "static" / "cost.json"
+
+
+@pytest.fixture(scope="module")
+def static_cost():
+    pytest.importorskip("triton")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "benchmarks"))
+        import static_cost
+    return static_cost
+
+
+@pytest.fixture(scope="module")
+def recorder(static_cost):
+    return sys.modules["recorder"]
+
+
+@pytest.fixture
+def committed():
+    return json.loads(TABLE.read_text())
+
+
+def test_costs_as_committed(static_cost):
+    """The counts are those of the table, and every formula agrees with the bytes that the interpreter counts."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
+    command = [sys.executable, str(ROOT / "benchmarks" / "static_cost.py"), "--check"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_ours_cost_less(committed):
+    for row in committed["costs"]:
+        ours, others = row["ours"], (row["fairseq"], row["eager"])
+        assert ours["syncs"] == 0, row
+        assert all(ours["launches"] <= other["launches"] for other in others), row
+        assert all(ours["bytes"] <= 1.001 * other["bytes"] for other in others), row
+
+
+def test_differences_are_reported(static_cost, committed):
+    rows = json.loads(TABLE.read_text())["costs"]
+    assert static_cost.problems(rows, committed) == []
+    rows[0]["ours"]["launches"] += 1
+    rows[1]["eager"]["bytes"] += 1
+    assert len(static_cost.problems(rows, committed)) == 2
+    assert len(static_cost.problems(rows[:-1], committed)) == 3
+    committed["torch"] = "1.0"  # whose eager code may launch other kernels
+    assert len(static_cost.problems(rows, committed)) == 1
+
+
+def test_recorder_counts_launches_and_bytes(recorder):
+    x, row = torch.ones(8, 16), torch.ones(16)
+    recording = recorder.record(lambda: (x.t() + row[:8].expand(16, 8)).to(torch.bfloat16))
+    assert [name for name, *_ in recording.aten] == ["add", "_to_copy"]  # views cost nothing
+    added, copied = 4 * (128 + 8 + 128), (4 + 2) * 128  # expanded elements are read once
+    assert (recording.launches, recording.bytes, recording.syncs) == (2, added + copied, 0)
+    assert recording.allocated == (4 + 2) * 128
+
+
+def test_recorder_counts_what_is_mutated(recorder):
+    params, grads, first, second = ([torch.ones(10), torch.ones(6)] for _ in range(4))
+    assert recorder.record(lambda: torch._foreach_mul_(params, 2.0)).bytes == 2 * 4 * 16
+    assert recorder.record(lambda: params[0].copy_(grads[0])).bytes == 2 * 4 * 10
+    steps, options = [torch.ones(()), torch.ones(())], {"weight_decay": 0.0, "amsgrad": False, "maximize": False}
+    options |= {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "grad_scale": torch.ones(())}
+    lists = (params, grads, first, second, [], steps)
+    fused = recorder.record(lambda: torch._fused_adamw_(*lists, **options))
+    assert (fused.launches, fused.bytes) == (1, 2 * 4 * 4 * 16 + 3 * 4)  # under a scale, gradients are written as well
+
+
+def test_recorder_sees_hidden_costs(recorder):
+    x, mask = torch.ones(8, 16), torch.arange(8) < 3
+    recording = recorder.record(lambda: x[mask])
+    assert (recording.launches, recording.syncs, recording.allocated) == (4, 1, 3 * 16 * 4)
+    assert recorder.record(lambda: x.sum().item()).syncs == 1
+    recording = recorder.record(lambda: torch.nn.functional.layer_norm(x.t(), (8,)))
+    assert [name for name, *_ in recording.aten] == ["contiguous", "native_layer_norm"]
+
+
+def test_recorder_follows_our_ops_below_autograd(recorder):
+    from d2v_fast import ops
+
+    pred = torch.zeros(6, 128, dtype=torch.bfloat16, requires_grad=True)
+    recording = recorder.record(lambda: ops.masked_smooth_l1(pred, torch.zeros(6, 128)).backward())
+    assert [launch.name for launch in recording.triton] == [
+        "_masked_smooth_l1_fwd_kernel",
+        "_masked_smooth_l1_bwd_kernel",
+    ]
+    assert [name for name, *_ in recording.aten] == ["zeros", "sum", "ones_like"]
+    recording = recorder.record(lambda: ops.layer_targets([torch.zeros(2, 8, 16)] * 3, norm="batch"))
+    assert "_layer_targets_kernel" in {launch.name for launch in recording.triton}
+
+
+@pytest.mark.parametrize(
+    ("sizes", "lists", "launches"),
+    [
+        ([], 2, 0),
+        ([1], 1, 1),
+        ([1] * 110, 1, 1),
+        ([1] * 111, 1, 2),
+        ([1] * 64, 2, 1),
+        ([1] * 65, 2, 2),
+        ([65536 * 320], 2, 1),
+        ([65536 * 320 + 1], 2, 2),
+        ([65536 * 319, 65537], 2, 2),
+    ],
+)
+def test_foreach_launches(recorder, sizes, lists, launches):
+    assert recorder.foreach_launches(sizes, lists) == launches
