@@ -39,8 +39,11 @@ def residual_dropout_layer_norm_ref(
         wide = wide * factor
     elif p > 0:
         wide = F.dropout(wide, p)
-    (h,) = _rows.cast(residual.dtype, stream + _scaled(wide, scale, row_scale))
-    y, mean, rstd = torch.native_layer_norm(*_rows.cast(acc, h), x.shape[-1:], w, b, eps)
+    total = stream + _scaled(wide, scale, row_scale)
+    (h,) = _rows.cast(residual.dtype, total)
+    if h is not total:  # the value of h, whose own gradient would be rounded
+        total = total + (h.to(acc) - total).detach()
+    y, mean, rstd = torch.native_layer_norm(total, x.shape[-1:], w, b, eps)
     return *_rows.cast(x.dtype, y), h, mean, rstd
 
 
