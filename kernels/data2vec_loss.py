@@ -35,25 +35,28 @@ class LaunchConfig:
     num_warps: int
 
 
-def config_for(pred: Tensor, whole_rows: bool) -> LaunchConfig:
+def config_for(pred: Tensor, layers: Sequence[Tensor], whole_rows: bool) -> LaunchConfig:
     """The tiles for ``pred`` [N, C]; ``whole_rows`` when a layer norm needs all channels in one program.
 
     16 elements per thread, the most that leaves registers for 16 warps, and one wave of programs where there are rows
-    enough: each leaves 16 C bytes of partial sums. Layer norms at C = 768 leave a quarter of 1024 lanes idle, which
-    costs issue slots but no memory traffic.
+    enough. Each row program leaves 16 C bytes of partial sums: fewer are started where these would pass 1/64 of the
+    layer results, down to one per processor. Layer norms at C = 768 leave a quarter of 1024 lanes idle, which costs
+    issue slots but no memory traffic.
     """
     N, C = pred.shape
     row = triton.next_power_of_2(max(C, 1))
     if launch.interpreted(pred):
-        return LaunchConfig(block_n=64, block_c=row, tiles=2, num_warps=4)
+        return LaunchConfig(min(triton.next_power_of_2(N), 32), row, tiles=2, num_warps=4)
     if whole_rows:
         block_n, block_c = min(max(4096 // row, 1), 32), row
     else:
         block_n, block_c = 32, min(row, 64)
     num_warps = min(max(block_n * block_c // 512, 4), 16)
-    programs = _processors(pred.device) * _WARPS_PER_SM // num_warps
-    tiles = triton.cdiv(N * triton.cdiv(C, block_c), block_n * programs)
-    return LaunchConfig(block_n, block_c, max(tiles, 1), num_warps)
+    processors, col_blocks = _processors(pred.device), triton.cdiv(C, block_c)
+    wave = processors * _WARPS_PER_SM // num_warps // col_blocks
+    affordable = sum(x.nbytes for x in layers) // 64 // (16 * C)
+    parts = min(wave, max(affordable, processors // col_blocks))
+    return LaunchConfig(block_n, block_c, triton.cdiv(N, block_n * max(parts, 1)), num_warps)
 
 
 @lru_cache
@@ -263,7 +266,7 @@ def data2vec_loss_fwd(
         return loss, grad.fill_(value), moments, spread
     layers = targets.same_strides(layers)
     whole_rows = "layer" in (norm, post_norm)
-    config = config or config_for(pred, whole_rows)
+    config = config or config_for(pred, layers, whole_rows)
     num_parts = triton.cdiv(N, config.block_n * config.tiles)
     parts = torch.empty((num_parts, 4, C), device=pred.device, dtype=torch.float32)
     losses = torch.empty((num_parts, triton.cdiv(C, config.block_c)), device=pred.device, dtype=torch.float32)
@@ -312,8 +315,9 @@ def data2vec_loss_fwd(
 def _merge(parts: Tensor, losses: Tensor, num_rows: int, rows_per_part: int) -> tuple[Tensor, Tensor, Tensor]:
     """(loss [], moments [2, 2, C], spread [2]) of the partial sums."""
     num_parts, _, C = parts.shape
+    block_c = triton.next_power_of_2(C) if launch.interpreted(parts) else _MERGE_COLS
     loss, moments, spread = (torch.empty(s, device=parts.device, dtype=parts.dtype) for s in ((), (2, 2, C), (2, C)))
-    _merge_kernel[(2 * triton.cdiv(C, _MERGE_COLS) + 1,)](
+    _merge_kernel[(2 * triton.cdiv(C, block_c) + 1,)](
         parts,
         losses,
         moments,
@@ -325,7 +329,7 @@ def _merge(parts: Tensor, losses: Tensor, num_rows: int, rows_per_part: int) -> 
         losses.numel(),
         C,
         BLOCK_P=_MERGE_PARTS,
-        BLOCK_C=_MERGE_COLS,
+        BLOCK_C=block_c,
         BLOCK_L=_MERGE_LOSSES,
         num_warps=4,
     )
@@ -342,9 +346,8 @@ def data2vec_loss_bwd(
     """
     out = torch.empty_like(grad_pred)
     size = out.numel()
+    block = 65536 if launch.interpreted(out) else _SCALE_BLOCK
     if size > 0:
         with launch.device_guard(out):
-            _scale_kernel[(triton.cdiv(size, _SCALE_BLOCK),)](
-                grad_loss, grad_pred, out, size, BLOCK=_SCALE_BLOCK, num_warps=4
-            )
+            _scale_kernel[(triton.cdiv(size, block),)](grad_loss, grad_pred, out, size, BLOCK=block, num_warps=4)
     return out

@@ -31,7 +31,8 @@ def config_for(x: Tensor, whole_rows: bool) -> LaunchConfig:
     """Tiles for ``x`` [B, T, C]; ``whole_rows`` when a layer norm needs all C channels in one program."""
     row = triton.next_power_of_2(max(x.shape[2], 1))
     if launch.interpreted(x):
-        return LaunchConfig(block_t=64, block_c_stats=min(row, 512), block_n=64, block_c=row, num_warps=4)
+        block_t = min(triton.next_power_of_2(x.shape[1]), 64)
+        return LaunchConfig(block_t, block_c_stats=min(row, 512), block_n=64, block_c=row, num_warps=4)
     if whole_rows:
         block_n = min(max(4096 // row, 1), 16)
         warps = 8 if block_n * row >= 4096 else 4

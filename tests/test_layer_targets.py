@@ -1,7 +1,9 @@
+import importlib
+
 import pytest
 import torch
-import torch.nn.functional as F
 from checks import DEVICE, INTERPRET, RUNS_KERNELS, assert_as_accurate_as_eager
+from eager_targets import EPS, eager_targets, make_layers, some_positions
 
 from d2v_fast.ops import layer_targets
 from d2v_fast.ops.layer_targets import NORMS, POST_NORMS, _op, layer_targets_ref
@@ -9,40 +11,6 @@ from d2v_fast.ops.layer_targets import NORMS, POST_NORMS, _op, layer_targets_ref
 pytestmark = pytest.mark.usefixtures("poison")
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
-EPS = 1e-5
-
-
-def make_layers(K, B, T, C, dtype=F32, mean=1.0):
-    """K layer results whose channels differ in mean and spread, one class-token row in front of the frames."""
-    shift, spread = mean * torch.randn(C), 0.3 + torch.rand(C)
-    return [(shift + spread * torch.randn(B, 1 + T, C)).to(DEVICE, dtype)[:, 1:] for _ in range(K)]
-
-
-def one_norm(x, norm, lengths):
-    """Independent of the op's reference: torch's own norms, sequence by sequence where lengths count."""
-    B, T, C = x.shape
-    if norm == "layer":
-        return F.layer_norm(x, (C,), eps=EPS)
-    if norm == "none":
-        return x
-    if norm == "batch":
-        valid = x.flatten(0, 1) if lengths is None else torch.cat([row[:n] for row, n in zip(x, lengths, strict=True)])
-        var, mean = torch.var_mean(valid, 0, correction=0)
-        return F.batch_norm(x.flatten(0, 1), mean, var, eps=EPS).view(B, T, C)
-    if lengths is None:
-        return F.instance_norm(x.transpose(1, 2), eps=EPS).transpose(1, 2)
-    rows = []
-    for row, n in zip(x, lengths, strict=True):
-        var, mean = torch.var_mean(row[:n], 0, correction=0)
-        rows.append((row - mean) / (var + EPS).sqrt())
-    return torch.stack(rows)
-
-
-def eager_targets(layers, norm, post_norm="none", positions=None, lengths=None):
-    lengths = None if lengths is None else lengths.tolist()
-    y = sum(one_norm(x, norm, lengths) for x in layers) / len(layers)
-    y = one_norm(y, post_norm, lengths)
-    return y if positions is None else y.flatten(0, 1)[positions.long()]
 
 
 def check_against_fp64(layers, **options):
@@ -52,10 +20,6 @@ def check_against_fp64(layers, **options):
     eager = eager_targets([x.float() for x in layers], **options)
     exact = eager_targets([x.double() for x in layers], **options)
     assert_as_accurate_as_eager(got, eager, exact)
-
-
-def some_positions(B, T, dtype=torch.int32):
-    return (torch.rand(B * T) < 0.4).nonzero()[:, 0].to(DEVICE, dtype)
 
 
 @pytest.mark.parametrize("post_norm", POST_NORMS)
@@ -71,7 +35,9 @@ def test_matches_fp64(norm, post_norm, with_lengths, gathered):
 
 @pytest.mark.parametrize("norm", ["instance", "layer"])
 @pytest.mark.parametrize("dtype", [BF16, F16])
-@pytest.mark.parametrize("K,B,T,C", [(1, 1, 2, 1), (8, 2, 21, 64), (10, 1, 9, 768), (40, 1, 3, 5), (2, 5, 65, 600)])
+@pytest.mark.parametrize(
+    "K,B,T,C", [(1, 1, 2, 1), (8, 2, 21, 64), (10, 1, 9, 768), (24, 1, 3, 2048), (40, 1, 3, 5), (2, 5, 65, 600)]
+)
 def test_shapes_and_dtypes(K, B, T, C, dtype, norm):
     check_against_fp64(make_layers(K, B, T, C, dtype), norm=norm, positions=some_positions(B, T, torch.int64))
 
@@ -260,6 +226,16 @@ def test_indices_out_of_range_raise_on_cpu():
         layer_targets(layers, positions=torch.tensor([3, -1]))
     with pytest.raises(ValueError, match=r"lengths must lie in \[0, 5\], got values from 2 to 6"):
         layer_targets(layers, lengths=torch.tensor([6, 2]))
+
+
+def test_check_looks_at_the_ranges_before_the_op_runs(monkeypatch):
+    op = importlib.import_module("d2v_fast.ops.layer_targets")  # the package holds the function under this name
+    monkeypatch.setattr(op, "_op", None)
+    layers = make_layers(1, 2, 5, 4)
+    with pytest.raises(ValueError, match=r"positions must lie in \[0, 9\], got values from 10 to 10"):
+        layer_targets(layers, positions=torch.tensor([10], device=DEVICE), check=True)
+    with pytest.raises(ValueError, match=r"lengths must lie in \[0, 5\], got values from -1 to 6"):
+        layer_targets(layers, lengths=torch.tensor([6, -1], device=DEVICE), check=True)
 
 
 @pytest.mark.gpu
