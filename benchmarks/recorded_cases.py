@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from d2v_fast import ops
+from d2v_fast.kernels import chunks
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 Call = Callable[[], Any]
@@ -115,6 +116,13 @@ def ema_update(sizes: list[tuple[int, ...]], student=FP32, copies=None, unaligne
     return lambda: ops.ema_update_(teacher, source, decay, copies=low)
 
 
+def int_tensor() -> Call:
+    """The writer of small tables: on a CPU its launcher makes them without it."""
+    first = torch.empty(chunks._VALUES_PER_LAUNCH, dtype=torch.int64)
+    values = (chunks._ODD_LARGE,) * len(first)
+    return lambda: chunks._write_kernel[(1,)](first, values, 0, num_warps=1)
+
+
 def l2_norm(sizes: list[tuple[int, ...]], dtype=FP32) -> Call:
     tensors = _model(sizes, dtype)
     return lambda: ops.l2_norm(tensors)
@@ -210,6 +218,7 @@ CASES = [
     _case("data2vec_loss", "vision fp32, pred bf16", data2vec_loss, **VISION, dtype=FP32),
     _case("data2vec_loss", "vision large bf16", data2vec_loss, **VISION_LARGE),
     _case("data2vec_loss", "width 100", data2vec_loss, False, shape=(15, 780, 100), num_layers=8, fraction=0.447),
+    _case("ema_update_", "table of tensors", int_tensor, False),
     _case("ema_update_", "fp32", ema_update, sizes=BASE),
     _case("ema_update_", "fp32, bf16 copy", ema_update, sizes=BASE, copies=BF16),
     _case("ema_update_", "bf16, bf16 copy", ema_update, sizes=BASE, student=BF16, copies=BF16),

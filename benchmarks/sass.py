@@ -65,7 +65,7 @@ def inspect(kernel: CompiledKernel) -> MachineCode:
         file.write(kernel.asm["cubin"])
         file.flush()
         usage = _tool("cuobjdump", "-res-usage", file.name)
-        code, labels = _parse(_tool("nvdisasm", "-c", file.name))
+        code, labels = _parse(_tool("nvdisasm", "-c", "-ndf", file.name))  # no data flow: a third faster
     names = [name for name, _ in code]
     return MachineCode(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),

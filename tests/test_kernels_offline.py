@@ -52,7 +52,7 @@ def test_check_fails_on_another_table(aot_report, committed, tmp_path):
         row["whole"]["instructions"] //= 2
     table = tmp_path / "aot.json"
     table.write_text(json.dumps(committed))
-    done = check("--only", "ema", "--table", str(table))
+    done = check("--only", "masked", "--table", str(table))
     assert done.returncode == 1, done.stderr
     assert "instructions (whole)" in done.stdout
 
