@@ -13,7 +13,8 @@ import triton.language as tl
 def _normal_cdf(u):
     """Phi(u), and exp(-u^2 / 2), which it needs anyway."""
     a = tl.abs(u) * 0.7071067811865476
-    t = 1.0 / (1.0 + 0.3275911 * a)
+    root = tl.rsqrt(1.0 + 0.3275911 * a)
+    t = root * root  # 1 / (1 + ...) in two instructions instead of seven
     p = t * (0.127414796 + t * (-0.142248368 + t * (0.7107068705 + t * (-0.7265760135 + t * 0.5307027145))))
     bell = tl.exp2(-1.4426950408889634 * a * a)
     tail = p * bell  # Phi(-|u|); the coefficients above are half the published ones

@@ -11,8 +11,8 @@ from d2v_fast.kernels.rows import LaunchConfig
 
 
 def config_for(x: Tensor, backward: bool = False) -> LaunchConfig:
-    """The tile for ``x`` [N, C]. Backward keeps twice as much in registers, so it gets half the elements."""
-    return rows.whole_rows(x, 1024 if backward else 2048)
+    """The tile for ``x`` [N, C]. Backward keeps twice as much in registers, so a thread gets half the elements."""
+    return rows.whole_rows(x, 8 if backward else 16)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -29,13 +29,14 @@ def _layer_norm_gelu_fwd_kernel(
     eps,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    FULL: tl.constexpr,  # C == BLOCK_C
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     cols = tl.arange(0, BLOCK_C)
     r, inside = rows.tile(tl.program_id(0), cols, N, C, BLOCK_N)
     x = tl.load(x_ptr + r[:, None] * stride_x + cols[None, :], mask=inside, other=0.0).to(tl.float32)
-    normed, mean, rstd = rows.standardise(x, inside, C, eps)
+    normed, mean, rstd = rows.standardise(x, cols, C, eps, FULL)
     weight = rows.load_vector(weight_ptr, cols, C, 1.0, HAS_WEIGHT)
     bias = rows.load_vector(bias_ptr, cols, C, 0.0, HAS_BIAS)
     y = gelu(normed * weight + bias)
@@ -53,14 +54,14 @@ def _layer_norm_gelu_bwd_kernel(
     weight_ptr,  # [C], not read without HAS_WEIGHT
     bias_ptr,  # [C], not read without HAS_BIAS
     grad_x_ptr,  # [N, C] contiguous
-    weight_partial_ptr,  # [programs, C] fp32, not written without HAS_WEIGHT
-    bias_partial_ptr,  # [programs, C] fp32, not written without HAS_BIAS
+    partial_ptr,  # [programs, HAS_WEIGHT + HAS_BIAS, C] fp32
     N,
     C,
     stride_grad,
     stride_x,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    FULL: tl.constexpr,  # C == BLOCK_C
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -75,7 +76,7 @@ def _layer_norm_gelu_bwd_kernel(
         grad = tl.load(grad_ptr + r[:, None] * stride_grad + cols[None, :], mask=inside, other=0.0).to(tl.float32)
         mean = tl.load(mean_ptr + r, mask=r < N, other=0.0)
         rstd = tl.load(rstd_ptr + r, mask=r < N, other=0.0)
-        normed = tl.where(inside, (x - mean[:, None]) * rstd[:, None], 0.0)
+        normed = rows.standardise_again(x, mean, rstd, cols, C, FULL)
         grad *= gelu_grad(normed * weight + bias)
         if HAS_WEIGHT:
             weight_total += grad * normed
@@ -83,11 +84,11 @@ def _layer_norm_gelu_bwd_kernel(
             bias_total += grad
         grad_x = rows.standardise_grad(grad * weight, normed, rstd, C)
         tl.store(grad_x_ptr + r[:, None] * C + cols[None, :], grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
-    out = tl.program_id(0).to(tl.int64) * C + cols
+    out = partial_ptr + tl.program_id(0).to(tl.int64) * (HAS_WEIGHT + HAS_BIAS) * C + cols
     if HAS_WEIGHT:
-        tl.store(weight_partial_ptr + out, tl.sum(weight_total, axis=0), mask=cols < C)
+        tl.store(out, tl.sum(weight_total, axis=0), mask=cols < C)
     if HAS_BIAS:
-        tl.store(bias_partial_ptr + out, tl.sum(bias_total, axis=0), mask=cols < C)
+        tl.store(out + HAS_WEIGHT * C, tl.sum(bias_total, axis=0), mask=cols < C)
 
 
 def layer_norm_gelu_fwd(
@@ -117,6 +118,7 @@ def layer_norm_gelu_fwd(
                 eps,
                 HAS_WEIGHT=weight is not None,
                 HAS_BIAS=bias is not None,
+                FULL=config.block_c == C,
                 BLOCK_N=config.block_n,
                 BLOCK_C=config.block_c,
                 num_warps=config.num_warps,
@@ -132,15 +134,14 @@ def layer_norm_gelu_bwd(
     weight: Tensor | None,  # [C] contiguous
     bias: Tensor | None,  # [C] contiguous
     config: LaunchConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (contiguous, in x's dtype), weight and bias (empty where there is none)."""
+) -> tuple[Tensor, Tensor]:
+    """Gradient of x (contiguous, in x's dtype), and of weight and bias, those that are there: [0 to 2, C] fp32."""
     N, C = x.shape
     config = config or config_for(x, backward=True)
     programs = max(min(config.max_programs, triton.cdiv(N, config.block_n)), 1)
     grad_x = torch.empty((N, C), device=x.device, dtype=x.dtype)
-    partials = [
-        torch.empty((0 if v is None else programs, C), device=x.device, dtype=torch.float32) for v in (weight, bias)
-    ]
+    vectors = sum(v is not None for v in (weight, bias))
+    partials = torch.empty((programs, vectors, C), device=x.device, dtype=torch.float32)
     with launch.device_guard(x):  # without rows as well: the gradients of weight and bias are 0 then
         _layer_norm_gelu_bwd_kernel[(programs,)](
             grad,
@@ -150,15 +151,16 @@ def layer_norm_gelu_bwd(
             x if weight is None else weight,
             x if bias is None else bias,
             grad_x,
-            *partials,
+            partials,
             N,
             C,
             grad.stride(0),
             x.stride(0),
             HAS_WEIGHT=weight is not None,
             HAS_BIAS=bias is not None,
+            FULL=config.block_c == C,
             BLOCK_N=config.block_n,
             BLOCK_C=config.block_c,
             num_warps=config.num_warps,
         )
-    return grad_x, rows.sum_partials(partials[0], weight), rows.sum_partials(partials[1], bias)
+    return grad_x, partials.sum(0)

@@ -13,8 +13,8 @@ from d2v_fast.kernels.rows import LaunchConfig
 
 
 def config_for(x: Tensor, backward: bool = False) -> LaunchConfig:
-    """The tile for ``x`` [N, C]. Backward keeps twice as much in registers, so it gets half the elements."""
-    return rows.whole_rows(x, 1024 if backward else 2048)
+    """The tile for ``x`` [N, C]. Backward keeps twice as much in registers, so a thread gets half the elements."""
+    return rows.whole_rows(x, 8 if backward else 16)
 
 
 @triton.jit
@@ -54,6 +54,7 @@ def _residual_dropout_layer_norm_fwd_kernel(
     HAS_COLUMN_SCALE: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
     DROPOUT: tl.constexpr,
+    FULL: tl.constexpr,  # C == BLOCK_C
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -70,7 +71,7 @@ def _residual_dropout_layer_norm_fwd_kernel(
     out = r[:, None] * C + cols[None, :]
     tl.store(h_ptr + out, h, mask=inside)
     # of the rounded sum: y is then a function of the h that backward reads
-    normed, mean, rstd = rows.standardise(h.to(tl.float32), inside, C, eps)
+    normed, mean, rstd = rows.standardise(h.to(tl.float32), cols, C, eps, FULL)
     weight = rows.load_vector(weight_ptr, cols, C, 1.0, HAS_WEIGHT)
     bias = rows.load_vector(bias_ptr, cols, C, 0.0, HAS_BIAS)
     y = normed * weight + bias
@@ -93,9 +94,7 @@ def _residual_dropout_layer_norm_bwd_kernel(
     x_ptr,  # [N, C], not read without HAS_X
     grad_x_ptr,  # [N, C] contiguous
     grad_residual_ptr,  # [N, C] contiguous, not written without TWO_GRADS
-    weight_partial_ptr,  # [programs, C] fp32, not written without HAS_WEIGHT
-    bias_partial_ptr,  # [programs, C] fp32, not written without HAS_BIAS
-    scale_partial_ptr,  # [programs, C] fp32, not written without HAS_X
+    partial_ptr,  # [programs, HAS_WEIGHT + HAS_BIAS + HAS_X, C] fp32
     N,
     C,
     rows_per_sample,
@@ -112,6 +111,7 @@ def _residual_dropout_layer_norm_bwd_kernel(
     DROPOUT: tl.constexpr,
     HAS_X: tl.constexpr,  # the gradient of the column scale is wanted
     TWO_GRADS: tl.constexpr,  # that of the residual is not simply that of x
+    FULL: tl.constexpr,  # C == BLOCK_C
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -129,7 +129,7 @@ def _residual_dropout_layer_norm_bwd_kernel(
         grad_y = grad_y.to(tl.float32)
         mean = tl.load(mean_ptr + r, mask=r < N, other=0.0)
         rstd = tl.load(rstd_ptr + r, mask=r < N, other=0.0)
-        normed = tl.where(inside, (h - mean[:, None]) * rstd[:, None], 0.0)
+        normed = rows.standardise_again(h, mean, rstd, cols, C, FULL)
         if HAS_WEIGHT:
             weight_total += grad_y * normed
         if HAS_BIAS:
@@ -149,13 +149,13 @@ def _residual_dropout_layer_norm_bwd_kernel(
             scale_total += tl.where(inside, grad * x.to(tl.float32), 0.0)
         grad *= column_scale
         tl.store(grad_x_ptr + at, grad.to(grad_x_ptr.dtype.element_ty), mask=inside)
-    out = tl.program_id(0).to(tl.int64) * C + cols
+    out = partial_ptr + tl.program_id(0).to(tl.int64) * (HAS_WEIGHT + HAS_BIAS + HAS_X) * C + cols
     if HAS_WEIGHT:
-        tl.store(weight_partial_ptr + out, tl.sum(weight_total, axis=0), mask=cols < C)
+        tl.store(out, tl.sum(weight_total, axis=0), mask=cols < C)
     if HAS_BIAS:
-        tl.store(bias_partial_ptr + out, tl.sum(bias_total, axis=0), mask=cols < C)
+        tl.store(out + HAS_WEIGHT * C, tl.sum(bias_total, axis=0), mask=cols < C)
     if HAS_X:
-        tl.store(scale_partial_ptr + out, tl.sum(scale_total, axis=0), mask=cols < C)
+        tl.store(out + (HAS_WEIGHT + HAS_BIAS) * C, tl.sum(scale_total, axis=0), mask=cols < C)
 
 
 def _dropout(p: float) -> tuple[int, float]:
@@ -205,6 +205,7 @@ def residual_dropout_layer_norm_fwd(
                 HAS_COLUMN_SCALE=column_scale is not None,
                 HAS_ROW_SCALE=row_scale is not None,
                 DROPOUT=seed is not None,
+                FULL=config.block_c == C,
                 BLOCK_N=config.block_n,
                 BLOCK_C=config.block_c,
                 num_warps=config.num_warps,
@@ -227,10 +228,10 @@ def residual_dropout_layer_norm_bwd(
     p: float,
     two_grads: bool,  # False: the gradient of the residual is that of x, and not written
     config: LaunchConfig | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, residual, weight, bias and column scale.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, residual (empty without ``two_grads``) and the vectors.
 
-    Empty where there is nothing to compute, and for the residual without ``two_grads``.
+    The last is [0 to 3, C] fp32: weight, bias and, with ``x``, column scale, those that are there.
     """
     N, C = h.shape
     config = config or config_for(h, backward=True)
@@ -238,8 +239,8 @@ def residual_dropout_layer_norm_bwd(
     threshold, dropout_scale = _dropout(p)
     grad_x = torch.empty((N, C), device=h.device, dtype=grad_y.dtype)
     grad_residual = torch.empty((N, C) if two_grads else (0,), device=h.device, dtype=h.dtype)
-    wanted = (weight, bias, None if x is None else column_scale)
-    partials = [torch.empty((0 if v is None else programs, C), device=h.device, dtype=torch.float32) for v in wanted]
+    vectors = sum(v is not None for v in (weight, bias, x))
+    partials = torch.empty((programs, vectors, C), device=h.device, dtype=torch.float32)
     with launch.device_guard(h):  # without rows as well: the gradients of the vectors are 0 then
         _residual_dropout_layer_norm_bwd_kernel[(programs,)](
             grad_y,
@@ -250,7 +251,7 @@ def residual_dropout_layer_norm_bwd(
             *(h if v is None else v for v in (weight, column_scale, row_scale, seed, x)),
             grad_x,
             grad_residual,
-            *partials,
+            partials,
             N,
             C,
             1 if row_scale is None else max(N // row_scale.numel(), 1),
@@ -267,8 +268,9 @@ def residual_dropout_layer_norm_bwd(
             DROPOUT=seed is not None,
             HAS_X=x is not None,
             TWO_GRADS=two_grads,
+            FULL=config.block_c == C,
             BLOCK_N=config.block_n,
             BLOCK_C=config.block_c,
             num_warps=config.num_warps,
         )
-    return grad_x, grad_residual, *map(rows.sum_partials, partials, wanted)
+    return grad_x, grad_residual, partials.sum(0)

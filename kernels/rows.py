@@ -15,7 +15,7 @@ from d2v_fast.kernels import launch
 
 MAX_WIDTH = 65536  # columns; a row is one tile
 _SM_COUNT = 132  # of an H100; stands in where tensors have no device
-_PROGRAMS_PER_SM = 8
+_WARPS_PER_SM = 24  # of a persistent kernel with 80 registers
 
 
 @dataclass(frozen=True)
@@ -28,25 +28,20 @@ class LaunchConfig:
     max_programs: int
 
 
-def whole_rows(x: Tensor, elements: int) -> LaunchConfig:
-    """Tile of whole rows of ``x`` [N, C], about ``elements`` of them for four warps; more warps for wider rows."""
+def whole_rows(x: Tensor, per_thread: int) -> LaunchConfig:
+    """Tile of whole rows of ``x`` [N, C]: 2048 elements or one row, ``per_thread`` of them to a thread."""
     row = max(triton.next_power_of_2(x.shape[1]), 8)
     if launch.interpreted(x):
         return LaunchConfig(block_n=64, block_c=row, num_warps=4, max_programs=3)
-    block_n = min(max(elements // row, 1), 64)
-    num_warps = min(max(4 * block_n * row // elements, 1), 32)
+    block_n = min(max(2048 // row, 1), 64)
+    num_warps = min(max(block_n * row // (32 * per_thread), 1), 32)
     return LaunchConfig(block_n, row, num_warps, max_programs(x, num_warps))
 
 
 def max_programs(x: Tensor, num_warps: int) -> int:
     """How many programs of a persistent kernel fill the device of ``x``."""
     count = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else _SM_COUNT
-    return max(count * _PROGRAMS_PER_SM * 4 // max(num_warps, 4), 1)
-
-
-def sum_partials(partials: Tensor, like: Tensor | None) -> Tensor:
-    """Sum [P, C] over the programs, in the dtype of ``like``; empty when there is nothing to sum for."""
-    return partials.new_empty(0) if like is None else partials.sum(0).to(like.dtype)
+    return count * max(_WARPS_PER_SM // num_warps, 1)
 
 
 @triton.jit
@@ -66,12 +61,26 @@ def load_vector(ptr, cols, C, default, PRESENT: tl.constexpr):
 
 
 @triton.jit
-def standardise(x, inside, C, eps):
-    """x [BLOCK_N, BLOCK_C], 0 outside: normalised rows (0 outside), mean and 1 / deviation. Two passes in registers."""
+def standardise(x, cols, C, eps, FULL: tl.constexpr):
+    """x [BLOCK_N, BLOCK_C], 0 outside: normalised rows, mean and 1 / deviation. Two passes in registers.
+
+    FULL: there are no columns outside.
+    """
     mean = tl.sum(x, axis=1) / C
-    d = tl.where(inside, x - mean[:, None], 0.0)
+    d = x - mean[:, None]
+    if not FULL:
+        d = tl.where((cols < C)[None, :], d, 0.0)
     rstd = 1.0 / tl.sqrt(tl.sum(d * d, axis=1) / C + eps)
     return d * rstd[:, None], mean, rstd
+
+
+@triton.jit
+def standardise_again(x, mean, rstd, cols, C, FULL: tl.constexpr):
+    """The normalised rows of :func:`standardise` in backward; mean and rstd are 0 in rows outside."""
+    normed = (x - mean[:, None]) * rstd[:, None]
+    if not FULL:
+        normed = tl.where((cols < C)[None, :], normed, 0.0)
+    return normed
 
 
 @triton.jit

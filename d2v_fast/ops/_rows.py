@@ -1,5 +1,7 @@
 """Shared by the ops on the last dim of [..., C]: rows without copies where possible, and checks of arguments."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -42,9 +44,21 @@ def empty_like_rows(x: Tensor) -> Tensor:
     return torch.empty(x.shape, device=x.device, dtype=x.dtype)
 
 
-def empty_vector(x: Tensor, like: Tensor | None) -> Tensor:
-    """Gradient of a vector that may be missing, for fake implementations."""
-    return x.new_empty(0) if like is None else torch.empty_like(like, memory_format=torch.contiguous_format)
+def stack(grads: Sequence[Tensor | None], like: Tensor) -> Tensor:
+    """Gradients of the vectors that are there, [K, C]: one tensor, so that kernels sum all of them in one launch."""
+    there = [v for v in grads if v is not None]
+    return torch.stack(there) if there else like.new_empty(0, like.shape[-1])
+
+
+def unstack(grads: Tensor, *vectors: Tensor | None) -> list[Tensor | None]:
+    """The gradient of each vector, in its dtype; None for one that is missing."""
+    each = iter(grads.unbind(0))
+    return [None if v is None else next(each).to(v.dtype) for v in vectors]
+
+
+def empty_stack(x: Tensor, dtype: torch.dtype, *vectors: Tensor | None) -> Tensor:
+    """Output like that of :func:`stack`, for fake implementations."""
+    return x.new_empty((sum(v is not None for v in vectors), x.shape[-1]), dtype=dtype)
 
 
 def check_rows(name: str, x: Tensor) -> None:

@@ -20,10 +20,10 @@ def bias_gelu_ref(x: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def bias_gelu_grad_ref(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`bias_gelu_ref` in x's and the bias's dtypes (empty without a bias)."""
+    """Gradients of x, in its dtype, and of the bias (empty without one)."""
     wide, u, b = _rows.cast(_rows.accumulation(x, bias), grad, x, bias)
     grad_u = torch.ops.aten.gelu_backward(wide, u if b is None else u + b)
-    grad_bias = x.new_empty(0) if bias is None else grad_u.reshape(-1, x.shape[-1]).sum(0).to(bias.dtype)
+    grad_bias = x.new_empty(0) if bias is None else grad_u.reshape(-1, x.shape[-1]).sum(0)
     return grad_u.to(x.dtype), grad_bias
 
 
@@ -64,7 +64,8 @@ def _(x, bias):
 
 @_bwd.register_fake
 def _(grad, x, bias):
-    return _rows.empty_like_rows(x), _rows.empty_vector(x, bias)
+    size = 0 if bias is None else x.shape[-1]
+    return _rows.empty_like_rows(x), x.new_empty(size, dtype=_rows.accumulation(x, bias))
 
 
 def _setup_context(ctx, inputs, output):
@@ -74,7 +75,7 @@ def _setup_context(ctx, inputs, output):
 def _backward(ctx, grad):
     x, bias = ctx.saved_tensors
     grad_x, grad_bias = _bwd(grad, x, bias)
-    return grad_x, None if bias is None else grad_bias
+    return grad_x, None if bias is None else grad_bias.to(bias.dtype)
 
 
 _fwd.register_autograd(_backward, setup_context=_setup_context)

@@ -33,16 +33,16 @@ def layer_norm_gelu_grad_ref(
     rstd: Tensor,  # [..., 1]
     weight: Tensor | None,
     bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, weight and bias, each in its dtype (empty where there is none)."""
+) -> tuple[Tensor, Tensor]:
+    """Gradient of x, in its dtype, and of weight and bias, those that are there: [0 to 2, C]."""
     wide, g, w, b = _rows.cast(mean.dtype, x, grad, weight, bias)
     normed = (wide - mean) * rstd
     u = normed if w is None else normed * w
     g = torch.ops.aten.gelu_backward(g, u if b is None else u + b)
-    grads = torch.ops.aten.native_layer_norm_backward(
+    grad_x, *vectors = torch.ops.aten.native_layer_norm_backward(
         g, wide, x.shape[-1:], mean, rstd, w, b, [True, w is not None, b is not None]
     )
-    return tuple(x.new_empty(0) if v is None else d.to(v.dtype) for v, d in zip((x, weight, bias), grads, strict=True))
+    return grad_x.to(x.dtype), _rows.stack(vectors, wide)
 
 
 @torch.library.custom_op("d2v_fast::layer_norm_gelu_fwd", mutates_args=(), device_types="cpu")
@@ -64,24 +64,24 @@ def _fwd_triton(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: floa
 @torch.library.custom_op("d2v_fast::layer_norm_gelu_bwd", mutates_args=(), device_types="cpu")
 def _bwd(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     if cpu_runs_triton(mean.dtype):
         return _bwd_triton(grad, x, mean, rstd, weight, bias)
     stats = (v.view(*x.shape[:-1], 1) for v in (mean, rstd))
-    grad_x, *grads = layer_norm_gelu_grad_ref(grad, x, *stats, weight, bias)
-    return grad_x.contiguous(), *grads
+    grad_x, vectors = layer_norm_gelu_grad_ref(grad, x, *stats, weight, bias)
+    return grad_x.contiguous(), vectors
 
 
 @_bwd.register_kernel("cuda")
 def _bwd_triton(
     grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     from d2v_fast.kernels import layer_norm_gelu as kernels
 
-    grads = kernels.layer_norm_gelu_bwd(
+    grad_x, vectors = kernels.layer_norm_gelu_bwd(
         _rows.as_rows(grad), _rows.as_rows(x), mean, rstd, _rows.dense(weight), _rows.dense(bias)
     )
-    return grads[0].view(x.shape), *grads[1:]
+    return grad_x.view(x.shape), vectors
 
 
 @_fwd.register_fake
@@ -93,7 +93,7 @@ def _(x, weight, bias, eps):
 
 @_bwd.register_fake
 def _(grad, x, mean, rstd, weight, bias):
-    return _rows.empty_like_rows(x), _rows.empty_vector(x, weight), _rows.empty_vector(x, bias)
+    return _rows.empty_like_rows(x), _rows.empty_stack(x, mean.dtype, weight, bias)
 
 
 def _setup_context(ctx, inputs, output):
@@ -104,9 +104,8 @@ def _setup_context(ctx, inputs, output):
 
 
 def _backward(ctx, grad, *_):
-    _, _, _, weight, bias = ctx.saved_tensors
-    grad_x, grad_weight, grad_bias = _bwd(grad, *ctx.saved_tensors)
-    return grad_x, None if weight is None else grad_weight, None if bias is None else grad_bias, None
+    grad_x, vectors = _bwd(grad, *ctx.saved_tensors)
+    return grad_x, *_rows.unstack(vectors, *ctx.saved_tensors[3:]), None
 
 
 _fwd.register_autograd(_backward, setup_context=_setup_context)

@@ -59,10 +59,11 @@ def residual_dropout_layer_norm_grad_ref(
     row_scale: Tensor | None,
     factor: Tensor | None,  # [..., C] of the dropout
     x: Tensor | None,  # [..., C], when the column scale wants a gradient
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, residual, weight, bias and column scale (empty where there is none).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x and residual, each in its dtype, and of the vectors: [0 to 3, C].
 
-    That of the residual is also empty where it equals that of x.
+    That of the residual is empty where it equals that of x. The vectors are weight, bias and, with ``x``, column scale,
+    those that are there.
     """
     wide, g, stream, w, b, scale = _rows.cast(mean.dtype, h, grad_y, grad_h, weight, bias, column_scale)
     grad, grad_weight, grad_bias = torch.ops.aten.native_layer_norm_backward(
@@ -70,14 +71,12 @@ def residual_dropout_layer_norm_grad_ref(
     )
     grad = grad if stream is None else grad + stream
     branch = _scaled(grad if factor is None else grad * factor, None, row_scale)
-    vectors = [(weight, grad_weight), (bias, grad_bias), (None, None)]
-    if x is not None:
-        vectors[2] = column_scale, (branch * x).reshape(-1, h.shape[-1]).sum(0)
+    grad_scale = None if x is None else (branch * x).reshape(-1, h.shape[-1]).sum(0)
     two = _two_gradients(grad_y, h, column_scale, row_scale, factor)
     return (
         _scaled(branch, scale, None).to(grad_y.dtype),
         grad.to(h.dtype) if two else h.new_empty(0),
-        *(h.new_empty(0) if v is None else d.to(v.dtype) for v, d in vectors),
+        _rows.stack((grad_weight, grad_bias, grad_scale), wide),
     )
 
 
@@ -154,7 +153,7 @@ def _bwd(
     seed: Tensor | None,
     x: Tensor | None,
     p: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     if cpu_runs_triton(mean.dtype):
         return _bwd_triton(grad_y, grad_h, h, mean, rstd, weight, bias, column_scale, row_scale, seed, x, p)
     stats = (v.view(*h.shape[:-1], 1) for v in (mean, rstd))
@@ -179,16 +178,16 @@ def _bwd_triton(
     seed: Tensor | None,
     x: Tensor | None,
     p: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     from d2v_fast.kernels import residual_dropout_layer_norm as kernels
 
     rows = [None if v is None else _rows.as_rows(v) for v in (grad_y, grad_h, h, x)]
     vectors = map(_rows.dense, (weight, bias, column_scale, row_scale))
     two = _two_gradients(grad_y, h, column_scale, row_scale, seed)
-    grad_x, grad_residual, *grads = kernels.residual_dropout_layer_norm_bwd(
+    grad_x, grad_residual, grads = kernels.residual_dropout_layer_norm_bwd(
         *rows[:3], mean, rstd, *vectors, seed, rows[3], p, two
     )
-    return grad_x.view(h.shape), grad_residual.view(h.shape) if two else grad_residual, *grads
+    return grad_x.view(h.shape), grad_residual.view(h.shape) if two else grad_residual, grads
 
 
 @_fwd.register_fake
@@ -201,8 +200,8 @@ def _(x, residual, weight, bias, column_scale, row_scale, seed, p, eps):
 @_bwd.register_fake
 def _(grad_y, grad_h, h, mean, rstd, weight, bias, column_scale, row_scale, seed, x, p):
     two = _two_gradients(grad_y, h, column_scale, row_scale, seed)
-    vectors = (_rows.empty_vector(h, v) for v in (weight, bias, None if x is None else column_scale))
-    return _rows.empty_like_rows(grad_y), _rows.empty_like_rows(h) if two else h.new_empty(0), *vectors
+    grad_residual = _rows.empty_like_rows(h) if two else h.new_empty(0)
+    return _rows.empty_like_rows(grad_y), grad_residual, _rows.empty_stack(h, mean.dtype, weight, bias, x)
 
 
 def _setup_context(ctx, inputs, output):
@@ -220,16 +219,14 @@ def _backward(ctx, grad_y, grad_h, *_):
     h, mean, rstd, weight, bias, column_scale, row_scale, seed, x = ctx.saved_tensors
     if grad_y is None:
         grad_y = torch.zeros_like(h, dtype=ctx.x_dtype)
-    grad_x, grad_residual, grad_weight, grad_bias, grad_scale = _bwd(
+    grad_x, grad_residual, vectors = _bwd(
         grad_y, grad_h, h, mean, rstd, weight, bias, column_scale, row_scale, seed, x, ctx.p
     )
     two = _two_gradients(grad_y, h, column_scale, row_scale, seed)
     return (
         grad_x,
         grad_residual if two else grad_x,
-        None if weight is None else grad_weight,
-        None if bias is None else grad_bias,
-        None if x is None else grad_scale,
+        *_rows.unstack(vectors, weight, bias, None if x is None else column_scale),
         *(None,) * 4,
     )
 
