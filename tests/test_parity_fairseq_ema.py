@@ -75,7 +75,10 @@ def test_every_step_from_the_same_state(dtype):
 
 
 def test_fifty_steps_on_end():
-    """Independent runs drift apart by rounding only: 1e-6 of the size of each tensor."""
+    """Independent runs drift apart by rounding only, by 3e-6 of the size of a tensor.
+
+    In float32 fairseq's two factors do not add up to 1, so that every step shifts its average by up to 3e-8 of itself.
+    """
     student, theirs, ours = pair()
     start = copy.deepcopy(theirs.fp32_params)
     for update in range(1, STEPS + 1):
@@ -84,7 +87,7 @@ def test_fifty_steps_on_end():
         theirs.step(student)
     for name, x in ours.ema_state().items():
         other = theirs.fp32_params[name]
-        torch.testing.assert_close(x, other, rtol=0, atol=1e-6 * other.abs().max().item(), msg=name)
+        torch.testing.assert_close(x, other, rtol=0, atol=3e-6 * other.abs().max().item(), msg=name)
     assert not torch.allclose(start["body.0.weight"], theirs.fp32_params["body.0.weight"], atol=1e-3)
 
 
