@@ -13,6 +13,7 @@ import torch
 peer = pytest.importorskip("fairseq_peer")
 
 from d2v_fast.nn import Data2Vec, Data2VecConfig, make_batch  # noqa: E402
+from d2v_fast.ops import data2vec_loss  # noqa: E402
 
 LAYERS, DIM, FFN, HEADS, TOP_K = 3, 64, 96, 4, 2
 SIZES = {"layers": LAYERS, "dim": DIM, "ffn_dim": FFN, "heads": HEADS}
@@ -225,6 +226,69 @@ def test_text_loss_and_gradients(profile, padded):
     want["losses"]["main"].backward()
     got.loss.backward()
     gradients_match(theirs, ours, peer.text_state, 2e-4)
+
+
+def kept_output(module: torch.nn.Module) -> list[torch.Tensor]:
+    """What ``module`` returns from now on, with its gradient."""
+    kept = []
+
+    def hook(_, inputs, output):
+        output.retain_grad()
+        kept.append(output)
+
+    module.register_forward_hook(hook)
+    return kept
+
+
+def op_matches(pred, results, mask, loss, **options):
+    """Our op on fairseq's predictions and layer results [T, B, C] against its loss: values, and gradient of pred."""
+    assert all(x.dtype == torch.float32 and x.shape[:2] == mask.T.shape for x in results)
+    positions = torch.from_numpy(mask).flatten().nonzero()[:, 0]
+    leaf = pred.detach().clone().requires_grad_()
+    got = data2vec_loss(leaf, results, positions, layout="TBC", **options)
+    assert relative(got.loss, loss) <= 1e-6
+    (loss * 0.37).backward()
+    (got.loss * 0.37).backward()
+    assert relative(leaf.grad, pred.grad) <= 2e-6
+    return got
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.5])
+@pytest.mark.parametrize("norm", NORMS.keys())
+def test_op_on_the_tensors_of_the_speech_model(norm, beta, monkeypatch):
+    theirs, _ = speech_pair(NORMS[norm], loss_beta=beta)
+    theirs.train()
+    predictions, teacher = kept_output(theirs.final_proj), theirs.ema.model
+    results = []
+
+    def extract_features(*args, **kwargs):
+        x, layers = type(teacher).extract_features(teacher, *args, **kwargs)
+        results.extend(layer[2] for layer in layers)
+        return x, layers
+
+    monkeypatch.setattr(teacher, "extract_features", extract_features, raising=False)
+    mask = Data2VecConfig.speech().mask.draw(np.random.default_rng(0), np.full(3, 50), 50)
+    want = theirs(torch.randn(3, 16_080), mask_indices=mask)
+    assert len(results) == TOP_K
+    names = norm.split("+")
+    options = {"norm": names[0], "post_norm": names[1] if len(names) > 1 else "none", "beta": beta, "scale": DIM**-0.5}
+    got = op_matches(predictions[0], results, mask, want["losses"]["regression"], **options)
+    assert relative(got.target_var, want["target_var"]) <= 1e-6
+    assert relative(got.pred_var, want["pred_var"]) <= 1e-6
+
+
+@pytest.mark.parametrize("beta", [0.0, 4.0])
+def test_op_on_the_tensors_of_the_text_model(beta):
+    theirs, _ = text_pair("fairseq", beta)
+    theirs.train()
+    predictions, results = kept_output(theirs.encoder.regression_head), []
+    theirs.encoder.ema.model.register_forward_hook(lambda _, inputs, out: results.extend(out["fc_results"][-TOP_K:]))
+    tokens = torch.randint(4, VOCAB - 1, (3, 37))
+    mask = Data2VecConfig.text().mask.draw(np.random.default_rng(0), np.full(3, 37), 37)
+    source = torch.where(torch.from_numpy(mask), VOCAB - 1, tokens)
+    want = theirs(source, target_tokens=tokens)
+    assert len(results) == TOP_K
+    op_matches(predictions[0], results, mask, want["losses"]["main"], norm="layer", beta=beta)
 
 
 def test_text_features():
