@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2v_fast.ops import adamw_ema_, ema_update_
-from d2v_fast.ops.adamw_ema import _op, adamw_ema_ref
+from d2v_fast.ops.adamw_ema import adamw_ema_ref
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 # scalar, empty, below / at / above a block and a chunk of the GPU and of the interpreter configuration
@@ -314,7 +314,7 @@ def test_opcheck():
     scale = torch.tensor(0.5, device=DEVICE)
     numbers = [1e-3, 0.9, 0.9, 0.98, 1e-6]
     args = (*lists, [full["step"]], full["ema"][:1], *copies, [0], [0.1, 0.0], numbers, None, scale, scale, None)
-    torch.library.opcheck(_op, (*args, "torch"))
+    torch.library.opcheck(torch.ops.d2v_fast.adamw_ema_.default, (*args, "torch"))
 
 
 def test_compile_fullgraph():

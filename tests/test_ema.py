@@ -3,7 +3,7 @@ import torch
 from checks import DEVICE, INTERPRET, RUNS_KERNELS, assert_as_accurate_as_eager
 
 from d2v_fast.ops import ema_update_
-from d2v_fast.ops.ema import _op, ema_update_ref
+from d2v_fast.ops.ema import ema_update_ref
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 # scalar, empty, below / at / above a block and a chunk of the GPU and of the interpreter configuration
@@ -187,8 +187,10 @@ def test_float64_masters():
 def test_opcheck():
     decay = torch.tensor(0.5, device=DEVICE)
     teacher, student = make([(5,), (3, 2)])
-    torch.library.opcheck(_op, (teacher, student, decay, 0.0, []))
-    torch.library.opcheck(_op, (teacher, student, None, 0.5, [e.bfloat16() for e in teacher]))
+    torch.library.opcheck(torch.ops.d2v_fast.ema_update_.default, (teacher, student, decay, 0.0, []))
+    torch.library.opcheck(
+        torch.ops.d2v_fast.ema_update_.default, (teacher, student, None, 0.5, [e.bfloat16() for e in teacher])
+    )
 
 
 def test_compile_fullgraph():

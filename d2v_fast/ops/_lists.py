@@ -11,6 +11,15 @@ from torch import Tensor
 from d2v_fast.ops._dispatch import KERNEL_DTYPES, check_device, check_float
 
 
+def define_in_place(name: str, schema: str) -> None:
+    """Register the op ``d2v_fast::name``, which writes its arguments and returns nothing; kernels are added after.
+
+    ``torch.library.custom_op`` would look at every tensor several times on the way: 1.3 ms for 200 parameters.
+    """
+    torch.library.define(f"d2v_fast::{name}", schema)
+    torch.library.register_fake(f"d2v_fast::{name}", lambda *args: None)
+
+
 def check_lists(masters: dict[str, list[Tensor]], others: dict[str, list[Tensor]]) -> None:
     """Raise unless all lists hold contiguous tensors of the same shapes on one device, ``masters`` in float32.
 

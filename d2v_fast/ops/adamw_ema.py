@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from d2v_fast.ops._dispatch import check_device, check_scalar, cpu_runs_triton, has_triton
-from d2v_fast.ops._lists import check_length, check_lists, check_no_overlap
+from d2v_fast.ops._lists import check_length, check_lists, check_no_overlap, define_in_place
 
 EpsMode = Literal["torch", "fairseq"]
 
@@ -72,12 +72,16 @@ def adamw_ema_ref(
                 update(ema_copies[i], ema[i])
 
 
-@torch.library.custom_op(
-    "d2v_fast::adamw_ema_",
-    mutates_args={"params", "exp_avgs", "exp_avg_sqs", "steps", "ema", "param_copies", "ema_copies"},
-    device_types="cpu",
+define_in_place(
+    "adamw_ema_",
+    "(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] steps, "
+    "Tensor(e!)[] ema, Tensor(f!)[] param_copies, Tensor(g!)[] ema_copies, int[] ema_index, float[] weight_decays, "
+    "float[] scalars, Tensor? lr, Tensor? ema_decay, Tensor? grad_scale, Tensor? skip, str eps_mode) -> ()",
 )
-def _op(
+
+
+@torch.library.impl("d2v_fast::adamw_ema_", "cpu")
+def _op_cpu(
     params: list[Tensor],
     grads: list[Tensor],
     exp_avgs: list[Tensor],
@@ -100,7 +104,7 @@ def _op(
     _run(interpreted, lists, ema_index, weight_decays, scalars, (lr, ema_decay, grad_scale, skip), eps_mode)
 
 
-@_op.register_kernel("cuda")
+@torch.library.impl("d2v_fast::adamw_ema_", "cuda")
 def _op_cuda(
     params: list[Tensor],
     grads: list[Tensor],
@@ -123,11 +127,6 @@ def _op_cuda(
     _run(has_triton(), lists, ema_index, weight_decays, scalars, (lr, ema_decay, grad_scale, skip), eps_mode)
 
 
-@_op.register_fake
-def _(*args):
-    return None
-
-
 def _run(
     use_triton: bool,
     lists: tuple[list[Tensor], ...],
@@ -140,6 +139,7 @@ def _run(
     params, grads, exp_avgs, exp_avg_sqs, steps, ema, param_copies, ema_copies = lists
     written = [*params, *exp_avgs, *exp_avg_sqs, *steps, *ema, *param_copies, *ema_copies]
     check_no_overlap(written, grads, "tensors that are updated")
+    torch.autograd.graph.increment_version(written)
     ema, ema_copies = (_spread(xs, ema_index, len(params)) for xs in (ema, ema_copies))
     lr, ema_decay, beta1, beta2, eps = scalars
     lr_tensor, ema_decay_tensor, grad_scale, skip = tensors
@@ -241,8 +241,11 @@ def adamw_ema_(
     if not params:
         return
     device = params[0].device
-    check_lists(masters, others)
-    if index:
+    if len(index) == len(params):
+        check_lists({**masters, "ema": averages}, {**others, "ema_copies": average_copies})
+    else:
+        check_lists(masters, others)
+    if 0 < len(index) < len(params):
         check_lists({"params": [params[i] for i in index], "ema": averages}, {"ema_copies": average_copies})
     for name, x in {"lr": lr, "ema_decay": ema_decay, "grad_scale": grad_scale, "skip": skip}.items():
         if isinstance(x, Tensor):
@@ -250,7 +253,7 @@ def adamw_ema_(
     lr_tensor = lr if isinstance(lr, Tensor) else None
     decay_tensor = ema_decay if isinstance(ema_decay, Tensor) else None
     numbers = [x if isinstance(x, (int, float)) else 0.0 for x in (lr, ema_decay, *betas, eps)]
-    _op(
+    torch.ops.d2v_fast.adamw_ema_(
         params,
         others["grads"],
         masters["exp_avgs"],
@@ -318,6 +321,12 @@ def _steps(step: Tensor | Sequence[Tensor], length: int, device: torch.device) -
     else:
         steps = list(step)
         check_length("step", len(steps), length, "params")
+    if (
+        {x.dtype for x in steps} == {torch.float32}
+        and not any(x.dim() for x in steps)
+        and len({x.device for x in steps} | {device}) == 1
+    ):
+        return steps
     for i, x in enumerate(steps):
         if x.dtype != torch.float32:
             raise TypeError(f"step[{i}] must be float32, got {x.dtype}")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from d2v_fast.ops._dispatch import check_scalar, cpu_runs_triton, has_triton
-from d2v_fast.ops._lists import check_length, check_lists, check_no_overlap
+from d2v_fast.ops._lists import check_length, check_lists, check_no_overlap, define_in_place
 
 
 def ema_update_ref(
@@ -33,15 +33,21 @@ def ema_update_ref(
         torch._foreach_copy_(copies, teacher)
 
 
-@torch.library.custom_op("d2v_fast::ema_update_", mutates_args={"teacher", "copies"}, device_types="cpu")
-def _op(
+define_in_place(
+    "ema_update_",
+    "(Tensor(a!)[] teacher, Tensor[] student, Tensor? decay, float decay_value, Tensor(b!)[] copies) -> ()",
+)
+
+
+@torch.library.impl("d2v_fast::ema_update_", "cpu")
+def _op_cpu(
     teacher: list[Tensor], student: list[Tensor], decay: Tensor | None, decay_value: float, copies: list[Tensor]
 ) -> None:
     interpreted = all(cpu_runs_triton(x.dtype) for x in chain(teacher, student, copies))
     _run(interpreted, teacher, student, decay, decay_value, copies)
 
 
-@_op.register_kernel("cuda")
+@torch.library.impl("d2v_fast::ema_update_", "cuda")
 def _op_cuda(
     teacher: list[Tensor], student: list[Tensor], decay: Tensor | None, decay_value: float, copies: list[Tensor]
 ) -> None:
@@ -56,18 +62,15 @@ def _run(
     decay_value: float,
     copies: list[Tensor],
 ) -> None:
-    check_no_overlap([*teacher, *copies], student, "teacher and copies")
+    written = [*teacher, *copies]
+    check_no_overlap(written, student, "teacher and copies")
+    torch.autograd.graph.increment_version(written)
     if use_triton:
         from d2v_fast.kernels import ema as kernels
 
         kernels.ema_update_(teacher, student, decay, 1 - decay_value, copies)
     else:
         ema_update_ref(teacher, student, decay_value if decay is None else decay, copies)
-
-
-@_op.register_fake
-def _(teacher, student, decay, decay_value, copies):
-    return None
 
 
 @torch.no_grad()
@@ -107,6 +110,6 @@ def ema_update_(
     check_lists({"teacher": teacher}, {"student": student, "copies": copies})
     if isinstance(decay, Tensor):
         check_scalar("decay", decay, teacher[0].device)
-        _op(teacher, student, decay, 0.0, copies)
+        torch.ops.d2v_fast.ema_update_(teacher, student, decay, 0.0, copies)
     else:
-        _op(teacher, student, None, float(decay), copies)
+        torch.ops.d2v_fast.ema_update_(teacher, student, None, float(decay), copies)
