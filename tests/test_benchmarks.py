@@ -19,10 +19,12 @@ COMPILED_HERE = "masked_smooth_l1"  # torch.compile takes seconds a case on a CP
 sys.path.insert(0, str(BENCHMARKS))
 
 import cli  # noqa: E402
+import cost_formulas  # noqa: E402
 import driver  # noqa: E402
 import gpu_check  # noqa: E402
 import plot  # noqa: E402
 from driver import OURS, Provider  # noqa: E402
+from shapes import PARAMETERS  # noqa: E402
 
 
 def bench_of(op):
@@ -96,6 +98,40 @@ def test_minimal_bytes_are_the_bytes_of_the_tensors(op):
     if op == "ema":  # the copies are not read; teacher and copies are both an input and a result
         size -= sum(x.nbytes for x in inputs["copies"])
     assert bench.minimal_bytes(case, "fwd") == pytest.approx(size, rel=0.01)
+
+
+COUNTED = {  # op: what benchmarks/cost_formulas.py calls the sizes of its first case
+    "data2vec_loss": lambda s: {
+        "shape": (s["B"], s["T"], s["C"]),
+        "num_layers": s["K"],
+        "fraction": s["N"] / (s["B"] * s["T"]),
+    },
+    "ema": lambda s: {"sizes": PARAMETERS[s["model"]], "student": torch.bfloat16, "copies": torch.bfloat16},
+    "adamw_ema": lambda s: {"sizes": PARAMETERS[s["model"]], "ema_copies": torch.bfloat16},
+    "l2_norm": lambda s: {"sizes": PARAMETERS[s["model"]]},
+    "bias_gelu": lambda s: {"rows": s["rows"], "width": s["width"]},
+    "layer_norm_gelu": lambda s: {"rows": s["B"] * s["T"], "width": s["C"]},
+    "residual_dropout_layer_norm": lambda s: {"shape": (s["B"], s["T"], s["C"])},
+}
+
+
+@pytest.mark.parametrize("op", COUNTED)
+def test_minimal_bytes_agree_with_what_our_kernels_move(op):
+    """static_cost.py counts the bytes of our kernels: never fewer than the least traffic, and not many more."""
+    bench = bench_of(op)
+    case = bench.cases[0]
+    formula = getattr(cost_formulas, {"ema": "ema_update"}.get(op, op))
+    minimal, counted = bench.minimal_bytes(case, bench.modes[-1]), formula(**COUNTED[op](case.sizes))
+    assert minimal <= counted * (1 + 1e-6)
+    assert counted <= 1.1 * minimal
+
+
+def test_truth_table_has_every_kernel():
+    table = (BENCHMARKS / "results" / "README.md").read_text()
+    for file in (ROOT / "d2v_fast" / "ops").glob("[!_]*.py"):
+        public = {"ema": "ema_update_", "adamw_ema": "adamw_ema_"}.get(file.stem, file.stem)
+        assert f"| `{public}`" in table, public
+        assert file.stem in OPS
 
 
 def with_wrong(bench, change, peer=False):
