@@ -15,7 +15,7 @@ def config_for(x: Tensor) -> LaunchConfig:
     width = x.shape[1]
     row = triton.next_power_of_2(width)
     if launch.interpreted(x):
-        return LaunchConfig(block_n=64, block_c=min(row, 1024), num_warps=4, max_programs=3)
+        return LaunchConfig(block_n=max(8192 // row, 64), block_c=min(row, 1024), num_warps=4, max_programs=3)
     divisor = min(width & -width, 1024)
     block_c = divisor if divisor >= 128 else min(max(row, 8), 1024)
     return LaunchConfig(min(2048 // block_c, 64), block_c, 4, rows.max_programs(x, 4))

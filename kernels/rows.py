@@ -32,7 +32,7 @@ def whole_rows(x: Tensor, per_thread: int) -> LaunchConfig:
     """Tile of whole rows of ``x`` [N, C]: 2048 elements or one row, ``per_thread`` of them to a thread."""
     row = max(triton.next_power_of_2(x.shape[1]), 8)
     if launch.interpreted(x):
-        return LaunchConfig(block_n=64, block_c=row, num_warps=4, max_programs=3)
+        return LaunchConfig(block_n=max(8192 // row, 64), block_c=row, num_warps=4, max_programs=3)
     block_n = min(max(2048 // row, 1), 64)
     num_warps = min(max(block_n * row // (32 * per_thread), 1), 32)
     return LaunchConfig(block_n, row, num_warps, max_programs(x, num_warps))
