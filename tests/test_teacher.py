@@ -230,7 +230,7 @@ def test_notices_frozen_and_replaced_parameters():
     teacher.update_(3)
     torch.testing.assert_close(teacher.module.body.weight, start / 2)
     student.extra = nn.Parameter(torch.zeros(1))
-    with pytest.raises(ValueError, match=r"must have the same parameters, but these differ: \['extra'\]"):
+    with pytest.raises(ValueError, match=r"must have the same tensors, but these differ: \['extra'\]"):
         teacher.update_(4)
 
 

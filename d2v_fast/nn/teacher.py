@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Mapping
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -13,28 +14,28 @@ from d2v_fast.ops._lists import is_plain, local_shard
 
 
 class _Slot(NamedTuple):
-    """A parameter where it was found: ``owner[name] is parameter`` until someone replaces it."""
+    """A tensor where it was found: ``owner[name] is tensor`` until someone replaces it."""
 
-    owner: dict[str, nn.Parameter]
+    owner: dict[str, Tensor]
     name: str
-    parameter: nn.Parameter
+    tensor: Tensor
     requires_grad: bool
 
     def valid(self) -> bool:
-        return self.owner.get(self.name) is self.parameter and self.parameter.requires_grad == self.requires_grad
+        return self.owner.get(self.name) is self.tensor and self.tensor.requires_grad == self.requires_grad
 
 
 class _Pairs(NamedTuple):
-    """Parameters of the teacher with those of the student, by what happens to them; and where all were found."""
+    """Tensors of the teacher and of the student, by what happens to them; and where all were found."""
 
-    averaged: list[tuple[nn.Parameter, nn.Parameter]]
-    shared: list[tuple[nn.Parameter, nn.Parameter]]
-    copied: list[tuple[nn.Parameter, nn.Parameter]]
+    averaged: list[tuple[Tensor, Tensor]]
+    shared: list[tuple[Tensor, Tensor]]
+    copied: list[tuple[Tensor, Tensor]]
     slots: list[_Slot]
-    counts: list[tuple[dict, int]]  # parameters and children of every module
+    counts: list[tuple[dict, int]]  # parameters, buffers and children of every module
 
     def valid(self) -> bool:
-        """Whether nothing was added, replaced, frozen or unfrozen since; looking for it anew costs ten times more."""
+        """Whether nothing was added, replaced, frozen or unfrozen since; finding the pairs costs ten times more."""
         return all(len(owner) == count for owner, count in self.counts) and all(slot.valid() for slot in self.slots)
 
 
@@ -107,8 +108,6 @@ class EMATeacher(nn.Module):
         for mine, theirs in pairs.shared:
             if local_shard(mine).data_ptr() != local_shard(theirs).data_ptr():
                 _copy(mine, theirs)
-        for mine, theirs in zip(self.module.buffers(), self._student[0].buffers(), strict=True):
-            _copy(mine, theirs)
         self._last_update = update
         return decay
 
@@ -146,14 +145,14 @@ class EMATeacher(nn.Module):
             mine, theirs = _slots(self.module), _slots(self._student[0])
             if mine.keys() != theirs.keys():
                 changed = sorted(mine.keys() ^ theirs.keys())
-                raise ValueError(f"teacher and student must have the same parameters, but these differ: {changed[:3]}")
+                raise ValueError(f"teacher and student must have the same tensors, but these differ: {changed[:3]}")
             modules = [*self.module.modules(), *self._student[0].modules()]
-            counts = [(owner, len(owner)) for m in modules for owner in (m._parameters, m._modules)]
+            counts = [(d, len(d)) for m in modules for d in (m._parameters, m._buffers, m._modules)]
             pairs = _Pairs([], [], [], [*mine.values(), *theirs.values()], counts)
             for name, slot in theirs.items():
                 kind = pairs.averaged if slot.requires_grad else pairs.copied
                 kind = pairs.shared if name.startswith(self.skip) else kind
-                kind.append((mine[name].parameter, slot.parameter))
+                kind.append((mine[name].tensor, slot.tensor))
             self._found = pairs
         return self._found
 
@@ -184,18 +183,21 @@ class EMATeacher(nn.Module):
 
 
 def _slots(module: nn.Module) -> dict[str, _Slot]:
-    """Every parameter by its first name, and where it is kept."""
+    """Every parameter and buffer by its first name, and where it is kept."""
     slots = {}
-    for path, p in module.named_parameters():
+    for path, x in chain(module.named_parameters(), module.named_buffers()):
         parent, _, name = path.rpartition(".")
-        slots[path] = _Slot(module.get_submodule(parent)._parameters, name, p, p.requires_grad)
+        owner = module.get_submodule(parent)
+        slots[path] = _Slot(
+            owner._parameters if name in owner._parameters else owner._buffers, name, x, x.requires_grad
+        )
     return slots
 
 
 def _shards(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """The local parts of a pair, which line up if both are sharded in the same way."""
     mine, theirs = pair
-    if is_plain(mine) and is_plain(theirs):
+    if type(mine) is type(theirs) is nn.Parameter or (is_plain(mine) and is_plain(theirs)):
         return pair
     layouts = [None if is_plain(x) else (x.device_mesh, x.placements) for x in pair]
     if layouts[0] != layouts[1]:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from d2v_fast.ops._dispatch import check_device, check_float, check_scalar, cpu_runs_triton, has_triton
+from d2v_fast.ops._dispatch import KERNEL_DTYPES, check_device, check_float, check_scalar, cpu_runs_triton, has_triton
 
 
 def l2_norm_ref(tensors: Sequence[Tensor]) -> Tensor:
@@ -57,7 +57,8 @@ def l2_norm(tensors: Sequence[Tensor]) -> Tensor:
         ValueError: a tensor is on another device than the first.
     """
     tensors = list(tensors)
-    for i, x in enumerate(tensors):
+    alike = {x.dtype for x in tensors}.issubset(KERNEL_DTYPES) and len({x.device for x in tensors}) == 1
+    for i, x in enumerate([] if alike else tensors):
         check_float(f"tensors[{i}]", x)
         check_device(f"tensors[{i}]", x, tensors[0].device)
     return _op(tensors) if tensors else torch.zeros(())
