@@ -21,9 +21,6 @@ class _Slot(NamedTuple):
     tensor: Tensor
     requires_grad: bool
 
-    def valid(self) -> bool:
-        return self.owner.get(self.name) is self.tensor and self.tensor.requires_grad == self.requires_grad
-
 
 class _Pairs(NamedTuple):
     """Tensors of the teacher and of the student, by what happens to them; and where all were found."""
@@ -36,7 +33,13 @@ class _Pairs(NamedTuple):
 
     def valid(self) -> bool:
         """Whether nothing was added, replaced, frozen or unfrozen since; finding the pairs costs ten times more."""
-        return all(len(owner) == count for owner, count in self.counts) and all(slot.valid() for slot in self.slots)
+        for owner, count in self.counts:
+            if len(owner) != count:
+                return False
+        for owner, name, x, requires_grad in self.slots:  # a plain loop: this runs once per update
+            if owner.get(name) is not x or x.requires_grad != requires_grad:
+                return False
+        return True
 
 
 class EMATeacher(nn.Module):
@@ -70,7 +73,7 @@ class EMATeacher(nn.Module):
         self.module = copy.deepcopy(student).float().requires_grad_(False)
         self._found: _Pairs | None = None
         self._last_update: int | None = None
-        self._share()
+        self._share(self._pairs())
         self.eval()
 
     def train(self, mode: bool = True) -> "EMATeacher":
@@ -102,7 +105,7 @@ class EMATeacher(nn.Module):
             used = decay if skip is None else torch.where(skip == 0, decay, torch.ones_like(skip, dtype=torch.float64))
             mine, theirs = zip(*map(_shards, pairs.averaged), strict=True)
             ema_update_(mine, theirs, used)
-        self._share()
+        self._share(pairs)
         for mine, theirs in pairs.copied:
             _copy(mine, theirs)
         for mine, theirs in pairs.shared:
@@ -156,11 +159,9 @@ class EMATeacher(nn.Module):
             self._found = pairs
         return self._found
 
-    def _share(self) -> None:
+    def _share(self, pairs: _Pairs) -> None:
         """Let parameters of ``skip`` be the student's memory: at first, and after a move or a load took them apart."""
-        if not self.share:
-            return
-        for mine, theirs in self._pairs().shared:
+        for mine, theirs in pairs.shared if self.share else []:
             alike = mine.device == theirs.device and mine.dtype == theirs.dtype
             if alike and type(mine) is type(theirs) is nn.Parameter and mine.data_ptr() != theirs.data_ptr():
                 mine.data = theirs.data
@@ -178,7 +179,7 @@ class EMATeacher(nn.Module):
 
     def _apply(self, fn, recurse: bool = True) -> "EMATeacher":
         super()._apply(fn, recurse)
-        self._share()
+        self._share(self._pairs())
         return self
 
 

@@ -78,20 +78,29 @@ def check_length(name: str, found: int, length: int, like: str) -> None:
 
 def check_no_overlap(written: Sequence[Tensor], read: Sequence[Tensor], names: str) -> None:
     """Raise ValueError when a tensor of ``written`` overlaps any other tensor. Tensors that are read may be tied."""
-    starts, ends, disjoint = _sorted_spans(tuple(map(Tensor.data_ptr, written)), tuple(x.nbytes for x in written))
-    for x in read:
-        before = bisect_left(starts, x.data_ptr() + x.nbytes) - 1  # the last one that starts before the end of x
-        disjoint = disjoint and (before < 0 or ends[before] <= x.data_ptr() or x.nbytes == 0)
-    if not disjoint:
+    spans = [(tuple(map(Tensor.data_ptr, xs)), tuple(x.nbytes for x in xs)) for xs in (written, read)]
+    if not _disjoint(*spans):
         raise ValueError(f"{names} must not share memory with each other or with other arguments, but some do")
 
 
+_Spans = tuple[tuple[int, ...], tuple[int, ...]]  # addresses, sizes in bytes
+
+
 @lru_cache(maxsize=16)
-def _sorted_spans(addresses: tuple[int, ...], nbytes: tuple[int, ...]) -> tuple[list[int], list[int], bool]:
+def _disjoint(written: _Spans, read: _Spans) -> bool:
+    starts, ends, disjoint = _sorted(written)
+    for address, nbytes in zip(*read, strict=True):
+        before = bisect_left(starts, address + nbytes) - 1  # the last one that starts before the end of this one
+        disjoint = disjoint and (before < 0 or ends[before] <= address or nbytes == 0)
+    return disjoint
+
+
+@lru_cache(maxsize=16)
+def _sorted(spans: _Spans) -> tuple[list[int], list[int], bool]:
     """Starts and ends of the spans that are not empty, by address, and whether they are disjoint."""
-    spans = sorted((start, start + size) for start, size in zip(addresses, nbytes, strict=True) if size > 0)
-    disjoint = all(end <= start for (_, end), (start, _) in pairwise(spans))
-    return [start for start, _ in spans], [end for _, end in spans], disjoint
+    found = sorted((start, start + size) for start, size in zip(*spans, strict=True) if size > 0)
+    disjoint = all(end <= start for (_, end), (start, _) in pairwise(found))
+    return [start for start, _ in found], [end for _, end in found], disjoint
 
 
 def is_plain(x: Tensor) -> bool:
