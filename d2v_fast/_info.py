@@ -6,7 +6,18 @@ import os
 import platform
 
 OPTIONAL = ("flash-attn", "xformers", "apex", "transformers", "ve-fairseq")
-OPS = ("masked_smooth_l1", "layer_targets", "ema_update_")
+OPS = (
+    "masked_smooth_l1",
+    "layer_targets",
+    "data2vec_loss",
+    "layer_norm_gelu",
+    "residual_dropout_layer_norm",
+    "bias_gelu",
+    "ema_update_",
+    "adamw_ema_",
+    "l2_norm",
+)
+FALLBACK = ("ema_update_", "adamw_ema_", "l2_norm")  # run on a GPU without Triton, from PyTorch's own operators
 
 
 def _version(package: str) -> str:
@@ -44,9 +55,11 @@ def info() -> str:
     else:
         lines.append("GPU           none: everything runs on the CPU")
     has_triton = importlib.util.find_spec("triton") is not None
-    cuda = "Triton kernel" if has_triton else "NOT AVAILABLE (install triton)"
+    cuda = dict.fromkeys(OPS, "Triton kernel" if has_triton else "NOT AVAILABLE (install triton)")
+    if not has_triton:
+        cuda |= dict.fromkeys(FALLBACK, "PyTorch multi-tensor operators, slower (install triton)")
     cpu = "Triton interpreter (TRITON_INTERPRET=1)" if INTERPRET else "PyTorch reference"
-    lines += [f"op {op:<17} CUDA: {cuda}; CPU: {cpu}" for op in OPS]
+    lines += [f"op {op:<27} CUDA: {cuda[op]}; CPU: {cpu}" for op in OPS]
     lines.append("extension     none in this version: speech convolutions run on PyTorch")
     lines.append("attention     torch scaled_dot_product_attention")
     cores, threads = _cores(), torch.get_num_threads()
