@@ -1,14 +1,16 @@
 """The command line that every bench file has, its table, and its JSON."""
 
 import argparse
+import json
 import math
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from common import RESULTS, device_folder, write_json
+from common import RESULTS, device_folder, environment, names_code, write_json
 from driver import OURS, Bench, Case, ready, run_cpu, run_gpu
 
 SCHEMA = 1
@@ -24,6 +26,7 @@ def parser(bench: Bench) -> argparse.ArgumentParser:
     result.add_argument("--json", help="write the results to this file")
     result.add_argument("--out", help="or to DIR/<gpu>/<op>.json (default on a GPU: benchmarks/results)")
     result.add_argument("--budget", type=float, default=math.inf, help="seconds after which nothing new is started")
+    result.add_argument("--resume", action="store_true", help="keep what the file has from an earlier run here")
     result.add_argument("--commit", help="what to record where the checkout has no .git")
     return result
 
@@ -39,19 +42,53 @@ def main(bench: Bench, argv: list[str] | None = None) -> None:
     if not cases:
         known = ", ".join(case.name for case in (bench.smoke if args.smoke else bench.cases))
         arguments.error(f"--cases must be main, all or a part of: {known}; got {args.cases!r}")
-    record = {"schema": SCHEMA, "op": bench.op, "kind": "gpu" if gpu else "cpu-smoke"}
     path = result_path(bench, args.json, args.out, gpu)
+    record = {"schema": SCHEMA, "op": bench.op, "kind": "gpu" if gpu else "cpu-smoke"}
+    rounds = plan(bench, cases, args.providers)
+    kept = earlier(path, record, environment(args.commit)) if args.resume and path else []
 
     def save(record: dict, rows: list[dict]) -> None:
         if path:
             write_json(path, {**record, "results": rows}, args.commit)
 
-    rows = run(bench, cases, args.providers, record, gpu, time.monotonic() + args.budget, save)
+    rows = run(bench, rounds, record, gpu, time.monotonic() + args.budget, kept, save)
     if path:
         print(f"written: {path}")
     bad = [row for row in rows if row["status"].startswith(("wrong", "failed")) and not row["peer"]]
     if bad:
         sys.exit(f"{len(bad)} of {len(rows)} measurements were refused; see the table")
+
+
+@dataclass(frozen=True)
+class Round:
+    """Providers that are measured side by side. Ours is always one of them; ``reported`` are those to show."""
+
+    case: Case
+    mode: str
+    reported: tuple[str, ...]
+
+    def holds(self, row: dict) -> bool:
+        return (row["case"], row["mode"]) == (self.case.name, self.mode) and row["provider"] in self.reported
+
+
+def plan(bench: Bench, cases: list[Case], names: list[str]) -> list[Round]:
+    """All cases with plain providers, then with one compiled provider after the other, so that a budget that is
+    short leaves out what takes longest."""
+    compiled = [name for name in names if bench.providers[name].compiled]
+    plain = [name for name in names if name not in compiled]
+    groups = [tuple(plain), *((name,) for name in compiled)]
+    return [Round(case, mode, group) for group in groups if group for case in cases for mode in bench.modes]
+
+
+def earlier(path: Path, record: dict, here: dict) -> list[dict]:
+    """Rows of ``path`` that were measured for the same code on the same device and need not be repeated."""
+    if not path.exists():
+        return []
+    old = json.loads(path.read_text(encoding="utf-8"))
+    same = all(old[key] == value for key, value in record.items())
+    same &= all(old["environment"][key] == here[key] for key in ("device", "torch", "commit"))
+    same &= names_code(here["commit"])
+    return [row for row in old["results"] if not row["status"].startswith("skipped")] if same else []
 
 
 def select(bench: Bench, which: str, smoke: bool) -> list[Case]:
@@ -72,13 +109,10 @@ def result_path(bench: Bench, json_file: str | None, out: str | None, gpu: bool)
 
 
 def run(
-    bench: Bench, cases: list[Case], names: list[str], record: dict, gpu: bool, deadline: float,
+    bench: Bench, rounds: list[Round], record: dict, gpu: bool, deadline: float, kept: list[dict],
     save: Callable[[dict, list[dict]], None],
 ) -> list[dict]:  # fmt: skip
-    """Check and measure, case by case; prints a line for each provider and saves after each case.
-
-    Compiled providers come in a second round, so that a short budget goes to the others first.
-    """
+    """Check and measure, round by round; prints a line for each provider and saves after each round."""
     copy_rate = math.nan
     if gpu:
         from timing import copy_gb_per_s, l2_bytes
@@ -87,26 +121,29 @@ def run(
         record = {**record, "copy_gb_per_s": copy_rate, "l2_mib": l2_bytes() / 2**20}
         print(f"{bench.op}: copy {copy_rate:.0f} GB/s")
     print(header(gpu))
-    rounds = []
-    for wanted in (False, True):
-        group = [name for name in names if name != OURS and bench.providers[name].compiled == wanted]
-        if group or not wanted:
-            rounds += [(case, mode, wanted, [OURS, *group]) for case in cases for mode in bench.modes]
     all_rows: list[dict] = []
-    for i, (case, mode, again, group) in enumerate(rounds):
-        rows, functions = ready(bench, case, mode, group, deadline)
+    for i, round_ in enumerate(rounds):
+        case, mode, reported = round_.case, round_.mode, round_.reported
+        old = [row for row in kept if round_.holds(row)]
+        if len(old) == len(reported):
+            all_rows += old
+            continue
+        later = [row for row in kept if any(other.holds(row) for other in rounds[i + 1 :])]
+        names = [OURS, *(name for name in reported if name != OURS)]
+        rows, functions = ready(bench, case, mode, names, deadline)
         if gpu:
             run_gpu(bench, case, mode, rows, functions, copy_rate)
             torch.cuda.empty_cache()
         else:
             run_cpu(bench, case, mode, rows, functions, SMOKE_ROUNDS)
-        # ours is measured in both rounds, beside what it is compared with, and reported once
-        rows = rows[1:] if again or OURS not in names else rows
+        rows = [row for row in rows if row["provider"] in reported]
         for row in rows:
             print(line(row, gpu), flush=True)
             row.update({"sizes": case.sizes, "options": case.options})
         all_rows += rows
-        save({**record, "complete": i + 1 == len(rounds)}, all_rows)
+        measured = [row for row in all_rows + later if not row["status"].startswith("skipped")]
+        complete = len(measured) == sum(len(round_.reported) for round_ in rounds)
+        save({**record, "complete": complete}, all_rows + later)
     return all_rows
 
 

@@ -70,6 +70,11 @@ def git_commit(given: str | None = None) -> str:
     return git("rev-parse", "HEAD") + ("-dirty" if changed else "")
 
 
+def names_code(commit: str) -> bool:
+    """Whether ``commit`` says which code ran, so that results of two runs belong together."""
+    return commit != "unknown" and not commit.endswith("-dirty")
+
+
 def _nvidia_smi() -> dict[str, str]:
     if shutil.which("nvidia-smi") is None:
         return {"driver": "unknown", "clocks": "unknown"}

@@ -105,11 +105,12 @@ def find_parts() -> list[Part]:
     found = []
     for file in sorted(TESTS.glob("test_*.py")):
         nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
-        needs = sorted(missing_modules(file) | (set() if is_installed("pytest") else {"pytest"}))
-        if any(isinstance(node, ast.Attribute) and ast.unparse(node) == "pytest.mark.gpu" for node in nodes):
-            found.append(Part(f"gpu-{file.stem}", "gpu tests", file, needs))
-        if any(isinstance(node, ast.Name) and node.id == "DEVICE" for node in nodes):
-            found.append(Part(file.stem, "tests", file, needs))
+        gpu = any(isinstance(node, ast.Attribute) and ast.unparse(node) == "pytest.mark.gpu" for node in nodes)
+        device = any(isinstance(node, ast.Name) and node.id == "DEVICE" for node in nodes)
+        if gpu or device:
+            needs = sorted(missing_modules(file) | (set() if is_installed("pytest") else {"pytest"}))
+            found += [Part(f"gpu-{file.stem}", "gpu tests", file, needs)] if gpu else []
+            found += [Part(file.stem, "tests", file, needs)] if device else []
     kinds = {"gpu tests": 0, "tests": 1}
     found.sort(key=lambda part: kinds[part.kind])
     benches = [p for p in sorted(BENCHMARKS.glob("bench_*.py")) if p.stem != "bench_train_step"]
@@ -120,13 +121,14 @@ def find_parts() -> list[Part]:
     return found
 
 
-def command(part: Part, out: Path, commit: str, seconds: float) -> list[str]:
+def command(part: Part, out: Path, commit: str, seconds: float, resume: bool) -> list[str]:
     """The command line of a part that has ``seconds``."""
     if part.kind == "bench":
         start = [sys.executable, str(part.file), "--commit", commit]
         if part.name == "bench_train_step":
             return [*start, "--batch", "8", "--seconds", "15", "--json", str(out / "train_step.json")]
-        return [*start, "--json", str(out / f"{part.name.removeprefix('bench_')}.json"), "--budget", f"{seconds:.0f}"]
+        start += ["--json", str(out / f"{part.name.removeprefix('bench_')}.json"), "--budget", f"{seconds:.0f}"]
+        return [*start, "--resume"] if resume else start
     # the project's addopts name a plugin that may be missing
     options = ["-q", "-o", "addopts=", "--strict-markers", "--tb=short", "-rfE", "-p", "no:cacheprovider"]
     if is_installed("pytest_timeout"):
@@ -135,7 +137,7 @@ def command(part: Part, out: Path, commit: str, seconds: float) -> list[str]:
     return [sys.executable, "-c", CODE, *options, "-m", only, str(part.file)]
 
 
-def run_part(part: Part, out: Path, commit: str, deadline: float, share: float = 1.0) -> Outcome:
+def run_part(part: Part, out: Path, commit: str, deadline: float, share: float = 1.0, resume: bool = False) -> Outcome:
     """Run a part until it ends, or until ``deadline``; with ``share`` it is asked to use that part of the time."""
     left = deadline - time.monotonic()
     if part.needs:
@@ -143,9 +145,10 @@ def run_part(part: Part, out: Path, commit: str, deadline: float, share: float =
     if left < SHORTEST:
         return Outcome(part.name, "skipped", detail="no time left")
     start = time.monotonic()
+    arguments = command(part, out, commit, max(left * share - SHORTEST, 1), resume)
     process = subprocess.Popen(
-        command(part, out, commit, max(left * share - SHORTEST, 1)), cwd=part.file.parent, env=child_environment(),
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        arguments, cwd=part.file.parent, env=child_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
     )  # fmt: skip
     try:
         output, _ = process.communicate(timeout=left)
@@ -208,7 +211,7 @@ def run_all(parts: list[Part], out: Path, commit: str, budget: float, jobs: int,
             for outcome in pool.map(lambda part: run_part(part, out, commit, tests_end), group):
                 record(outcome)
     for i, part in enumerate(benches):
-        record(run_part(part, out, commit, end, share=1 / (len(benches) - i)))
+        record(run_part(part, out, commit, end, 1 / (len(benches) - i), resume))
     return outcomes
 
 
@@ -271,10 +274,12 @@ def main() -> None:
         sys.exit(2)
     if str(ROOT) not in sys.path:
         sys.path.append(str(ROOT))
-    from common import device_folder, git_commit
+    from common import device_folder, git_commit, names_code
 
     commit = git_commit(args.commit)
     out = args.out.resolve() / device_folder()
+    if args.resume and not names_code(commit):
+        parser.error(f"--resume needs a commit that says which code passed, got {commit}: commit first, or --commit")
     outcomes = run_all(parts, out, commit, args.budget, args.jobs, args.resume)
     (out / "summary.md").write_text(summary(outcomes, out), encoding="utf-8")
     counts = {status: sum(o.status == status for o in outcomes) for status in dict.fromkeys(o.status for o in outcomes)}

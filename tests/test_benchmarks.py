@@ -220,6 +220,24 @@ def test_budget(tmp_path):
     assert {row["status"] for row in rows} == {"skipped: out of time"}
 
 
+def test_resume(tmp_path):
+    """Rows of an earlier run of the same code stay; what was skipped or is new is measured."""
+    bench = bench_of("l2_norm")
+    arguments = ["--json", str(tmp_path / "x.json"), "--commit", "abc", "--resume"]
+    first, second = bench.smoke
+    both = smoke(bench, *arguments, "--cases", first.dtype, "--providers", OURS, "eager")
+    assert both["complete"] and len(both["results"]) == 2
+    none = smoke(bench, *arguments, "--budget", "0", "--providers", OURS, "eager")
+    assert not none["complete"]
+    assert [row["status"] for row in none["results"]] == ["ok"] * 2 + ["skipped: out of time"] * 2
+    assert none["results"][:2] == both["results"]
+    rest = smoke(bench, *arguments, "--providers", OURS, "eager")
+    assert rest["complete"] and rest["results"][:2] == both["results"]
+    assert {row["case"] for row in rest["results"] if "ratio" in row} == {first.name, second.name}
+    changed = smoke(bench, *arguments, "--budget", "0", "--commit", "abc-dirty", "--providers", OURS, "eager")
+    assert {row["status"] for row in changed["results"]} == {"skipped: out of time"}
+
+
 @pytest.mark.parametrize(
     "arguments,message",
     [
@@ -274,6 +292,27 @@ def test_gpu_rows(fake_gpu_times):
         assert row["gb_per_s"] == pytest.approx(size / 2e-3 / 1e9)
         assert row["percent_of_copy"] == pytest.approx(row["gb_per_s"])
         assert ("noise" in row) == (row["provider"] == OURS)
+
+
+def test_command_on_a_gpu(fake_gpu_times, tmp_path, monkeypatch, capsys):
+    """The whole command, with a device that only has a name."""
+    timing = pytest.importorskip("timing")
+    monkeypatch.setattr(timing, "copy_gb_per_s", lambda: 100.0)
+    monkeypatch.setattr(timing, "l2_bytes", lambda: 2**20)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU-80GB")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for name in ("synchronize", "empty_cache"):
+        monkeypatch.setattr(torch.cuda, name, lambda: None)
+    bench = bench_of("l2_norm")
+    bench = replace(bench, cases=bench.smoke)
+    cli.main(bench, ["--out", str(tmp_path), "--providers", OURS, "eager", "apex", "--commit", "abc"])
+    record = json.loads((tmp_path / "some-gpu-80gb" / "l2_norm.json").read_text())
+    assert record["kind"] == "gpu" and record["complete"] and record["copy_gb_per_s"] == 100
+    assert {"driver", "clocks", "cuda"} <= set(record["environment"]) and record["environment"]["commit"] == "abc"
+    timed = [row for row in record["results"] if row["status"] == "ok"]
+    assert len(timed) == 4 and all(row["ms_p50"] == 2 and row["host_us"] == 5 for row in timed)
+    assert "copy 100 GB/s" in capsys.readouterr().out
 
 
 def gpu_record(bench):
