@@ -29,6 +29,7 @@ TESTS, BENCHMARKS = ROOT / "tests", ROOT / "benchmarks"
 STAND_INS = BENCHMARKS / "stand_ins"  # on the path of the tests where the real module is missing
 ORDER = ("data2vec_loss", "ema", "adamw_ema", "layer_targets", "layer_norm_gelu", "residual_dropout_layer_norm")
 TEST_SHARE = 0.45  # of the budget, when benchmarks run too
+LARGE_TESTS = 3  # processes at a time that may each take 20 GB of GPU memory
 SHORTEST = 15  # seconds; a part is not started with less
 CODE = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"  # unlike -m pytest, leaves the root off the path
 
@@ -207,7 +208,7 @@ def run_all(parts: list[Part], out: Path, commit: str, budget: float, jobs: int,
     (out / "parts").mkdir(parents=True, exist_ok=True)
     for kind in ("gpu tests", "tests"):
         group = [part for part in parts if part.kind == kind]
-        with ThreadPoolExecutor(jobs) as pool:
+        with ThreadPoolExecutor(min(jobs, LARGE_TESTS) if kind == "gpu tests" else jobs) as pool:
             for outcome in pool.map(lambda part: run_part(part, out, commit, tests_end), group):
                 record(outcome)
     for i, part in enumerate(benches):
@@ -254,7 +255,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=BENCHMARKS / "results", help="folder of the results")
     parser.add_argument("--budget", type=float, default=520, help="seconds")
     parser.add_argument("--part", default="all", help='"tests", "bench", or a part of the names')
-    parser.add_argument("--jobs", type=int, default=4, help="test processes at a time")
+    jobs = min(max((os.cpu_count() or 1) // 2, 1), 8)  # they mostly compile
+    parser.add_argument("--jobs", type=int, default=jobs, help="test processes at a time")
     parser.add_argument("--resume", action="store_true", help="leave out what passed before at this commit")
     parser.add_argument("--commit", help="what to record where the checkout has no .git")
     parser.add_argument("--list", action="store_true", help="print the parts and stop")
