@@ -105,7 +105,7 @@ def _masked_smooth_l1_bwd_kernel(
         if SQUARED:
             slope = 2.0 * d
         else:
-            slope = d / beta
+            slope = d * (1.0 / beta)
             slope = tl.where(slope > 1.0, 1.0, tl.where(slope < -1.0, -1.0, slope))  # unlike clamp, NaN stays NaN
         grad = (slope * weight[:, None]).to(grad_pred_ptr.dtype.element_ty)
         tl.store(grad_pred_ptr + rows[:, None] * D + cols[None, :], grad, mask=inside)  # dropped rows: 0

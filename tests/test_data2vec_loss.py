@@ -660,7 +660,7 @@ def test_offsets_beyond_int32(norm):
     stride = 2**30 + 2**20
     if torch.cuda.mem_get_info()[0] < 8 * stride:
         pytest.skip("needs 9 GB of GPU memory")
-    storage = torch.empty(2 * stride + 64 * 8, dtype=BF16, device=DEVICE)
+    storage = torch.empty(2 * stride + 64 * 9, dtype=BF16, device=DEVICE)
     x = storage.as_strided((3, 8, 64), (stride, 64, 1))
     x.copy_(torch.randn(3, 8, 64))
     pred = storage.as_strided((3, 64), (stride, 1), 512)
