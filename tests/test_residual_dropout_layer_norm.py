@@ -146,6 +146,13 @@ def test_forms():
     torch.testing.assert_close(y, F.layer_norm(residual, (40,), weight, bias))
 
 
+@pytest.mark.parametrize("residual_dtype", [BF16, F16])
+def test_y_is_the_norm_of_the_rounded_h(residual_dtype):
+    x, residual, weight, bias, *scales = make_inputs((3, 25, 40), F32, residual_dtype)
+    y, h = fused(x, residual, weight, bias, *scales)
+    torch.testing.assert_close(y, F.layer_norm(h.float(), (40,), weight, bias), rtol=1e-5, atol=1e-6)
+
+
 def test_row_scale_gets_no_gradient():
     *tensors, row_scale = make_inputs((3, 5, 8))
     y, h = fused(*tensors[:2], None, None, None, row_scale.requires_grad_())
