@@ -8,6 +8,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 MODALITY ?= all
 OUT ?= runs/demo
+# tests of what runs Triton kernels
+INTERPRETED := $(patsubst d2v_fast/ops/%.py,tests/test_%.py,$(wildcard d2v_fast/ops/[a-z]*.py)) \
+	tests/test_data2vec.py tests/test_encoder.py tests/test_optim.py tests/test_teacher.py tests/test_train_step.py
 PATHS := $(if $(SPEECH),--speech "$(SPEECH)") $(if $(IMAGE),--image "$(IMAGE)") $(if $(TEXT),--text "$(TEXT)")
 
 .DELETE_ON_ERROR:
@@ -41,12 +44,7 @@ lint: $(VENV)/.test
 test: export OMP_NUM_THREADS := 1
 test: lint
 	$(BIN)/pytest
-	TRITON_INTERPRET=1 $(BIN)/pytest tests/test_masked_smooth_l1.py tests/test_layer_targets.py tests/test_ema.py \
-		tests/test_data2vec.py
-
-# No virtual environment: the pinned PyTorch may not be the one that drives this GPU, and nothing need be installed.
-gpu-check:
-	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)
+	TRITON_INTERPRET=1 $(BIN)/pytest $(INTERPRETED)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
