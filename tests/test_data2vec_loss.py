@@ -261,6 +261,14 @@ def test_upstream_gradient_is_not_rounded_to_the_predictions_dtype():
     assert torch.equal(grad, (one.float() * 1.00390625).bfloat16()) and not torch.equal(grad, one)
 
 
+@pytest.mark.parametrize("shape", [(130, 1031), (1, 7), (64, 1024), (0, 5)])
+@pytest.mark.parametrize("dtype", [F32, BF16, F16])
+def test_backward_scales_every_element(shape, dtype):
+    """Sizes below, at and beyond whole blocks of the GPU and of the interpreter."""
+    one, factor = torch.randn(shape, device=DEVICE).to(dtype), torch.tensor(-0.3, device=DEVICE)
+    assert torch.equal(_bwd(factor, one), (one.float() * factor).to(dtype))
+
+
 def test_only_pred_gets_a_gradient():
     layers = [x.clone().requires_grad_() for x in make_layers(2, 2, 6, 5)]
     pred, positions = make_pred(3, 5).clone().requires_grad_(), torch.tensor([1, 4, 9], device=DEVICE)
