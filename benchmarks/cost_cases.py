@@ -48,6 +48,8 @@ class Cost:
 
     @property
     def num_masked(self) -> int | None:
+        if "kept" in self.arguments:
+            return round(self.arguments["rows"] * self.arguments["kept"])
         if "fraction" not in self.arguments:
             return None
         batch, frames, _ = self.arguments["shape"]
@@ -61,10 +63,11 @@ def _results(shape: tuple[int, int, int], layers: int, dtype: torch.dtype, modul
     return [torch.empty(frames, batch, width, dtype=dtype).transpose(0, 1) for _ in range(layers)]
 
 
-def _masked(module, rows, width, pred=BF16, target=FP32):
+def _masked(module, rows, width, pred=BF16, target=FP32, kept=1.0):
     p = torch.empty(rows, width, dtype=pred, requires_grad=True)
     y = torch.empty(rows, width, dtype=target)
-    return backward(lambda: module.masked_smooth_l1(p, y, None, **SCALES)["loss"], p)
+    mask = torch.empty(rows, dtype=torch.bool) if kept < 1 else None
+    return backward(lambda: module.masked_smooth_l1(p, y, mask, **SCALES)["loss"], p)
 
 
 def _rows(shape, fraction):
@@ -162,6 +165,10 @@ def _predicted(*values: float) -> dict[str, float]:
 
 COSTS = [
     Cost("masked_smooth_l1", "speech base", "masked_smooth_l1", {"rows": 5230, "width": 768}, {"rows": 64}),
+    Cost(
+        "masked_smooth_l1", "speech base, mask", "masked_smooth_l1",
+        {"rows": 11700, "width": 768, "kept": 0.447}, {"rows": 64},
+    ),
     Cost("layer_targets", "speech base, instance K=8", "layer_targets", SPEECH, FRAMES),
     Cost("layer_targets", "text, layer K=10", "layer_targets", TEXT, FRAMES),
     Cost("data2vec_loss", "speech base, instance K=8", "data2vec_loss", SPEECH, FRAMES, _predicted(83, 3.17, 4, 0.22)),
@@ -175,7 +182,10 @@ COSTS = [
         {"sizes": BASE, "student": BF16, "copies": BF16}, SIZES, _predicted(816, 2.8, 1, 1.24),
     ),
     Cost("ema_update_", "94 M, bf16 copy", "ema_update", {"sizes": BASE, "copies": BF16}, SIZES),
-    Cost("adamw_ema_", "94 M, bf16 copy", "adamw_ema", {"sizes": BASE, "ema_copies": BF16}, SIZES),
+    Cost(
+        "adamw_ema_", "94 M, bf16 copy", "adamw_ema",
+        {"sizes": BASE, "ema_copies": BF16}, SIZES, _predicted(1293, 12.92, 1, 3.57),
+    ),
     Cost("l2_norm", "94 M, bf16", "l2_norm", {"sizes": BASE, "dtype": BF16}, SIZES),
     Cost("bias_gelu", "speech base", "bias_gelu", {"rows": 11700, "width": 3072}, ROWS, _predicted(6, 1.58, 2, 0.36)),
     Cost("layer_norm_gelu", "speech conv 1", "layer_norm_gelu", {"rows": 374400, "width": 512}, ROWS),

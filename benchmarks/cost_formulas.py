@@ -15,11 +15,10 @@ INDEX = 8
 Shape = tuple[int, int, int]
 
 
-def masked_smooth_l1(rows: int, width: int, pred=BF16, target=FP32, masked=False, **_: Any) -> int:
-    """Forward and backward both read pred and target; the loss of each row; the gradient is written."""
-    elements = rows * width
-    reads = 2 * (elements * (pred.itemsize + target.itemsize) + rows * masked)
-    return reads + FLOAT * rows + elements * pred.itemsize
+def masked_smooth_l1(rows: int, width: int, pred=BF16, target=FP32, kept=1.0, **_: Any) -> int:
+    """Forward and backward both read the rows that are kept; loss and gradient are written for every row."""
+    read = round(kept * rows) * width * (pred.itemsize + target.itemsize) + (rows if kept < 1 else 0)
+    return 2 * read + FLOAT * rows + rows * width * pred.itemsize
 
 
 def _statistics(shape: Shape, layers: int, dtype: torch.dtype) -> int:

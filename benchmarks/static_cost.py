@@ -89,18 +89,24 @@ def _interpreted() -> Iterator[Callable[[], dict[str, dict[str, int]]]]:
         yield result
 
 
+def formula_error(cost: Cost, partials: int, seen: dict[str, int]) -> float:
+    """How far the formula is off the bytes ``seen`` at the small shape; ValueError where that is too far."""
+    error = (cost.formula(small=True) + partials) / seen["distinct"] - 1
+    if abs(error) > TOLERANCE:
+        raise ValueError(f"{cost.name}: the formula is {error:+.1%} off the bytes counted in the interpreter")
+    return round(error, 4)
+
+
 def table() -> list[Row]:
     """All rows; raises ValueError where a formula and the interpreter disagree."""
-    with _interpreted() as seen:
+    with _interpreted() as counted:
         rows = [count(cost) for cost in COSTS]
-        small = [record(cost.ours(small=True), num_sms=SMALL_SMS).partials for cost in COSTS]
-        counted = seen()
-    for cost, row, partials in zip(COSTS, rows, small, strict=True):
-        distinct, requested = counted[cost.name]["distinct"], counted[cost.name]["requested"]
-        error = (cost.formula(small=True) + partials) / distinct - 1
-        if abs(error) > TOLERANCE:
-            raise ValueError(f"{cost.name}: the formula is {error:+.1%} off the bytes counted in the interpreter")
-        row |= {"formula_error": round(error, 4), "requested_per_distinct": round(requested / distinct, 2)}
+        partials = [record(cost.ours(small=True), num_sms=SMALL_SMS).partials for cost in COSTS]
+        traffic_of = counted()
+    for cost, row, left in zip(COSTS, rows, partials, strict=True):
+        seen = traffic_of[cost.name]
+        row["formula_error"] = formula_error(cost, left, seen)
+        row["requested_per_distinct"] = round(seen["requested"] / seen["distinct"], 2)
     return rows
 
 

@@ -60,6 +60,15 @@ def test_differences_are_reported(static_cost, committed):
     assert len(static_cost.problems(rows, committed)) == 1
 
 
+def test_wrong_formula_is_refused(static_cost):
+    cost = next(cost for cost in static_cost.COSTS if cost.op == "l2_norm")
+    exact = cost.formula(small=True)
+    assert static_cost.formula_error(cost, 0, {"distinct": exact}) == 0
+    assert static_cost.formula_error(cost, 10, {"distinct": exact + 10}) == 0
+    with pytest.raises(ValueError, match=r"l2_norm.*off the bytes"):
+        static_cost.formula_error(cost, 0, {"distinct": 2 * exact})
+
+
 def test_recorder_counts_launches_and_bytes(recorder):
     x, row = torch.ones(8, 16), torch.ones(16)
     recording = recorder.record(lambda: (x.t() + row[:8].expand(16, 8)).to(torch.bfloat16))
