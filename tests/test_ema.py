@@ -1,6 +1,10 @@
+import sys
+
 import pytest
 import torch
 from checks import DEVICE, INTERPRET, RUNS_KERNELS, assert_as_accurate_as_eager
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from d2v_fast.ops import ema_update_
 from d2v_fast.ops.ema import ema_update_ref
@@ -211,6 +215,23 @@ def test_compile_fullgraph():
     assert all(torch.equal(c, e.bfloat16()) for c, e in zip(copies, teacher, strict=True))
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    st.lists(st.integers(0, 200), min_size=1, max_size=6),
+    st.floats(0.0, 1.0),
+    st.sampled_from([F32, BF16, F16]),
+    st.booleans(),
+)
+def test_any_sizes_and_decays(sizes, decay, student_dtype, with_copies):
+    teacher, student = make([(n,) for n in sizes], student_dtype)
+    copies = [torch.full_like(e, float("nan"), dtype=BF16) for e in teacher] if with_copies else None
+    exact = updated(teacher, student, decay, torch.float64)
+    ema_update_(teacher, student, decay, copies=copies)
+    for i, e in enumerate(teacher):
+        torch.testing.assert_close(e.double(), exact[i], rtol=2e-7, atol=4e-7)
+        assert copies is None or torch.equal(copies[i], e.bfloat16())
+
+
 @pytest.mark.parametrize(
     "call,error,match",
     [
@@ -252,6 +273,21 @@ def test_tied_student_and_neighbouring_views_are_fine():
     flat, source = torch.randn(10, device=DEVICE), torch.randn(5, device=DEVICE)
     ema_update_([flat[:5], flat[5:]], [source, source], 0.0)
     assert torch.equal(flat, source.repeat(2))
+
+
+@pytest.mark.parametrize("tensor", [False, True])
+@pytest.mark.parametrize("student_dtype", [F32, BF16])
+def test_fallback_on_a_gpu_without_triton(monkeypatch, student_dtype, tensor):
+    """The implementation that CUDA tensors get; without Triton it is PyTorch's own operators on any device."""
+    module = sys.modules["d2v_fast.ops.ema"]
+    monkeypatch.setattr(module, "has_triton", lambda: False)
+    teacher, student = make(student_dtype=student_dtype)
+    copies = [torch.empty_like(e, dtype=BF16) for e in teacher]
+    want = updated(teacher, student, 0.75, F32)
+    decay = torch.tensor(0.75, device=DEVICE) if tensor else None
+    module._op_cuda(teacher, student, decay, 0.0 if tensor else 0.75, copies)
+    for e, w, c in zip(teacher, want, copies, strict=True):
+        assert torch.equal(e, w) and torch.equal(c, w.bfloat16())
 
 
 @pytest.mark.gpu

@@ -115,3 +115,12 @@ def test_info_reports_without_a_gpu():
     report = d2v_fast.info()
     for word in ("torch", "triton", "op masked_smooth_l1", "attention", "threads"):
         assert word in report
+
+
+def test_info_says_what_runs_without_triton(monkeypatch):
+    from d2v_fast import _info
+
+    monkeypatch.setattr(_info.importlib.util, "find_spec", lambda name: None)
+    report = {line.split()[1]: line for line in _info.info().splitlines() if line.startswith("op ")}
+    assert "CUDA: PyTorch multi-tensor operators, slower" in report["ema_update_"]
+    assert "CUDA: NOT AVAILABLE (install triton)" in report["layer_targets"]

@@ -80,7 +80,6 @@ define_in_place(
 )
 
 
-@torch.library.impl("d2v_fast::adamw_ema_", "cpu")
 def _op_cpu(
     params: list[Tensor],
     grads: list[Tensor],
@@ -104,7 +103,6 @@ def _op_cpu(
     _run(interpreted, lists, ema_index, weight_decays, scalars, (lr, ema_decay, grad_scale, skip), eps_mode)
 
 
-@torch.library.impl("d2v_fast::adamw_ema_", "cuda")
 def _op_cuda(
     params: list[Tensor],
     grads: list[Tensor],
@@ -125,6 +123,10 @@ def _op_cuda(
 ) -> None:
     lists = (params, grads, exp_avgs, exp_avg_sqs, steps, ema, param_copies, ema_copies)
     _run(has_triton(), lists, ema_index, weight_decays, scalars, (lr, ema_decay, grad_scale, skip), eps_mode)
+
+
+torch.library.impl("d2v_fast::adamw_ema_", "cpu", _op_cpu)
+torch.library.impl("d2v_fast::adamw_ema_", "cuda", _op_cuda)
 
 
 def _run(

@@ -39,7 +39,6 @@ define_in_place(
 )
 
 
-@torch.library.impl("d2v_fast::ema_update_", "cpu")
 def _op_cpu(
     teacher: list[Tensor], student: list[Tensor], decay: Tensor | None, decay_value: float, copies: list[Tensor]
 ) -> None:
@@ -47,11 +46,14 @@ def _op_cpu(
     _run(interpreted, teacher, student, decay, decay_value, copies)
 
 
-@torch.library.impl("d2v_fast::ema_update_", "cuda")
 def _op_cuda(
     teacher: list[Tensor], student: list[Tensor], decay: Tensor | None, decay_value: float, copies: list[Tensor]
 ) -> None:
     _run(has_triton(), teacher, student, decay, decay_value, copies)
+
+
+torch.library.impl("d2v_fast::ema_update_", "cpu", _op_cpu)
+torch.library.impl("d2v_fast::ema_update_", "cuda", _op_cuda)
 
 
 def _run(
