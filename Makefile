@@ -46,5 +46,9 @@ test: lint
 	$(BIN)/pytest
 	TRITON_INTERPRET=1 $(BIN)/pytest $(INTERPRETED)
 
+# No virtual environment: the pinned PyTorch may not be the one that drives this GPU, and nothing need be installed.
+gpu-check:
+	$(PYTHON) benchmarks/gpu_check.py $(GPU_CHECK)
+
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache
