@@ -19,8 +19,6 @@ from d2v_fast.kernels import layer_targets as targets
 from d2v_fast.kernels.layer_targets import _find, _target_tile
 
 STD_EPS = tl.constexpr(1e-6)  # fairseq's, inside the root of the spread
-_WARPS_PER_SM = 16
-_REGISTERS = 65536 // (32 * _WARPS_PER_SM)  # per thread: a bound for ptxas, which otherwise halves the warps
 _MERGE_PARTS, _MERGE_COLS, _MERGE_LOSSES = 64, 32, 1024
 _SCALE_BLOCK = 2048
 
@@ -53,7 +51,7 @@ def config_for(pred: Tensor, layers: Sequence[Tensor], whole_rows: bool) -> Laun
         block_n, block_c = 32, min(row, 64)
     num_warps = min(max(block_n * block_c // 512, 4), 16)
     processors, col_blocks = _processors(pred.device), triton.cdiv(C, block_c)
-    wave = processors * _WARPS_PER_SM // num_warps // col_blocks
+    wave = processors * targets.WARPS_PER_SM // num_warps // col_blocks
     affordable = sum(x.nbytes for x in layers) // 64 // (16 * C)
     parts = min(wave, max(affordable, processors // col_blocks))
     return LaunchConfig(block_n, block_c, triton.cdiv(N, block_n * max(parts, 1)), num_warps)
@@ -306,7 +304,7 @@ def data2vec_loss_fwd(
             BLOCK_N=config.block_n,
             BLOCK_C=config.block_c,
             num_warps=config.num_warps,
-            maxnreg=_REGISTERS if C % 16 == 0 else None,  # scalar accesses, at other widths, need more
+            maxnreg=targets.register_limit(C),
         )
         loss, moments, spread = _merge(parts, losses, N, config.block_n * config.tiles)
     return loss, grad, moments, spread

@@ -15,6 +15,17 @@ from torch import Tensor
 
 from d2v_fast.kernels import launch
 
+WARPS_PER_SM = 16
+_REGISTERS = 65536 // (32 * WARPS_PER_SM)
+
+
+def register_limit(width: int) -> int | None:
+    """Registers per thread that ptxas may use: without a limit it gives up warps, or spills to gain some.
+
+    Scalar accesses, at widths that are no multiple of 16, need more than that.
+    """
+    return _REGISTERS if width % 16 == 0 else None
+
 
 @dataclass(frozen=True)
 class LaunchConfig:
@@ -262,7 +273,8 @@ def layer_targets(
     if out.numel() == 0 or B * T == 0:
         return out.fill_(float("nan"))  # B * T == 0 leaves no valid position
     layers = same_strides(layers)
-    config = config or config_for(layers[0], whole_rows="layer" in (norm, post_norm))
+    whole_rows = "layer" in (norm, post_norm)
+    config = config or config_for(layers[0], whole_rows)
     with launch.device_guard(out):
         table = launch.pointer_table(layers)
         num_rows = out.numel() // C
@@ -288,6 +300,7 @@ def layer_targets(
             BLOCK_N=config.block_n,
             BLOCK_C=config.block_c,
             num_warps=config.num_warps,
+            maxnreg=register_limit(C) if whole_rows else None,
         )
     return out
 

@@ -15,13 +15,14 @@ so channels whose mean is far larger than their spread keep their precision.
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from d2v_fast.ops._dispatch import accumulation_dtype, check_device, check_float, check_index, cpu_runs_triton
 
 NORMS = ("instance", "layer", "batch", "none")
 POST_NORMS = ("none", "layer", "instance")
-_DIMS = {"instance": (1,), "layer": (2,), "batch": (0, 1)}  # reduced dims of [B, T, C]
+_DIMS = {"instance": (1,), "batch": (0, 1)}  # reduced dims of [B, T, C]
 
 
 def layer_targets_ref(
@@ -45,8 +46,10 @@ def layer_targets_ref(
 def _standardise(x: Tensor, norm: str, valid: Tensor | None, eps: float) -> Tensor:
     if norm == "none" or x.numel() == 0:
         return x
+    if norm == "layer":
+        return F.layer_norm(x, x.shape[2:], eps=eps)
     dims = _DIMS[norm]
-    if valid is None or norm == "layer":
+    if valid is None:
         var, mean = torch.var_mean(x, dims, correction=0, keepdim=True)
     else:
         count = valid.sum(dims, keepdim=True).clamp(min=1)
