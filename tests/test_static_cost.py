@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,17 @@ def test_ours_cost_less(committed):
         assert ours["syncs"] == 0, row
         assert all(ours["launches"] <= other["launches"] for other in others), row
         assert all(ours["bytes"] <= 1.001 * other["bytes"] for other in others), row
+
+
+def test_readme_shows_the_table(committed):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\| `(\w+)`, (.*?) \| (\d+) → (\d+) \| (\d+) → (\d+) \| (\d+), (\d+) \|$", text, re.M)
+    assert len(shown) >= 5
+    rows = {(row["op"], row["workload"]): row for row in committed["costs"]}
+    for op, workload, *numbers in shown:
+        sides = [rows[op, workload][side] for side in ("fairseq", "ours", "eager")]
+        fairseq, ours, eager = ((side["launches"], round(side["bytes"] / 1e6)) for side in sides)
+        assert list(map(int, numbers)) == [fairseq[0], ours[0], fairseq[1], ours[1], *eager], (op, workload)
 
 
 def test_differences_are_reported(static_cost, committed):
