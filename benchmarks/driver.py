@@ -215,11 +215,17 @@ def ready(bench: Bench, case: Case, mode: str, names: Sequence[str], deadline: f
         except WrongResult as error:
             row["status"] = f"wrong: {error}"
         except Exception as error:  # reported in the table, and the run fails unless the provider is a peer
-            row["status"] = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            row["status"] = f"failed: {reason(error)}"
         else:
             row["status"] = "ok"
             functions[name] = function
     return rows, functions
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in one line; where the first line only announces the second, both."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[: 2 if lines and lines[0].endswith(':') else 1])}"
 
 
 def run_cpu(bench: Bench, case: Case, mode: str, rows: list[dict], functions: dict, rounds: int) -> None:
@@ -244,7 +250,7 @@ def run_gpu(bench: Bench, case: Case, mode: str, rows: list[dict], functions: di
         try:
             row.update(_measure(bench, case, mode, name, functions[name]))
         except RuntimeError as error:  # out of memory, or a graph that could not be captured: shown, and the run fails
-            row["status"] = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            row["status"] = f"failed: {reason(error)}"
             continue
         row["percent_of_copy"] = 100 * row["gb_per_s"] / copy_rate
     base = next((row["ms_p50"] for row in rows if row["provider"] == OURS and "ms_p50" in row), None)
