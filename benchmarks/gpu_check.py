@@ -5,10 +5,10 @@ python benchmarks/gpu_check.py --part tests        # or bench, or a part of the 
 python benchmarks/gpu_check.py --resume            # only what has not passed yet at this commit
 
 Needs PyTorch for CUDA, Triton, NumPy and pytest; the package need not be installed, and without hypothesis only the
-property tests are skipped. Parts run in order of importance:
-tests that need a GPU (no synchronisation, graph capture, offsets beyond 2**31), the other tests of the ops, then one
-benchmark after the other. What the budget leaves no time for is listed. Exit status: 0, 1 when a part failed, 2
-without a GPU. Writes one JSON a part to OUT/<gpu>/parts, the results to OUT/<gpu>, and summary.md.
+property tests are skipped. Parts run in order of importance: tests that need a GPU (no synchronisation, graph capture,
+offsets beyond 2**31), the other tests of the ops, then one benchmark after the other. What the budget leaves no time
+for is listed. Exit status: 0, 1 when a part failed, 2 without a GPU, 3 when tests were skipped or ran out of time.
+Writes one JSON a part to OUT/<gpu>/parts, the results to OUT/<gpu>, and summary.md.
 """
 
 import argparse
@@ -248,6 +248,13 @@ def result_line(row: dict) -> str:
     return f"{start} {ratio} | {times} | {rates} |"
 
 
+def exit_status(outcomes: list[Outcome], tests: set[str]) -> int:
+    """1 when a part failed, 3 when one of ``tests`` was not run to its end: nothing is proven then."""
+    if any(o.status == "failed" for o in outcomes):
+        return 1
+    return 3 if any(o.name in tests and o.status in ("skipped", "incomplete") for o in outcomes) else 0
+
+
 def main() -> None:
     description, _, details = __doc__.partition("\n\n")
     formatter = argparse.RawDescriptionHelpFormatter
@@ -286,7 +293,7 @@ def main() -> None:
     (out / "summary.md").write_text(summary(outcomes, out), encoding="utf-8")
     counts = {status: sum(o.status == status for o in outcomes) for status in dict.fromkeys(o.status for o in outcomes)}
     print(", ".join(f"{count} {status}" for status, count in counts.items()) + f"; {out / 'summary.md'}")
-    sys.exit(1 if counts.get("failed") else 0)
+    sys.exit(exit_status(outcomes, {part.name for part in parts if part.kind != "bench"}))
 
 
 if __name__ == "__main__":

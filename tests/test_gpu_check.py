@@ -1,0 +1,120 @@
+"""The one command for a GPU: which parts it finds, how it spends its budget, what it reports."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = ROOT / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import gpu_check  # noqa: E402
+
+
+def test_parts():
+    parts = gpu_check.find_parts()
+    names = [part.name for part in parts]
+    assert {file.stem for file in BENCHMARKS.glob("bench_*.py")} <= set(names)
+    gpu = {part.name for part in parts if part.kind == "gpu tests"}
+    assert {"gpu-test_ema", "gpu-test_layer_targets", "gpu-test_masked_smooth_l1"} <= gpu
+    assert "test_ema" in names
+    assert not {"gpu-test_train_loop", f"gpu-{Path(__file__).stem}", Path(__file__).stem} & set(names)
+    assert [p.kind for p in parts] == sorted((p.kind for p in parts), key=["gpu tests", "tests", "bench"].index)
+
+
+def test_missing_modules_are_found_through_own_modules(monkeypatch):
+    found = gpu_check.importlib.util.find_spec
+    monkeypatch.setattr(
+        gpu_check.importlib.util, "find_spec", lambda n: None if n in ("omegaconf", "triton") else found(n)
+    )
+    assert "omegaconf" in gpu_check.missing_modules(ROOT / "d2v_fast" / "train" / "loop.py")
+    assert gpu_check.missing_modules(ROOT / "kernels" / "ema.py") == {"triton"}
+    assert (
+        gpu_check.missing_modules(ROOT / "d2v_fast" / "ops" / "ema.py") == set()
+    )  # Triton is imported by the first call
+    for part in gpu_check.find_parts():
+        assert "omegaconf" not in part.needs
+
+
+def test_without_hypothesis_only_property_tests_are_skipped(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "is_installed", lambda name: name != "hypothesis")
+    (tmp_path / "test_x.py").write_text(
+        "import pytest\nfrom hypothesis import given, settings\nfrom hypothesis import strategies as st\n"
+        "@pytest.mark.parametrize('k', [1, 2])\n@settings(max_examples=2)\n"
+        "@given(st.lists(st.integers(0, 3)), y=st.data())\n"
+        "def test_property(k, x, y): assert 0\n"
+        "def test_other(): pass\n"
+    )
+    environment = gpu_check.child_environment()
+    assert str(gpu_check.STAND_INS) in environment["PYTHONPATH"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "test_x.py"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert "1 passed, 2 skipped" in done.stdout, done.stdout
+
+
+def part(tmp_path, name, code, needs=(), kind="bench"):
+    file = tmp_path / f"{name}.py"
+    file.write_text(code)
+    return gpu_check.Part(name, kind, file, list(needs))
+
+
+def test_run_all(tmp_path, capsys, monkeypatch):
+    """Fails, runs out of time, is skipped, is resumed: every part has its line and its file."""
+    monkeypatch.setattr(gpu_check, "SHORTEST", 0.1)
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
+    mixed = "import pytest\ndef test_a(): pass\n@pytest.mark.gpu\ndef test_b(): assert 0, 'broken kernel'"
+    good, bad = part(tmp_path, "test_good", mixed, kind="tests"), part(tmp_path, "test_bad", mixed, kind="gpu tests")
+    needs = part(tmp_path, "test_needs", "import x", needs=["x"], kind="tests")
+    short = part(tmp_path, "bench_short", "print('skipped: out of time')")
+    outcomes = gpu_check.run_all([good, bad, needs, short], tmp_path, "abc", budget=200, jobs=2, resume=False)
+    want = {"test_bad": "failed", "test_good": "passed", "test_needs": "skipped", "bench_short": "incomplete"}
+    assert {o.name: o.status for o in outcomes} == want
+    printed = capsys.readouterr().out
+    assert "broken kernel" in printed and "needs x" in printed
+    assert json.loads((tmp_path / "parts" / "test_good.json").read_text())["detail"].startswith("1 passed")
+
+    again = gpu_check.run_all([good, needs], tmp_path, "abc", budget=100, jobs=2, resume=True)
+    assert {o.name: o.status for o in again} == {"test_good": "passed before", "test_needs": "skipped"}
+    assert not gpu_check.passed_before(good, tmp_path, "another commit")
+
+
+@pytest.mark.parametrize(
+    ("statuses", "expected"),
+    [
+        ({"test_a": "passed", "bench_a": "passed"}, 0),
+        ({"test_a": "passed before", "bench_a": "incomplete", "bench_b": "skipped"}, 0),
+        ({"test_a": "incomplete", "bench_a": "passed"}, 3),
+        ({"test_a": "skipped", "bench_a": "passed"}, 3),
+        ({"test_a": "skipped", "bench_a": "failed"}, 1),
+        ({"test_a": "failed"}, 1),
+    ],
+)
+def test_exit_status(statuses, expected):
+    outcomes = [gpu_check.Outcome(name, status) for name, status in statuses.items()]
+    assert gpu_check.exit_status(outcomes, {"test_a"}) == expected
+
+
+def test_budget_ends_what_hangs(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "SHORTEST", 0.1)
+    hangs = part(tmp_path, "bench_hangs", "import time; print('started', flush=True); time.sleep(60)")
+    late = part(tmp_path, "bench_late", "print('written')")
+    outcomes = gpu_check.run_all([hangs, late], tmp_path, "abc", budget=1, jobs=1, resume=False)
+    assert [(o.status, o.detail) for o in outcomes] == [
+        ("incomplete", "stopped: no time left"),
+        ("skipped", "no time left"),
+    ]
+    assert outcomes[0].seconds < 30
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_gpu_check_without_a_gpu():
+    """From a copy that is not installed, with nothing but the standard library and PyTorch on the path."""
+    environment = {**os.environ, "PYTHONPATH": ""}
+    command = [sys.executable, str(BENCHMARKS / "gpu_check.py")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2 and "needs a CUDA device" in done.stderr
