@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from d2v_fast.ops._dispatch import accumulation_dtype, check_device, check_float, check_index, cpu_runs_triton
-from d2v_fast.ops.layer_targets import check_layers, check_range, layer_targets_ref
-from d2v_fast.ops.masked_smooth_l1 import check_beta, masked_smooth_l1_grad_ref, masked_smooth_l1_ref
+from d2v_fast.ops.layer_targets import check_layers, check_range, check_tensor, layer_targets_ref
+from d2v_fast.ops.masked_smooth_l1 import check_beta_and_scale, masked_smooth_l1_grad_ref, masked_smooth_l1_ref
 
 
 class LossOutput(NamedTuple):
@@ -207,8 +207,10 @@ def data2vec_loss(
             [N, C] for N positions, or an index is out of range where that is checked.
         TypeError: as those two.
     """
+    check_tensor("positions", positions)
     layers = check_layers(layer_results, norm, post_norm, layout, positions, lengths, eps)
-    _check(pred, layers[0], positions, target_batch_index, beta)
+    _check(pred, layers[0], positions, target_batch_index)
+    check_beta_and_scale(beta, scale)
     if check:
         _check_ranges(layers[0], positions, lengths, target_batch_index)
     loss, _, moments, spread = _fwd(
@@ -246,17 +248,20 @@ def _spread_over_ranks(moments: Tensor, num_rows: int) -> Tensor:
     return torch.where(total > 1, spread, 0).to(moments.dtype)
 
 
-def _check(pred: Tensor, layer: Tensor, positions: Tensor, target_batch_index: Tensor | None, beta: float) -> None:
+def _check(pred: Tensor, layer: Tensor, positions: Tensor, target_batch_index: Tensor | None) -> None:
+    check_tensor("pred", pred)
     check_float("pred", pred)
     check_device("pred", pred, layer.device)
     expected = (positions.shape[0], layer.shape[2])
     if tuple(pred.shape) != expected:
         raise ValueError(f"pred must have shape {expected}, a row per position, got {tuple(pred.shape)}")
-    check_beta(beta)
     if target_batch_index is not None:
+        check_tensor("target_batch_index", target_batch_index)
         check_index("target_batch_index", target_batch_index, layer.device)
         if target_batch_index.dim() != 1:
             raise ValueError(f"target_batch_index must have shape [B_student], got {tuple(target_batch_index.shape)}")
+        if target_batch_index.numel() == 0 and positions.numel() > 0:
+            raise ValueError("target_batch_index must not be empty where there are positions, got shape (0,)")
 
 
 def _check_ranges(layer: Tensor, positions: Tensor, lengths: Tensor | None, target_batch_index: Tensor | None) -> None:

@@ -12,7 +12,7 @@ All norms use the biased variance, ``eps`` inside the root and no affine part. S
 so channels whose mean is far larger than their spread keep their precision.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -119,7 +119,8 @@ def layer_targets(
     Raises:
         ValueError: no layers, shapes or devices differ, an option is unknown, "instance" with T < 2 or "batch"
             with a single frame (0 everywhere; fairseq raises as well), or an index out of range where that is checked.
-        TypeError: dtypes differ or are not floating point, indices are not integers, or float64 on a GPU.
+        TypeError: an argument is no tensor (no sequence of tensors), dtypes differ or are not floating point, indices
+            are not integers, or float64 on a GPU.
     """
     layers = check_layers(layer_results, norm, post_norm, layout, positions, lengths, eps)
     if check:
@@ -146,9 +147,13 @@ def check_layers(
 
 
 def _check_tensors(layer_results: Sequence[Tensor]) -> list[Tensor]:
-    layers = [x.detach() for x in layer_results]
+    if isinstance(layer_results, Tensor) or not isinstance(layer_results, Iterable):
+        raise TypeError(f"layer_results must be a sequence of tensors, got {type(layer_results).__name__}")
+    layers = list(layer_results)
     if not layers:
         raise ValueError("layer_results must hold at least one tensor, got none")
+    for i, x in enumerate(layers):
+        check_tensor(f"layer_results[{i}]", x)
     first = layers[0]
     check_float("layer_results[0]", first)
     if first.dim() != 3:
@@ -159,7 +164,7 @@ def _check_tensors(layer_results: Sequence[Tensor]) -> list[Tensor]:
         if x.dtype != first.dtype:
             raise TypeError(f"layer_results[{i}] must be {first.dtype} like the first, got {x.dtype}")
         check_device(f"layer_results[{i}]", x, first.device)
-    return layers
+    return [x.detach() for x in layers]
 
 
 def _check_options(norm: str, post_norm: str, layout: str, eps: float) -> None:
@@ -181,10 +186,12 @@ def _check_shapes(x: Tensor, norm: str, post_norm: str, positions: Tensor | None
     if norm == "batch" and batch * frames == 1:
         raise ValueError("batch norm needs at least 2 frames, got layer_results with B * T = 1")
     if positions is not None:
+        check_tensor("positions", positions)
         check_index("positions", positions, x.device)
         if positions.dim() != 1:
             raise ValueError(f"positions must have shape [N], got {tuple(positions.shape)}")
     if lengths is not None:
+        check_tensor("lengths", lengths)
         check_index("lengths", lengths, x.device)
         if lengths.shape != (batch,):
             raise ValueError(f"lengths must have shape ({batch},), got {tuple(lengths.shape)}")
@@ -194,6 +201,12 @@ def _check_ranges(x: Tensor, positions: Tensor | None, lengths: Tensor | None) -
     batch, frames, _ = x.shape
     check_range("positions", positions, batch * frames - 1)
     check_range("lengths", lengths, frames)
+
+
+def check_tensor(name: str, x: Tensor) -> None:
+    """Raise TypeError unless ``x`` is a tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
 
 
 def check_range(name: str, values: Tensor | None, last: int) -> None:

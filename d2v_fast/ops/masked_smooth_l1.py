@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from d2v_fast.ops._dispatch import accumulation_dtype, check_device, check_float, cpu_runs_triton
+from d2v_fast.ops.layer_targets import check_tensor
 
 
 def masked_smooth_l1_ref(pred: Tensor, target: Tensor, mask: Tensor | None, beta: float, scale: float) -> Tensor:
@@ -127,10 +128,11 @@ def masked_smooth_l1(
         gradients under every reduction. Accumulates in float32; deterministic; does not wait for the device.
 
     Raises:
-        ValueError: shapes or devices differ, ``beta`` is negative or not finite, or ``reduction`` is unknown.
-        TypeError: an input is not floating point, ``mask`` is not bool, or float64 on a GPU.
+        ValueError: shapes or devices differ, ``beta`` is negative or not finite, ``scale`` is not finite, or
+            ``reduction`` is unknown.
+        TypeError: an input is no tensor or not floating point, ``mask`` is not bool, or float64 on a GPU.
     """
-    _check(pred, target, mask, beta, reduction)
+    _check(pred, target, mask, beta, scale, reduction)
     width = pred.shape[-1]
     num_rows = math.prod(pred.shape[:-1])
     rows = _fwd(
@@ -155,7 +157,9 @@ def _as_rows(x: Tensor, num_rows: int, width: int) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _check(pred: Tensor, target: Tensor, mask: Tensor | None, beta: float, reduction: str) -> None:
+def _check(pred: Tensor, target: Tensor, mask: Tensor | None, beta: float, scale: float | None, reduction: str) -> None:
+    check_tensor("pred", pred)
+    check_tensor("target", target)
     if pred.dim() == 0 or pred.shape != target.shape:
         shapes = f"{tuple(pred.shape)} and {tuple(target.shape)}"
         raise ValueError(f"pred and target must have the same shape [..., D], got {shapes}")
@@ -163,17 +167,20 @@ def _check(pred: Tensor, target: Tensor, mask: Tensor | None, beta: float, reduc
     check_float("target", target)
     check_device("target", target, pred.device)
     if mask is not None:
+        check_tensor("mask", mask)
         if mask.dtype != torch.bool:
             raise TypeError(f"mask must be bool, got {mask.dtype}")
         if mask.shape != pred.shape[:-1]:
             raise ValueError(f"mask must have shape {tuple(pred.shape[:-1])}, got {tuple(mask.shape)}")
         check_device("mask", mask, pred.device)
-    check_beta(beta)
+    check_beta_and_scale(beta, scale)
     if reduction not in ("sum", "mean", "none"):
         raise ValueError(f"reduction must be 'sum', 'mean' or 'none', got {reduction!r}")
 
 
-def check_beta(beta: float) -> None:
-    """Raise ValueError unless ``beta`` is a finite number that is not negative."""
+def check_beta_and_scale(beta: float, scale: float | None) -> None:
+    """Raise ValueError unless ``beta`` is a finite number that is not negative, and ``scale`` finite or None."""
     if not 0 <= beta < math.inf:
         raise ValueError(f"beta must be finite and >= 0, got {beta}")
+    if scale is not None and not -math.inf < scale < math.inf:
+        raise ValueError(f"scale must be finite, got {scale}")
