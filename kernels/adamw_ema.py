@@ -25,7 +25,7 @@ _STEPS_BLOCK = 256
 
 
 class Tensors(NamedTuple):
-    """One entry per parameter, contiguous, of the same shape, on one device; empty where there is none."""
+    """One entry per parameter, dense, of the same shape and strides, on one device; empty where there is none."""
 
     params: Sequence[Tensor]  # fp32
     grads: Sequence[Tensor]  # fp32, bf16 or fp16

@@ -73,8 +73,8 @@ class _Launch:
 
 
 def ema_update_(
-    teacher: Sequence[Tensor],  # fp32, contiguous
-    student: Sequence[Tensor],  # fp32, bf16 or fp16, contiguous
+    teacher: Sequence[Tensor],  # fp32, dense
+    student: Sequence[Tensor],  # fp32, bf16 or fp16, strides like teacher
     decay: Tensor | None,  # [] fp32 or fp64
     weight: float,  # 1 - decay, where decay is None
     copies: Sequence[Tensor],  # like student, or empty

@@ -57,7 +57,7 @@ def _root_of_sum_kernel(partials_ptr, out_ptr, num_partials, BLOCK: tl.constexpr
 
 
 def l2_norm(tensors: Sequence[Tensor], config: LaunchConfig | None = None) -> Tensor:
-    """Norm [] fp32 of all elements of contiguous ``tensors`` (fp32, bf16, fp16) on one device."""
+    """Norm [] fp32 of all elements of dense ``tensors`` (fp32, bf16, fp16) on one device."""
     device = tensors[0].device
     config = config or (chunks.INTERPRETER_CONFIG if launch.interpreted(tensors[0]) else GPU_CONFIG)
     key = (

@@ -1,5 +1,6 @@
 import sys
 
+import numpy as np
 import pytest
 import torch
 from checks import DEVICE, INTERPRET, RUNS_KERNELS, assert_as_accurate_as_eager
@@ -94,6 +95,13 @@ def test_float_decay_keeps_its_precision():
     torch.testing.assert_close(teacher[0], torch.ones(100, device=DEVICE), rtol=1e-6, atol=0)
 
 
+def test_numpy_decay():
+    teacher, student = make([(5,)])
+    want = updated(teacher, student, 0.25, F32)
+    ema_update_(teacher, student, np.float32(0.25))
+    torch.testing.assert_close(teacher, want)
+
+
 def test_exact_ends_and_fixed_point():
     teacher, student = [torch.tensor([1e8, -3.0, 0.1], device=DEVICE)], [torch.tensor([1.0, 7.0, 1e-9], device=DEVICE)]
     kept = teacher[0].clone()
@@ -164,13 +172,53 @@ def test_empty_lists_and_gradients():
     assert torch.equal(teacher[0].detach(), want[0]) and teacher[0].grad_fn is None
 
 
-def test_mutation_is_visible_to_autograd():
+@pytest.mark.parametrize("written", ["teacher", "copies"])
+def test_mutation_is_visible_to_autograd(monkeypatch, written):
+    """By the op itself: PyTorch's operators in the reference would tell autograd as well, a kernel does not."""
+    monkeypatch.setattr(sys.modules["d2v_fast.ops.ema"], "ema_update_ref", lambda *args: None)
     teacher, student = make([(5,)])
+    copies = [torch.zeros(5, device=DEVICE)]
     x = torch.ones(5, device=DEVICE, requires_grad=True)
-    y = (x * teacher[0]).sum()
-    ema_update_(teacher, student, 0.5)
+    y = (x * {"teacher": teacher, "copies": copies}[written][0]).sum()
+    ema_update_(teacher, student, 0.5, copies=copies)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.backward()
+
+
+def test_permuted_tensors():
+    """Dense in another order than the dimensions': the neighbours are those in memory."""
+    teacher, student = [torch.randn(2, 3, 4, 5, device=DEVICE)], [torch.randn(2, 3, 4, 5, device=DEVICE)]
+    last = [[x.to(memory_format=torch.channels_last) for x in xs] for xs in (teacher, student)]
+    copies = [torch.empty_like(last[0][0], dtype=BF16)]
+    want = updated(teacher, student, 0.3, F32)
+    ema_update_(*last, 0.3, copies=copies)
+    torch.testing.assert_close(last[0], want)
+    assert torch.equal(copies[0], want[0].bfloat16())
+    one = [torch.randn(6, 1, device=DEVICE).as_strided((6, 1), (1, 77)), torch.randn(6, 1, device=DEVICE)]
+    want = updated(one[:1], one[1:], 0.3, F32)  # the stride of a dimension of one element says nothing
+    ema_update_(one[:1], one[1:], 0.3)
+    torch.testing.assert_close(one[:1], want)
+
+
+@pytest.mark.parametrize("shifted", [None, "teacher", "student", "copies"])
+def test_kernel_is_told_of_tensors_that_are_not_aligned(monkeypatch, shifted):
+    """Else a GPU would read vectors from addresses that are no multiple of 16; the interpreter does not care."""
+    pytest.importorskip("triton")
+    from d2v_fast.kernels import ema as kernels
+
+    told = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: told.append(options["ALIGNED"])
+
+    monkeypatch.setattr(kernels, "_ema_update_kernel", Kernel())
+    lists = {
+        name: [torch.zeros(72, dtype=dtype, device=DEVICE)[int(name == shifted) :][:64]]
+        for name, dtype in (("teacher", F32), ("student", F32), ("copies", BF16))
+    }
+    kernels.ema_update_(lists["teacher"], lists["student"], None, 0.5, lists["copies"])
+    assert told == [shifted is None]
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="float64 is CPU-only")
@@ -246,8 +294,23 @@ def test_any_sizes_and_decays(sizes, decay, student_dtype, with_copies):
         (lambda e, p: ema_update_([e[0], e[1].long()], p, 0.5), TypeError, r"teacher\[1\].*int64: copy such tensors"),
         (lambda e, p: ema_update_([e[0], e[1].half()], p, 0.5), TypeError, r"teacher\[1\].*float16: pass it as a copy"),
         (lambda e, p: ema_update_(e, [p[0], p[1].int()], 0.5), TypeError, r"student\[1\] must be float32.*int32"),
-        (lambda e, p: ema_update_([e[0].t()], [p[0].t()], 0.5), ValueError, r"teacher\[0\] must be contiguous"),
-        (lambda e, p: ema_update_([e[0]], [p[0].t().contiguous().t()], 0.5), ValueError, r"student\[0\] must be cont"),
+        (lambda e, p: ema_update_([e[0][:, 1:]], [p[0][:, 1:]], 0.5), ValueError, r"teacher\[0\] must be dense"),
+        (
+            lambda e, p: ema_update_([e[0]], [p[0].t().contiguous().t()], 0.5),
+            ValueError,
+            r"student\[0\].*strides \(6, 1",
+        ),
+        (
+            lambda e, p: ema_update_([e[0].t()], [p[0].t().contiguous()], 0.5),
+            ValueError,
+            r"student\[0\].*strides \(1, 6",
+        ),
+        (lambda e, p: ema_update_([None], [p[0]], 0.5), TypeError, r"teacher\[0\] must be a tensor, got NoneType"),
+        (lambda e, p: ema_update_(e, [p[0], 1.0], 0.5), TypeError, r"student\[1\] must be a tensor, got float"),
+        (lambda e, p: ema_update_(e, p, 0.5, copies=[None] * 2), TypeError, r"copies\[0\] must be a tensor, got None"),
+        (lambda e, p: ema_update_(e[1], p[1], 0.5), TypeError, "teacher must be a list of tensors, got Tensor"),
+        (lambda e, p: ema_update_(e, p, None), TypeError, "decay must be a number, got NoneType"),
+        (lambda e, p: ema_update_(e, p, "0.5"), TypeError, "decay must be a number, got str"),
         (lambda e, p: ema_update_(e, p, 0.5, copies=[p[0], p[1].to("meta")]), ValueError, r"copies\[1\] must be on"),
         (lambda e, p: ema_update_(e, e, 0.5), ValueError, "must not share memory"),
         (lambda e, p: ema_update_(e, p, 0.5, copies=p), ValueError, "must not share memory"),

@@ -50,7 +50,7 @@ def test_every_element_counts_once():
 def test_unaligned_views_and_other_strides():
     x = torch.randn(4001, device=DEVICE).half()
     y = torch.randn(40, 50, device=DEVICE)
-    tensors = [x[1:3000], x[3001:], y.t(), y[:, ::3]]
+    tensors = [x[1:3000], x[3001:], y.t(), y[:, ::3], y.expand(3, 40, 50)]
     assert l2_norm(tensors).item() == pytest.approx(exact(tensors).item(), rel=1e-7)
 
 
@@ -150,6 +150,10 @@ def test_clip_factor_is_that_of_torch():
     [
         (lambda x: l2_norm([x, x.long()]), TypeError, r"tensors\[1\] must be float32.*int64"),
         (lambda x: l2_norm([x, x.to("meta")]), ValueError, r"tensors\[1\] must be on .* got meta"),
+        (lambda x: l2_norm(x), TypeError, "tensors must be a list of tensors, got Tensor"),
+        (lambda x: l2_norm([x, None]), TypeError, r"tensors\[1\] must be a tensor, got NoneType"),
+        (lambda x: clip_factor(None, 1.0), TypeError, "norm must be a tensor, got NoneType"),
+        (lambda x: clip_factor(x[0], None), TypeError, "max_norm must be a number, got NoneType"),
         (lambda x: clip_factor(x, 1.0), ValueError, r"norm must have shape \[\], got \(4,\)"),
         (lambda x: clip_factor(x[0].half(), 1.0), TypeError, "norm must be a float32 or float64 tensor, got .*float16"),
         (lambda x: clip_factor(x[0], 0.0), ValueError, "max_norm must be > 0, got 0.0"),

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 from checks import DEVICE
@@ -224,12 +225,23 @@ def test_sharded_parameters(tmp_path):
     "call,error,match",
     [
         (lambda m: AdamWEMA(m.parameters(), lr=-1.0), ValueError, "lr must be a number >= 0, got -1.0"),
-        (lambda m: AdamWEMA(m.parameters(), betas=(0.9, 1.0)), ValueError, "betas must be two numbers in"),
+        (lambda m: AdamWEMA(m.parameters(), betas=(0.9, 1.0)), ValueError, r"betas\[1\] must lie in \[0, 1\)"),
         (lambda m: AdamWEMA(m.parameters(), eps=-1.0), ValueError, "eps must be a number >= 0"),
         (lambda m: AdamWEMA(m.parameters(), weight_decay=-1.0), ValueError, "weight_decay.* must be a number >= 0"),
         (lambda m: AdamWEMA(m.parameters(), eps_mode="apex"), ValueError, "eps_mode must be one of"),
         (lambda m: AdamWEMA(m.parameters(), ema={torch.zeros(1): torch.zeros(1)}), ValueError, "got 1 tensors that"),
-        (lambda m: AdamWEMA(m.half().parameters()).step(), TypeError, r"params\[0\] must be a float32 master"),
+        (lambda m: AdamWEMA(m.half().parameters()), TypeError, "parameter 0 of group 0 must be a float32 master"),
+        (
+            lambda m: AdamWEMA([nn.Parameter(torch.ones(4, 6)[:, ::2])]),
+            ValueError,
+            "parameter 0 of group 0 must be dense",
+        ),
+        (lambda m: AdamWEMA([{"params": m.parameters(), "maximize": True}]), ValueError, "maximize must be False"),
+        (lambda m: AdamWEMA([{"params": m.parameters(), "amsgrad": True}]), ValueError, "amsgrad must be False"),
+        (lambda m: AdamWEMA([{"params": m.parameters(), "betas": (2, 3)}]), ValueError, r"betas\[0\] must lie in"),
+        (lambda m: AdamWEMA(m.parameters(), lr="1"), TypeError, "lr must be a number, got str"),
+        (lambda m: AdamWEMA(m.parameters()).step(found_inf=True), TypeError, "found_inf must be a tensor, got bool"),
+        (lambda m: AdamWEMA(m.parameters()).step(ema_decay=1.5), ValueError, r"ema_decay must lie in \[0, 1\]"),
         (lambda m: AdamWEMA(m.parameters()).step(grad_scale=torch.ones(1)), ValueError, "grad_scale must have shape"),
     ],
 )
@@ -240,13 +252,96 @@ def test_bad_inputs_raise(call, error, match):
         call(model)
 
 
-def test_amsgrad_states_are_refused():
+@pytest.mark.parametrize(
+    "theirs,match",
+    [
+        (lambda ps: torch.optim.AdamW(ps, amsgrad=True), "amsgrad must be False, got True"),
+        (lambda ps: torch.optim.AdamW(ps, maximize=True), "maximize must be False, got True"),
+        (lambda ps: torch.optim.Adam(ps, weight_decay=0.1), "decoupled_weight_decay must be True, got False"),
+    ],
+)
+def test_states_of_other_algorithms_are_refused(theirs, match):
     model = model_of()
-    adamw = torch.optim.AdamW(model.parameters(), amsgrad=True)
+    other = theirs(model.parameters())
     backward(model, 0)
-    adamw.step()
-    with pytest.raises(ValueError, match="amsgrad must be off"):
-        AdamWEMA(model.parameters()).load_state_dict(adamw.state_dict())
+    other.step()
+    optimizer = AdamWEMA(model.parameters(), lr=0.7)
+    with pytest.raises(ValueError, match=match):
+        optimizer.load_state_dict(other.state_dict())
+    assert not optimizer.state and optimizer.param_groups[0]["lr"] == 0.7
+
+
+def test_a_refused_group_is_not_added():
+    model = model_of()
+    optimizer = AdamWEMA(model[0].parameters())
+    with pytest.raises(ValueError, match=r"betas\[0\] must lie in \[0, 1\), got 2"):
+        optimizer.add_param_group({"params": model[2].parameters(), "betas": (2, 3)})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": model[2].parameters(), "lr": np.float32(0.25)})
+    assert len(optimizer.param_groups) == 2
+
+
+@pytest.mark.parametrize(
+    "average,error,match",
+    [
+        (lambda p: torch.zeros(3), ValueError, r"ema of parameter 1 of group 0 must have shape .*\[5\]"),
+        (lambda p: p.detach().half(), TypeError, "ema of parameter 1 of group 0 must be torch.float32 like"),
+        (lambda p: p.detach().to("meta"), ValueError, "ema of parameter 1 of group 0 must have device"),
+        (lambda p: None, TypeError, "ema of parameter 1 of group 0 must be a tensor, got NoneType"),
+    ],
+)
+def test_averages_that_do_not_fit_are_refused_at_once(average, error, match):
+    model = model_of()
+    with pytest.raises(error, match=match):
+        AdamWEMA(model.parameters(), ema={model[0].bias: average(model[0].bias)})
+
+
+@pytest.mark.parametrize("broken", ["second group", "decay", "rate"])
+def test_a_step_that_raises_changes_nothing(broken):
+    model = model_of()
+    teacher = EMATeacher(model, HALF)
+    split = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "lr": 1e-3}]
+    optimizer = AdamWEMA(
+        split, **SETTINGS, ema={p: e for p, e in teacher.averages().items() if p not in {*model[1].parameters()}}
+    )
+    kept = copy.deepcopy((model, teacher.module))
+    backward(model, 0)
+    decay = 0.5
+    if broken == "second group":
+        model[2].weight.data = torch.zeros(3, 10, device=DEVICE)[:, ::2]
+        kept[0][2].weight.data.zero_()
+    elif broken == "rate":
+        optimizer.param_groups[1]["lr"] = -1.0
+    else:
+        decay = 1.5
+    with pytest.raises(ValueError, match=r"must (be dense|be a number|lie in)"):
+        optimizer.step(ema_decay=decay)
+    same(model, kept[0], 0, 0), same(teacher.module, kept[1], 0, 0)
+    assert not optimizer.state
+
+
+def test_channels_last_parameters():
+    """Kernels go through memory in its order, so that all tensors of a parameter must share that order."""
+
+    def trained(memory_format):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Conv2d(4, 1, 3)).to(DEVICE, memory_format=memory_format)
+        teacher = EMATeacher(model, HALF)
+        optimizer = AdamWEMA(model.parameters(), **SETTINGS, ema=teacher.averages())
+        for update in range(2):
+            backward(model, update)  # contiguous gradients
+            optimizer.step(ema_decay=0.5)
+        fresh = AdamWEMA(model.parameters())
+        state = copy.deepcopy(optimizer.state_dict())
+        for values in state["state"].values():  # as saved by a contiguous model
+            values["exp_avg"] = values["exp_avg"].contiguous()
+        fresh.load_state_dict(state)
+        backward(model, 2), fresh.step()
+        return model, teacher.module
+
+    for mine, want in zip(trained(torch.channels_last), trained(torch.contiguous_format), strict=True):
+        assert mine[0].weight.is_contiguous(memory_format=torch.channels_last) and want[0].weight.is_contiguous()
+        same(mine, want)
 
 
 @pytest.mark.gpu

@@ -1,9 +1,12 @@
 """Shared by the ops on lists of tensors: the checks of their arguments."""
 
+import math
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from itertools import pairwise
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,8 +23,63 @@ def define_in_place(name: str, schema: str) -> None:
     torch.library.register_fake(f"d2v_fast::{name}", lambda *args: None)
 
 
+def tensor_list(name: str, tensors: Iterable[Tensor], optional: bool = False) -> list[Tensor]:
+    """``tensors`` as a list; TypeError where something else than a tensor (or None, if ``optional``) is found."""
+    if isinstance(tensors, Tensor) or not isinstance(tensors, Iterable):
+        raise TypeError(f"{name} must be a list of tensors, got {type(tensors).__name__}")
+    found = list(tensors)
+    for i, x in enumerate(found):
+        if not isinstance(x, Tensor) and not (optional and x is None):
+            raise TypeError(f"{name}[{i}] must be a tensor, got {type(x).__name__}")
+    return found
+
+
+def number(name: str, x: Any, below: float = math.inf, include: bool = False) -> float:
+    """``x`` as a float in [0, below), or [0, below] if ``include``; NumPy's scalars are numbers as well.
+
+    Raises:
+        TypeError: ``x`` is not a real number.
+        ValueError: ``x`` is out of range.
+    """
+    if not isinstance(x, (float, int, Real)):
+        raise TypeError(f"{name} must be a number, got {type(x).__name__}")
+    if not (0 <= x < below or (include and x == below)):
+        expected = "be a number >= 0" if below == math.inf else f"lie in [0, {below:g}{']' if include else ')'}"
+        raise ValueError(f"{name} must {expected}, got {x}")
+    return float(x)
+
+
+def number_or_tensor(name: str, x: Any, below: float = math.inf, include: bool = False) -> float | Tensor:
+    """Like :func:`number`, but a tensor, whose value is known on the device alone, passes unseen."""
+    return x if isinstance(x, Tensor) else number(name, x, below, include)
+
+
+def layout(x: Tensor) -> tuple[int, ...]:
+    """() for a contiguous tensor, otherwise its strides; the same for two tensors of one shape means the same order.
+
+    Dimensions of one element do not count.
+    """
+    if x.is_contiguous():
+        return ()
+    return tuple(stride for size, stride in zip(x.shape, x.stride(), strict=True) if size != 1)
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements fill the memory from the first to the last, in any order of the dimensions."""
+    if x.is_contiguous():
+        return True
+    expected = 1
+    for stride, size in sorted((stride, size) for size, stride in zip(x.shape, x.stride(), strict=True) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
 def check_lists(masters: dict[str, list[Tensor]], others: dict[str, list[Tensor]]) -> None:
-    """Raise unless all lists hold contiguous tensors of the same shapes on one device, ``masters`` in float32.
+    """Raise unless all lists hold tensors of the same shapes on one device, ``masters`` in float32.
+
+    Tensors must be dense, and their dimensions in the same order in all lists: contiguous, or all channels_last.
 
     ``masters`` and ``others`` map names of arguments to lists of one length; ``others`` may be in any float dtype, and
     empty lists in it are skipped. Comparing whole lists first costs a fifth of looking at every tensor.
@@ -42,9 +100,14 @@ def _alike(masters: list[list[Tensor]], others: list[list[Tensor]]) -> bool:
         {x.dtype for tensors in masters for x in tensors} == {torch.float32}
         and {x.dtype for tensors in others for x in tensors}.issubset(KERNEL_DTYPES)
         and len({x.device for x in everything}) == 1
-        and all(map(Tensor.is_contiguous, everything))
         and all([x.shape for x in tensors] == shapes for tensors in (*masters[1:], *others))
+        and (all(map(Tensor.is_contiguous, everything)) or _same_order(masters[0], [*masters[1:], *others]))
     )
+
+
+def _same_order(first: list[Tensor], rest: list[list[Tensor]]) -> bool:
+    layouts = [layout(x) for x in first]
+    return all(map(is_dense, first)) and all([layout(x) for x in tensors] == layouts for tensors in rest)
 
 
 def _check_masters(name: str, tensors: list[Tensor], first: list[Tensor]) -> None:
@@ -66,8 +129,10 @@ def _check_like(name: str, tensors: list[Tensor], first_name: str, first: list[T
         check_device(f"{name}[{i}]", x, want.device)
         if x.shape != want.shape:
             raise ValueError(f"{name}[{i}] must have shape {tuple(want.shape)} like {first_name}, got {tuple(x.shape)}")
-        if not x.is_contiguous():
-            raise ValueError(f"{name}[{i}] must be contiguous, got shape {tuple(x.shape)} strides {x.stride()}")
+        if not is_dense(x):
+            raise ValueError(f"{name}[{i}] must be dense, got shape {tuple(x.shape)} strides {x.stride()}")
+        if layout(x) != layout(want):
+            raise ValueError(f"{name}[{i}] must have strides {want.stride()} like {first_name}, got {x.stride()}")
 
 
 def check_length(name: str, found: int, length: int, like: str) -> None:

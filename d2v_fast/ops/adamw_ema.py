@@ -6,7 +6,6 @@
 eps before the correction of the second moment: ``p -= lr sqrt(1 - beta2^t) / (1 - beta1^t) m / (sqrt(v) + eps)``.
 """
 
-import math
 from collections.abc import Sequence
 from itertools import chain
 from typing import Literal, get_args
@@ -15,7 +14,15 @@ import torch
 from torch import Tensor
 
 from d2v_fast.ops._dispatch import check_device, check_scalar, cpu_runs_triton, has_triton
-from d2v_fast.ops._lists import check_length, check_lists, check_no_overlap, define_in_place
+from d2v_fast.ops._lists import (
+    check_length,
+    check_lists,
+    check_no_overlap,
+    define_in_place,
+    number,
+    number_or_tensor,
+    tensor_list,
+)
 
 EpsMode = Literal["torch", "fairseq"]
 
@@ -202,8 +209,9 @@ def adamw_ema_(
 ) -> None:
     """One AdamW update of many parameters and, in the same pass over memory, of their moving averages; in place.
 
-    Every list holds one tensor per parameter: contiguous, of the parameter's shape, all on one device. Tensors without
-    elements are fine, and no tensor that is written may share memory with another one.
+    Every list holds one tensor per parameter: dense, of the parameter's shape and strides (contiguous or not, such as
+    channels_last), all on one device. Tensors without elements are fine, and no tensor that is written may share memory
+    with another one.
 
     Args:
         params: float32 (float64 is taken on CPU, for the masters of all lists at once).
@@ -225,23 +233,76 @@ def adamw_ema_(
         eps_mode: "torch" adds eps to the corrected ``sqrt(v)``, "fairseq" to the one that is not corrected.
 
     Raises:
-        ValueError: lengths, shapes or devices differ, a tensor is not contiguous, memory is shared, or a number or
+        ValueError: lengths, shapes, strides or devices differ, a tensor is not dense, memory is shared, or a number or
             ``eps_mode`` is out of range.
-        TypeError: a master is not float32, another tensor not floating point, or a scalar tensor not float32 / float64.
+        TypeError: a master is not float32, another tensor not floating point, or a scalar tensor not float32 / float64;
+            a list holds something else than tensors, or a number is none.
     """
-    params = list(params)
-    masters = {"params": params, "exp_avgs": list(exp_avgs), "exp_avg_sqs": list(exp_avg_sqs)}
-    others = {"grads": list(grads), "param_copies": list(param_copies or ())}
-    shared = isinstance(weight_decay, (int, float))
-    decays = [float(weight_decay)] if shared else list(weight_decay)
-    _check_numbers(lr, betas, eps, decays, eps_mode)
-    decays = decays * len(params) if shared else decays
+    args = adamw_ema_arguments(
+        params,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        step,
+        lr=lr,
+        betas=betas,
+        eps=eps,
+        weight_decay=weight_decay,
+        ema=ema,
+        ema_decay=ema_decay,
+        param_copies=param_copies,
+        ema_copies=ema_copies,
+        grad_scale=grad_scale,
+        skip=skip,
+        eps_mode=eps_mode,
+    )
+    if args is not None:
+        torch.ops.d2v_fast.adamw_ema_(*args)
+
+
+def adamw_ema_arguments(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    step: Tensor | Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float | Sequence[float],
+    ema: Sequence[Tensor | None] | None = None,
+    ema_decay: float | Tensor | None = None,
+    param_copies: Sequence[Tensor] | None = None,
+    ema_copies: Sequence[Tensor | None] | None = None,
+    grad_scale: Tensor | None = None,
+    skip: Tensor | None = None,
+    eps_mode: EpsMode = "torch",
+) -> tuple | None:
+    """What :func:`adamw_ema_` passes to the registered op once all is checked; None if there is nothing to do.
+
+    Apart from the op, so that a step of several calls can check all of them before the first one changes anything.
+    """
+    params = tensor_list("params", params)
+    masters = {
+        "params": params,
+        "exp_avgs": tensor_list("exp_avgs", exp_avgs),
+        "exp_avg_sqs": tensor_list("exp_avg_sqs", exp_avg_sqs),
+    }
+    others = {
+        "grads": tensor_list("grads", grads),
+        "param_copies": tensor_list("param_copies", () if param_copies is None else param_copies),
+    }
+    lr, betas, eps = check_numbers(lr, betas, eps, eps_mode)
+    decays = _weight_decays(weight_decay, len(params))
     for name, tensors in {**masters, **others, "weight_decay": decays}.items():
         if tensors or name != "param_copies":
             check_length(name, len(tensors), len(params), "params")
+    if ema_decay is not None:
+        ema_decay = number_or_tensor("ema_decay", ema_decay, below=1, include=True)
     index, averages, average_copies = _averages(params, ema, ema_decay, ema_copies)
     if not params:
-        return
+        return None
     device = params[0].device
     if len(index) == len(params):
         check_lists({**masters, "ema": averages}, {**others, "ema_copies": average_copies})
@@ -252,10 +313,9 @@ def adamw_ema_(
     for name, x in {"lr": lr, "ema_decay": ema_decay, "grad_scale": grad_scale, "skip": skip}.items():
         if isinstance(x, Tensor):
             check_scalar(name, x, device)
-    lr_tensor = lr if isinstance(lr, Tensor) else None
-    decay_tensor = ema_decay if isinstance(ema_decay, Tensor) else None
-    numbers = [x if isinstance(x, (int, float)) else 0.0 for x in (lr, ema_decay, *betas, eps)]
-    torch.ops.d2v_fast.adamw_ema_(
+        elif x is not None and name in ("grad_scale", "skip"):
+            raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    return (
         params,
         others["grads"],
         masters["exp_avgs"],
@@ -266,29 +326,33 @@ def adamw_ema_(
         average_copies,
         index,
         decays,
-        numbers,
-        lr_tensor,
-        decay_tensor,
+        [0.0 if x is None or isinstance(x, Tensor) else x for x in (lr, ema_decay, *betas, eps)],
+        lr if isinstance(lr, Tensor) else None,
+        ema_decay if isinstance(ema_decay, Tensor) else None,
         grad_scale,
         skip,
         eps_mode,
     )
 
 
-def _check_numbers(
-    lr: float | Tensor, betas: tuple[float, float], eps: float, decays: list[float], eps_mode: str
-) -> None:
-    if not isinstance(lr, Tensor) and not 0 <= lr < math.inf:
-        raise ValueError(f"lr must be a number >= 0, got {lr}")
-    if len(betas) != 2 or not all(0 <= beta < 1 for beta in betas):
+def check_numbers(
+    lr: float | Tensor, betas: tuple[float, float], eps: float, eps_mode: str
+) -> tuple[float | Tensor, tuple[float, float], float]:
+    """``lr``, ``betas`` and ``eps`` as plain floats; raises for what is out of range."""
+    lr, eps = number_or_tensor("lr", lr), number("eps", eps)
+    if not isinstance(betas, Sequence) or len(betas) != 2:
         raise ValueError(f"betas must be two numbers in [0, 1), got {betas}")
-    if not 0 <= eps < math.inf:
-        raise ValueError(f"eps must be a number >= 0, got {eps}")
-    for i, decay in enumerate(decays):
-        if not 0 <= decay < math.inf:
-            raise ValueError(f"weight_decay[{i}] must be a number >= 0, got {decay}")
+    betas = number("betas[0]", betas[0], below=1), number("betas[1]", betas[1], below=1)
     if eps_mode not in get_args(EpsMode):
         raise ValueError(f"eps_mode must be one of {', '.join(get_args(EpsMode))}, got {eps_mode!r}")
+    return lr, betas, eps
+
+
+def _weight_decays(weight_decay: float | Sequence[float], length: int) -> list[float]:
+    """One per parameter."""
+    if isinstance(weight_decay, Sequence) and not isinstance(weight_decay, str):
+        return [number(f"weight_decay[{i}]", x) for i, x in enumerate(weight_decay)]
+    return [number("weight_decay", weight_decay)] * length
 
 
 def _averages(
@@ -302,12 +366,11 @@ def _averages(
         if ema_copies is not None:
             raise ValueError("ema_copies needs ema, got None")
         return [], [], []
-    ema, copies = list(ema), list(ema_copies or ())
+    ema = tensor_list("ema", ema, optional=True)
+    copies = tensor_list("ema_copies", () if ema_copies is None else ema_copies, optional=True)
     check_length("ema", len(ema), len(params), "params")
     if ema_decay is None:
         raise ValueError("ema_decay must be given with ema, got None")
-    if not isinstance(ema_decay, Tensor) and not 0 <= ema_decay <= 1:
-        raise ValueError(f"ema_decay must lie in [0, 1], got {ema_decay}")
     index = [i for i, e in enumerate(ema) if e is not None]
     if not copies:
         return index, [ema[i] for i in index], []
@@ -321,7 +384,7 @@ def _steps(step: Tensor | Sequence[Tensor], length: int, device: torch.device) -
     if isinstance(step, Tensor):
         steps = [step]
     else:
-        steps = list(step)
+        steps = tensor_list("step", step)
         check_length("step", len(steps), length, "params")
     if (
         {x.dtype for x in steps} == {torch.float32}

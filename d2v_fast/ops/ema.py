@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from d2v_fast.ops._dispatch import check_scalar, cpu_runs_triton, has_triton
-from d2v_fast.ops._lists import check_length, check_lists, check_no_overlap, define_in_place
+from d2v_fast.ops._lists import (
+    check_length,
+    check_lists,
+    check_no_overlap,
+    define_in_place,
+    number_or_tensor,
+    tensor_list,
+)
 
 
 def ema_update_ref(
@@ -86,32 +93,45 @@ def ema_update_(
     """Move every teacher tensor towards its student tensor, in place: ``e += (1 - decay) * (p - e)``.
 
     Args:
-        teacher: contiguous float32 masters (float64 is taken on CPU), all on one device.
-        student: contiguous tensors of the same shapes in float32, bfloat16 or float16; dtypes may differ.
+        teacher: dense float32 masters (float64 is taken on CPU), all on one device.
+        student: tensors of the same shapes and strides in float32, bfloat16 or float16; dtypes may differ. Contiguous
+            or not (channels_last) does not matter as long as all lists agree.
         decay: a number in [0, 1], or a float32 / float64 tensor of shape [] on the same device. A tensor is read on
             the device, which is what a captured CUDA graph needs; its range is not checked. float64 keeps
             ``1 - decay`` exact to float32 precision: a float32 0.9999 is already 0.02 % off in ``1 - decay``.
-        copies: low-precision tensors of the same shapes that receive the new teacher values in the same pass.
+        copies: low-precision tensors of the same shapes and strides that receive the new teacher values in the same
+            pass.
 
     Empty lists and tensors without elements are fine. No tensor that is written may share memory with another one.
 
     Raises:
-        ValueError: list lengths, shapes or devices differ, a tensor is not contiguous, memory is shared, or
+        ValueError: list lengths, shapes, strides or devices differ, a tensor is not dense, memory is shared, or
             ``decay`` is outside [0, 1].
         TypeError: a teacher tensor is not float32 (integer buffers must be copied, not averaged), another tensor is
-            not floating point, or float64 on a GPU.
+            not floating point, or float64 on a GPU; a list holds something else, or ``decay`` is no number.
     """
-    teacher, student, copies = list(teacher), list(student), list(copies or ())
+    args = ema_arguments(teacher, student, decay, copies)
+    if args is not None:
+        torch.ops.d2v_fast.ema_update_(*args)
+
+
+def ema_arguments(
+    teacher: Sequence[Tensor],
+    student: Sequence[Tensor],
+    decay: float | Tensor,
+    copies: Sequence[Tensor] | None = None,
+) -> tuple | None:
+    """What :func:`ema_update_` passes to the registered op once all is checked; None if there is nothing to do."""
+    teacher, student = tensor_list("teacher", teacher), tensor_list("student", student)
+    copies = tensor_list("copies", () if copies is None else copies)
     check_length("student", len(student), len(teacher), "teacher")
     if copies:
         check_length("copies", len(copies), len(teacher), "teacher")
-    if not isinstance(decay, Tensor) and not 0 <= decay <= 1:
-        raise ValueError(f"decay must lie in [0, 1], got {decay}")
+    decay = number_or_tensor("decay", decay, below=1, include=True)
     if not teacher:
-        return
+        return None
     check_lists({"teacher": teacher}, {"student": student, "copies": copies})
     if isinstance(decay, Tensor):
         check_scalar("decay", decay, teacher[0].device)
-        torch.ops.d2v_fast.ema_update_(teacher, student, decay, 0.0, copies)
-    else:
-        torch.ops.d2v_fast.ema_update_(teacher, student, None, float(decay), copies)
+        return teacher, student, decay, 0.0, copies
+    return teacher, student, None, decay, copies
