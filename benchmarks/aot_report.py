@@ -28,6 +28,8 @@ REGISTERS = 8  # tolerated growth: the granularity in which an SM hands them out
 INSTRUCTIONS = 1.05  # likewise, of the main loop and of the whole kernel, next to 4 instructions
 # Kernels of one short launch: scalars, tables of addresses, sums of partial sums. Their accesses may be narrow.
 HELPERS = {"_coefficients_kernel", "_merge_kernel", "_pointer_table_kernel", "_root_of_sum_kernel"}
+# Kernels whose results are a few numbers per row or column: only what they read is worth wide accesses.
+REDUCTIONS = {"_column_stats_kernel", "_masked_smooth_l1_fwd_kernel", "_sum_of_squares_kernel"}
 
 Row = dict[str, Any]
 
@@ -115,8 +117,15 @@ def _absolute(row: Row) -> list[str]:
     found = []
     if row["spills"]:
         found.append(f"{name(row)}: {row['spills']} spill instructions")
-    if row["vector"] and row["kernel"] not in HELPERS and not row["main"]["loads"].get("128"):
-        found.append(f"{name(row)}: no 128-bit load in the main loop")
+    if row["kernel"] in HELPERS:
+        return found
+    if row["vector"]:
+        if not row["main"]["loads"].get("128"):
+            found.append(f"{name(row)}: no 128-bit load in the main loop")
+        if row["kernel"] not in REDUCTIONS and not row["whole"]["stores"].get("128"):
+            found.append(f"{name(row)}: no 128-bit store")  # of the whole kernel: tiles are often written after a loop
+    elif row["whole"]["loads"].get("128") or row["whole"]["stores"].get("128"):
+        found.append(f"{name(row)}: 128-bit accesses to rows that start off their boundary")  # a fault on a GPU
     return found
 
 

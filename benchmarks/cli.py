@@ -149,7 +149,9 @@ def run(
 
 def header(gpu: bool) -> str:
     columns = f"{'case':34} {'mode':8} {'provider':18} {'time / ours':>11}"
-    return columns + (f" {'ms':>9} {'GB/s':>6} {'% copy':>6} {'MiB':>8} {'host us':>8}  timer" if gpu else "")
+    return columns + (
+        f" {'ms':>9} {'GB/s':>6} {'% copy':>6} {'MiB':>8} {'host us':>8} {'wall':>6}  timer" if gpu else ""
+    )
 
 
 def line(row: dict, gpu: bool) -> str:
@@ -161,5 +163,6 @@ def line(row: dict, gpu: bool) -> str:
     if not gpu:
         return f"{start} {ratio}  (p20 {row['p20']:.2f}, p80 {row['p80']:.2f})"
     noise = f", noise {100 * row['noise']:.1f} %" if "noise" in row else ""
+    wall = f"{row['wall_ratio']:6.2f}" if "wall_ratio" in row else " " * 6
     rates = f"{row['ms_p50']:9.4f} {row['gb_per_s']:6.0f} {row['percent_of_copy']:6.1f}"
-    return f"{start} {ratio} {rates} {row['peak_mib']:8.1f} {row['host_us']:8.0f}  {row['timer']}{noise}"
+    return f"{start} {ratio} {rates} {row['peak_mib']:8.1f} {row['host_us']:8.0f} {wall}  {row['timer']}{noise}"

@@ -253,14 +253,16 @@ def run_gpu(bench: Bench, case: Case, mode: str, rows: list[dict], functions: di
             row["status"] = f"failed: {reason(error)}"
             continue
         row["percent_of_copy"] = 100 * row["gb_per_s"] / copy_rate
-    base = next((row["ms_p50"] for row in rows if row["provider"] == OURS and "ms_p50" in row), None)
+    timed = [row for row in rows if row["provider"] == OURS and "ms_p50" in row]
+    base, wall = (timed[0]["ms_p50"], timed[0]["wall_ms"]) if timed else (None, None)
     for row in rows:
         if base is not None and "ms_p50" in row:
             row["ratio"] = row["ms_p50"] / base
+            row["wall_ratio"] = row["wall_ms"] / wall
 
 
 def _measure(bench: Bench, case: Case, mode: str, name: str, function: Callable[..., Results]) -> dict:
-    from timing import gpu_time, host_us, input_sets, peak_mib
+    from timing import gpu_time, host_us, input_sets, peak_mib, wall_ms
 
     provider = bench.providers[name]
     first = make_inputs(bench, case, provider)
@@ -271,7 +273,7 @@ def _measure(bench: Bench, case: Case, mode: str, name: str, function: Callable[
     size = bench.minimal_bytes(case, mode)
     result = {"ms_p20": taken.p20, "ms_p50": taken.p50, "ms_p80": taken.p80, "timer": taken.timer}
     result.update({"minimal_bytes": size, "gb_per_s": size / taken.p50 / 1e6, "input_sets": sets})
-    result.update({"peak_mib": peak_mib(calls[0]), "host_us": host_us(calls[0])})
+    result.update({"peak_mib": peak_mib(calls[0]), "host_us": host_us(calls[0]), "wall_ms": wall_ms(calls)})
     if name == OURS:  # timed twice: what two equal programs differ by
         again = gpu_time(calls, provider.capturable)
         result["noise"] = abs(again.p50 - taken.p50) / min(again.p50, taken.p50)

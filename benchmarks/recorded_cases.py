@@ -62,17 +62,18 @@ def masked_smooth_l1(rows: int, width: int, pred=BF16, target=FP32, beta=0.0, ke
 def layer_targets(
     shape: tuple[int, int, int],
     num_layers: int,
-    fraction: float,
+    fraction: float | None,
     dtype=BF16,
     lengths=False,
     layout="BTC",
+    index=torch.int64,
     **options: Any,
 ) -> Call:
     batch, frames, _ = shape
     stored = (frames, batch, shape[2]) if layout == "TBC" else shape
     layers = [torch.empty(stored, dtype=dtype) for _ in range(num_layers)]
     options |= {"layout": layout, "lengths": torch.full((batch,), frames) if lengths else None}
-    positions = masked_rows(batch, frames, fraction)
+    positions = None if fraction is None else masked_rows(batch, frames, fraction).to(index)
     return lambda: ops.layer_targets(layers, positions=positions, **options)
 
 
@@ -84,16 +85,22 @@ def data2vec_loss(
     pred=BF16,
     clones=1,
     lengths=False,
+    grad=True,
+    index=torch.int64,
     **options: Any,
 ) -> Call:
     batch, frames, width = shape
     layers = [torch.empty(shape, dtype=dtype) for _ in range(num_layers)]
-    positions = masked_rows(batch * clones, frames, fraction)
-    p = torch.empty(len(positions), width, dtype=pred, requires_grad=True)
+    positions = masked_rows(batch * clones, frames, fraction).to(index)
+    p = torch.empty(len(positions), width, dtype=pred, requires_grad=grad)
     if clones > 1:
-        options["target_batch_index"] = torch.arange(batch).repeat_interleave(clones)
-    options["lengths"] = torch.full((batch,), frames) if lengths else None
-    return backward(lambda: ops.data2vec_loss(p, layers, positions, **options).loss, p)
+        options["target_batch_index"] = torch.arange(batch, dtype=index).repeat_interleave(clones)
+    options["lengths"] = torch.full((batch,), frames, dtype=index) if lengths else None
+
+    def loss() -> Tensor:
+        return ops.data2vec_loss(p, layers, positions, **options).loss
+
+    return backward(loss, p) if grad else loss
 
 
 def model_sizes(params: int, num_tensors: int) -> list[tuple[int, ...]]:
@@ -183,6 +190,7 @@ def _case(op: str, name: str, build: Callable[..., Call], vector: bool = True, *
 
 
 SPEECH = {"shape": (15, 780, 768), "num_layers": 8, "fraction": 0.447}
+EVERYWHERE = SPEECH | {"fraction": None}
 SPEECH_LARGE = {"shape": (4, 938, 1024), "num_layers": 8, "fraction": 0.447}
 TEXT = {"shape": (16, 512, 768), "num_layers": 10, "fraction": 0.15, "norm": "layer"}
 VISION = {"shape": (128, 196, 768), "num_layers": 6, "fraction": 120 / 196, "norm": "layer", "post_norm": "layer"}
@@ -196,7 +204,11 @@ CASES = [
     _case("masked_smooth_l1", "bf16 768 mask", masked_smooth_l1, rows=11700, width=768, kept=0.447),
     _case("masked_smooth_l1", "fp32 1024 beta", masked_smooth_l1, rows=1680, width=1024, pred=FP32, beta=0.5),
     _case("masked_smooth_l1", "fp16 1024 mask", masked_smooth_l1, rows=3752, width=1024, pred=FP16, kept=0.447),
+    _case("masked_smooth_l1", "bf16 1536", masked_smooth_l1, rows=3752, width=1536),
     _case("layer_targets", "speech bf16", layer_targets, **SPEECH),
+    _case("layer_targets", "speech bf16, everywhere, no norm", layer_targets, **EVERYWHERE, norm="none"),
+    _case("layer_targets", "speech bf16, everywhere, layer norm", layer_targets, **EVERYWHERE, norm="layer"),
+    _case("layer_targets", "speech fp16, int32 positions", layer_targets, **SPEECH, dtype=FP16, index=torch.int32),
     _case("layer_targets", "speech fp32 batch norm", layer_targets, **SPEECH, dtype=FP32, norm="batch"),
     _case("layer_targets", "speech bf16 post instance", layer_targets, **SPEECH, post_norm="instance"),
     _case("layer_targets", "speech bf16 post layer", layer_targets, **SPEECH, post_norm="layer"),
@@ -206,6 +218,8 @@ CASES = [
     _case("layer_targets", "text bf16", layer_targets, **TEXT),
     _case("layer_targets", "vision fp32", layer_targets, **VISION, dtype=FP32),
     _case("layer_targets", "vision large fp32", layer_targets, **VISION_LARGE, dtype=FP32),
+    _case("layer_targets", "text bf16 1536", layer_targets, **TEXT | {"shape": (16, 512, 1536)}),
+    _case("layer_targets", "text fp32 2048", layer_targets, **TEXT | {"shape": (16, 512, 2048)}, dtype=FP32),
     _case("layer_targets", "width 100", layer_targets, False, shape=(15, 780, 100), num_layers=8, fraction=0.447),
     _case("data2vec_loss", "speech bf16", data2vec_loss, **SPEECH),
     _case("data2vec_loss", "speech fp16 beta, pred fp32", data2vec_loss, **SPEECH, dtype=FP16, pred=FP32, beta=0.5),
@@ -217,11 +231,34 @@ CASES = [
     _case("data2vec_loss", "text bf16, 8 clones", data2vec_loss, **TEXT, clones=8),
     _case("data2vec_loss", "vision fp32, pred bf16", data2vec_loss, **VISION, dtype=FP32),
     _case("data2vec_loss", "vision large bf16", data2vec_loss, **VISION_LARGE),
+    _case("data2vec_loss", "speech bf16, no norm", data2vec_loss, **SPEECH, norm="none"),
+    _case(
+        "data2vec_loss",
+        "large fp16, int32",
+        data2vec_loss,
+        **SPEECH_LARGE,
+        dtype=FP16,
+        pred=FP16,
+        index=torch.int32,
+        clones=8,
+        lengths=True,
+    ),
+    _case("data2vec_loss", "text bf16, no gradient", data2vec_loss, **TEXT, grad=False),
+    _case("data2vec_loss", "text bf16 1536", data2vec_loss, **TEXT | {"shape": (16, 512, 1536)}),
+    _case("data2vec_loss", "text fp32 2048", data2vec_loss, **TEXT | {"shape": (16, 512, 2048)}, dtype=FP32),
+    _case(
+        "data2vec_loss",
+        "speech bf16 2048 post layer",
+        data2vec_loss,
+        **SPEECH | {"shape": (4, 938, 2048)},
+        post_norm="layer",
+    ),
     _case("data2vec_loss", "width 100", data2vec_loss, False, shape=(15, 780, 100), num_layers=8, fraction=0.447),
     _case("ema_update_", "table of tensors", int_tensor, False),
     _case("ema_update_", "fp32", ema_update, sizes=BASE),
     _case("ema_update_", "fp32, bf16 copy", ema_update, sizes=BASE, copies=BF16),
     _case("ema_update_", "bf16, bf16 copy", ema_update, sizes=BASE, student=BF16, copies=BF16),
+    _case("ema_update_", "fp16, fp16 copy", ema_update, sizes=BASE, student=FP16, copies=FP16),
     _case("ema_update_", "fp32 unaligned", ema_update, False, sizes=BASE, unaligned=True),
     _case("adamw_ema_", "fp32", adamw_ema, sizes=BASE, ema=False),
     _case("adamw_ema_", "fp32, ema, bf16 copy", adamw_ema, sizes=BASE, ema_copies=BF16),

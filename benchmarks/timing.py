@@ -1,4 +1,4 @@
-"""Times on a GPU: events or a captured graph, inputs that rotate through more memory than the L2 cache holds."""
+"""Times on a GPU: queued calls or a captured graph, inputs that rotate through more memory than the L2 cache holds."""
 
 import itertools
 import statistics
@@ -14,11 +14,12 @@ import triton
 Call = Callable[[], Any]
 QUANTILES = [0.2, 0.5, 0.8]
 LAUNCH_BOUND_MS = 0.05  # below, gaps between launches count as much as the kernels
+_CYCLES_PER_US = 2000  # more than any clock, so that a sleep lasts at least as long as asked for
 
 
 @dataclass(frozen=True)
 class GpuTime:
-    """Milliseconds of one call, and how they were taken ("events" or "graph")."""
+    """Milliseconds of one call on the device, and how they were taken ("queued" or "graph")."""
 
     p20: float
     p50: float
@@ -39,19 +40,54 @@ def input_sets(set_bytes: int) -> int:
 
 
 def gpu_time(calls: Sequence[Call], capturable: bool, rep_ms: int = 100) -> GpuTime:
-    """Time of one call: the same op on each of several input sets, taking turns.
+    """Time of one call on the device: the same op on each of several input sets, taking turns.
 
-    Ops below 50 us, and ops whose launches take longer than their kernels, are timed as replays of a CUDA graph when
-    they can be captured. What cannot be captured (it waits for the device) keeps the time between events.
+    The launches of a call are queued behind a pause of the device, so that host time does not count however slow the
+    host is ("queued"); :func:`wall_ms` has the time with it. What waits for the device inside keeps its gaps. Below
+    50 us, replays of a CUDA graph, where one can be captured ("graph").
     """
     for call in calls:
         call()  # compiles, fills caches
+    host = host_us(calls[0])
+    times = _queued_ms(calls, host, 5)
+    middle = statistics.median(times)
+    if middle < LAUNCH_BOUND_MS and capturable:
+        return _graph_time(calls, middle, rep_ms)
+    times = _queued_ms(calls, host, min(max(round(rep_ms / middle), 10), 100))
+    return GpuTime(*_quantiles(times), "queued")
+
+
+def _queued_ms(calls: Sequence[Call], host: float, count: int) -> list[float]:
+    """Milliseconds of ``count`` calls, each behind a pause of twice the ``host`` microseconds that launching takes."""
     turns = itertools.cycle(calls)
-    p20, p50, p80 = triton.testing.do_bench(lambda: next(turns)(), warmup=25, rep=rep_ms, quantiles=QUANTILES)
-    launch_bound = p50 < LAUNCH_BOUND_MS or 1e-3 * host_us(calls[0]) > 0.7 * p50
-    if launch_bound and capturable:
-        return _graph_time(calls, p50, rep_ms)
-    return GpuTime(p20, p50, p80, "events")
+    outputs: deque = deque(maxlen=len(calls))  # stay alive, or they would all be written to the same cached place
+    events = [_event_pair() for _ in range(count)]
+    for start, end in events:
+        torch.cuda._sleep(int(2 * host * _CYCLES_PER_US))
+        start.record()
+        outputs.append(next(turns)())
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in events]
+
+
+def _event_pair() -> tuple[torch.cuda.Event, torch.cuda.Event]:
+    return torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+
+
+def _quantiles(times: Sequence[float]) -> list[float]:
+    return torch.tensor(times, dtype=torch.float64).quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
+
+
+def wall_ms(calls: Sequence[Call], least_ms: float = 50.0) -> float:
+    """Milliseconds of a call among many, one after the other: the device's time or the host's, whichever is longer."""
+    torch.cuda.synchronize()
+    turns, count, start = itertools.cycle(calls), 0, time.perf_counter()
+    while count < 3 or 1e3 * (time.perf_counter() - start) < least_ms:
+        next(turns)()
+        count += 1
+    torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - start) / count
 
 
 def _graph_time(calls: Sequence[Call], estimate_ms: float, rep_ms: int) -> GpuTime:
@@ -69,16 +105,15 @@ def _graph_time(calls: Sequence[Call], estimate_ms: float, rep_ms: int) -> GpuTi
         for call in list(calls) * rounds:
             outputs.append(call())
     replays = min(max(round(rep_ms / (estimate_ms * rounds * len(calls))), 10), 200)
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(replays)]
+    events = [_event_pair() for _ in range(replays)]
     graph.replay()
     for start, end in events:
         start.record()
         graph.replay()
         end.record()
     torch.cuda.synchronize()
-    times = torch.tensor([start.elapsed_time(end) for start, end in events], dtype=torch.float64)
-    p20, p50, p80 = (times / (rounds * len(calls))).quantile(torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
-    return GpuTime(p20, p50, p80, "graph")
+    times = [start.elapsed_time(end) / (rounds * len(calls)) for start, end in events]
+    return GpuTime(*_quantiles(times), "graph")
 
 
 def host_us(call: Call, count: int = 15) -> float:

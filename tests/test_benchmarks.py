@@ -7,7 +7,6 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -21,7 +20,6 @@ sys.path.insert(0, str(BENCHMARKS))
 import cli  # noqa: E402
 import cost_formulas  # noqa: E402
 import driver  # noqa: E402
-import gpu_check  # noqa: E402
 import plot  # noqa: E402
 from driver import OURS, Provider  # noqa: E402
 from shapes import PARAMETERS  # noqa: E402
@@ -264,137 +262,6 @@ def test_pytest_entry():
     done = subprocess.run(command, capture_output=True, text=True, cwd=BENCHMARKS, check=False)
     assert done.returncode == 0, done.stdout
     assert "passed" in done.stdout and "not installed" in done.stdout
-
-
-# what only a GPU measures, with times made up
-
-
-@pytest.fixture
-def fake_gpu_times(monkeypatch):
-    timing = pytest.importorskip("timing")
-    monkeypatch.setattr(timing, "input_sets", lambda size: 2)
-    monkeypatch.setattr(
-        timing, "gpu_time", lambda calls, capturable: [c() for c in calls] and timing.GpuTime(1, 2, 3, "events")
-    )
-    monkeypatch.setattr(timing, "peak_mib", lambda call: 4.0)
-    monkeypatch.setattr(timing, "host_us", lambda call: 5.0)
-
-
-def gpu_rows(bench):
-    case = bench.smoke[0]
-    names = [name for name in plain(bench) if not bench.providers[name].peer]
-    rows, functions = driver.ready(bench, case, "fwd", names, math.inf)
-    driver.run_gpu(bench, case, "fwd", rows, functions, copy_rate=100.0)
-    return case, rows
-
-
-def test_gpu_rows(fake_gpu_times):
-    bench = bench_of("layer_targets")
-    case, rows = gpu_rows(bench)
-    size = bench.minimal_bytes(case, "fwd")
-    for row in rows:
-        assert row["ms_p20"] == 1 and row["ms_p80"] == 3 and row["ratio"] == 1 and row["input_sets"] == 2
-        assert row["gb_per_s"] == pytest.approx(size / 2e-3 / 1e9)
-        assert row["percent_of_copy"] == pytest.approx(row["gb_per_s"])
-        assert ("noise" in row) == (row["provider"] == OURS)
-
-
-def test_command_on_a_gpu(fake_gpu_times, tmp_path, monkeypatch, capsys):
-    """The whole command, with a device that only has a name."""
-    timing = pytest.importorskip("timing")
-    monkeypatch.setattr(timing, "copy_gb_per_s", lambda: 100.0)
-    monkeypatch.setattr(timing, "l2_bytes", lambda: 2**20)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU-80GB")
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    for name in ("synchronize", "empty_cache"):
-        monkeypatch.setattr(torch.cuda, name, lambda: None)
-    bench = bench_of("l2_norm")
-    bench = replace(bench, cases=bench.smoke)
-    cli.main(bench, ["--out", str(tmp_path), "--providers", OURS, "eager", "apex", "--commit", "abc"])
-    record = json.loads((tmp_path / "some-gpu-80gb" / "l2_norm.json").read_text())
-    assert record["kind"] == "gpu" and record["complete"] and record["copy_gb_per_s"] == 100
-    assert {"driver", "clocks", "cuda"} <= set(record["environment"]) and record["environment"]["commit"] == "abc"
-    timed = [row for row in record["results"] if row["status"] == "ok"]
-    assert len(timed) == 4 and all(row["ms_p50"] == 2 and row["host_us"] == 5 for row in timed)
-    assert "copy 100 GB/s" in capsys.readouterr().out
-
-
-def gpu_record(bench):
-    case, rows = gpu_rows(bench)
-    rows.append({"case": case.name, "mode": "fwd", "provider": "peer", "peer": True, "status": "not installed"})
-    environment = {"device": "GPU", "driver": "1", "torch": "2", "triton": "3", "commit": "0" * 40}
-    return {"op": bench.op, "kind": "gpu", "environment": environment, "copy_gb_per_s": 100.0, "results": rows}
-
-
-class FakeGraph:
-    """A recording of calls whose replay takes 1 ms by the fake events."""
-
-    def replay(self):
-        pass
-
-
-class FakeEvent:
-    def __init__(self, **_):
-        pass
-
-    def record(self):
-        pass
-
-    def elapsed_time(self, end):
-        return 1.0
-
-
-@pytest.mark.parametrize(
-    "milliseconds,host,capturable,timer",
-    [
-        (0.01, 5.0, True, "graph"),  # short
-        (0.5, 480.0, True, "graph"),  # launches take as long as the kernels
-        (0.5, 100.0, True, "events"),
-        (0.01, 5.0, False, "events"),  # waits for the device
-    ],
-)
-def test_short_ops_are_timed_as_graphs(milliseconds, host, capturable, timer, monkeypatch):
-    timing = pytest.importorskip("timing")
-    calls = []
-    times = [0.9 * milliseconds, milliseconds, 1.1 * milliseconds]
-    monkeypatch.setattr(timing.triton.testing, "do_bench", lambda call, **_: [call(), times][1])
-    monkeypatch.setattr(timing, "host_us", lambda call: host)
-    for name, fake in {"Event": FakeEvent, "CUDAGraph": FakeGraph, "Stream": MagicMock, "graph": MagicMock()}.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    for name in ("current_stream", "stream", "synchronize"):
-        monkeypatch.setattr(torch.cuda, name, MagicMock())
-    result = timing.gpu_time([lambda: calls.append(0), lambda: calls.append(1)], capturable)
-    assert result.timer == timer
-    if timer == "events":
-        assert (result.p20, result.p50, result.p80) == tuple(times)
-        return
-    captured = len(calls) - 5  # two to warm up, one in do_bench, two on the side stream
-    assert captured == 2 * max(1, min(50, round(1 / milliseconds))) and calls.count(0) >= calls.count(1) > 0
-    assert result.p50 == pytest.approx(1.0 / captured)
-
-
-def test_input_sets_exceed_the_cache(monkeypatch):
-    timing = pytest.importorskip("timing")
-    monkeypatch.setattr(timing, "l2_bytes", lambda: 50 * 2**20)
-    for size in (1, 2**20, 30 * 2**20, 100 * 2**20, 900 * 2**20):
-        assert size < 2**21 or timing.input_sets(size) * size >= 200 * 2**20
-        assert timing.input_sets(size) >= 3
-    assert timing.input_sets(2**31) == 1
-
-
-def test_summary_and_plot(fake_gpu_times, tmp_path):
-    bench = bench_of("ema")
-    record = gpu_record(bench)
-    (tmp_path / "ema.json").write_text(json.dumps(record))
-    outcomes = [gpu_check.Outcome("bench_ema", "passed", 3.0, "written")]
-    text = gpu_check.summary(outcomes, tmp_path)
-    assert "| bench_ema | passed | 3 |" in text and "copy 100 GB/s" in text
-    assert "| fairseq | 1.00 | 1.0000 | 2.0000 | 3.0000 |" in text and "| peer | not installed |" in text
-    assert [cli.line(row, gpu=True) for row in record["results"]]
-    pytest.importorskip("matplotlib")
-    plot.draw(plot.load(tmp_path)[0], tmp_path / "ema.png")
-    assert (tmp_path / "ema.png").stat().st_size > 5000
 
 
 def test_plot_refuses_empty_input(tmp_path):

@@ -105,7 +105,7 @@ def test_budget_ends_what_hangs(tmp_path, monkeypatch):
     late = part(tmp_path, "bench_late", "print('written')")
     outcomes = gpu_check.run_all([hangs, late], tmp_path, "abc", budget=1, jobs=1, resume=False)
     assert [(o.status, o.detail) for o in outcomes] == [
-        ("incomplete", "stopped: no time left"),
+        ("incomplete", "stopped: took more than its time"),
         ("skipped", "no time left"),
     ]
     assert outcomes[0].seconds < 30
