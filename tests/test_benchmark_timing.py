@@ -160,7 +160,7 @@ def test_summary_and_plot(fake_gpu_times, tmp_path):
     outcomes = [gpu_check.Outcome("bench_ema", "passed", 3.0, "written")]
     text = gpu_check.summary(outcomes, tmp_path)
     assert "| bench_ema | passed | 3 |" in text and "copy 100 GB/s" in text
-    assert "| fairseq | 1.00 | 1.0000 | 2.0000 | 3.0000 |" in text and "| peer | not installed |" in text
+    assert "| fairseq | 1.00 | 1.00 | 1.0000 | 2.0000 | 3.0000 |" in text and "| peer | not installed |" in text
     assert [cli.line(row, gpu=True) for row in record["results"]]
     pytest.importorskip("matplotlib")
     plot.draw(plot.load(tmp_path)[0], tmp_path / "ema.png")
