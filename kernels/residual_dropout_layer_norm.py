@@ -38,7 +38,7 @@ def _residual_dropout_layer_norm_fwd_kernel(
     row_scale_ptr,  # [N / rows_per_sample], not read without HAS_ROW_SCALE
     seed_ptr,  # [] int64, not read without DROPOUT
     y_ptr,  # [N, C] contiguous
-    h_ptr,  # [N, C] contiguous
+    h_ptr,  # [N, C] contiguous; this and the next two are not written without KEEP
     mean_ptr,  # [N] fp32
     rstd_ptr,  # [N] fp32
     N,
@@ -54,6 +54,7 @@ def _residual_dropout_layer_norm_fwd_kernel(
     HAS_COLUMN_SCALE: tl.constexpr,
     HAS_ROW_SCALE: tl.constexpr,
     DROPOUT: tl.constexpr,
+    KEEP: tl.constexpr,  # somebody reads h: the caller, or backward
     FULL: tl.constexpr,  # C == BLOCK_C
     BLOCK_N: tl.constexpr,
     BLOCK_C: tl.constexpr,
@@ -69,15 +70,17 @@ def _residual_dropout_layer_norm_fwd_kernel(
         x *= tl.load(row_scale_ptr + r // rows_per_sample, mask=r < N, other=0.0).to(tl.float32)[:, None]
     h = (residual.to(tl.float32) + x).to(h_ptr.dtype.element_ty)
     out = r[:, None] * C + cols[None, :]
-    tl.store(h_ptr + out, h, mask=inside)
-    # of the rounded sum: y is then a function of the h that backward reads
+    if KEEP:
+        tl.store(h_ptr + out, h, mask=inside)
+    # of the rounded sum, kept or not: y is then a function of the h that backward reads
     normed, mean, rstd = rows.standardise(h.to(tl.float32), cols, C, eps, FULL)
     weight = rows.load_vector(weight_ptr, cols, C, 1.0, HAS_WEIGHT)
     bias = rows.load_vector(bias_ptr, cols, C, 0.0, HAS_BIAS)
     y = normed * weight + bias
     tl.store(y_ptr + out, y.to(y_ptr.dtype.element_ty), mask=inside)
-    tl.store(mean_ptr + r, mean, mask=r < N)
-    tl.store(rstd_ptr + r, rstd, mask=r < N)
+    if KEEP:
+        tl.store(mean_ptr + r, mean, mask=r < N)
+        tl.store(rstd_ptr + r, rstd, mask=r < N)
 
 
 @triton.jit(do_not_specialize=["N", "rows_per_sample", "threshold"])
@@ -163,6 +166,11 @@ def _dropout(p: float) -> tuple[int, float]:
     return round(p * 2**32) - 2**31, 1 / (1 - p)
 
 
+def _rows_per_sample(N: int, row_scale: Tensor | None) -> int:
+    """How many rows share a factor; 1 where there are no rows or factors (the kernels divide by it)."""
+    return 1 if row_scale is None or N == 0 else N // row_scale.numel()
+
+
 def residual_dropout_layer_norm_fwd(
     x: Tensor,  # [N, C], unit stride in the last dim
     residual: Tensor,  # [N, C], likewise
@@ -173,15 +181,19 @@ def residual_dropout_layer_norm_fwd(
     seed: Tensor | None,  # [] int64; None without dropout
     p: float,
     eps: float,
+    keep: bool = True,  # False: y is all that anybody reads
     config: LaunchConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """y (x's dtype) and h (residual's), both contiguous, and the rows' mean and 1 / deviation [N] fp32."""
+    """y (x's dtype) and h (residual's), both contiguous, and the rows' mean and 1 / deviation [N] fp32.
+
+    Without ``keep`` all but y are empty.
+    """
     N, C = x.shape
     config = config or config_for(x)
     threshold, dropout_scale = _dropout(p)
     y = torch.empty((N, C), device=x.device, dtype=x.dtype)
-    h = torch.empty((N, C), device=x.device, dtype=residual.dtype)
-    mean, rstd = (torch.empty(N, device=x.device, dtype=torch.float32) for _ in range(2))
+    h = torch.empty((N, C) if keep else (0,), device=x.device, dtype=residual.dtype)
+    mean, rstd = (torch.empty(N if keep else 0, device=x.device, dtype=torch.float32) for _ in range(2))
     if N > 0:
         with launch.device_guard(x):
             _residual_dropout_layer_norm_fwd_kernel[(triton.cdiv(N, config.block_n),)](
@@ -194,7 +206,7 @@ def residual_dropout_layer_norm_fwd(
                 rstd,
                 N,
                 C,
-                1 if row_scale is None else N // row_scale.numel(),
+                _rows_per_sample(N, row_scale),
                 x.stride(0),
                 residual.stride(0),
                 threshold,
@@ -205,6 +217,7 @@ def residual_dropout_layer_norm_fwd(
                 HAS_COLUMN_SCALE=column_scale is not None,
                 HAS_ROW_SCALE=row_scale is not None,
                 DROPOUT=seed is not None,
+                KEEP=keep,
                 FULL=config.block_c == C,
                 BLOCK_N=config.block_n,
                 BLOCK_C=config.block_c,
@@ -254,7 +267,7 @@ def residual_dropout_layer_norm_bwd(
             partials,
             N,
             C,
-            1 if row_scale is None else max(N // row_scale.numel(), 1),
+            _rows_per_sample(N, row_scale),
             grad_y.stride(0),
             0 if grad_h is None else grad_h.stride(0),
             0 if x is None else x.stride(0),

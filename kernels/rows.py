@@ -1,7 +1,8 @@
-"""Shared by the kernels that work on rows [N, C]: tiles, launch sizes and the second stage of column sums.
+"""Shared by the kernels that work on rows [N, C]: tiles, launch sizes and the normalisation of a row.
 
 A forward program owns ``block_n`` rows. A backward program takes row blocks in turn, keeps sums over its rows
-(gradients of weights and biases) in registers, and writes them once: no atomics, the same result every time.
+(gradients of weights and biases) in registers, and writes them once; PyTorch adds up what the programs wrote. No
+atomics, the same result every time.
 """
 
 from dataclasses import dataclass
@@ -13,7 +14,6 @@ from torch import Tensor
 
 from d2v_fast.kernels import launch
 
-MAX_WIDTH = 65536  # columns; a row is one tile
 _SM_COUNT = 132  # of an H100; stands in where tensors have no device
 _WARPS_PER_SM = 24  # of a persistent kernel with 80 registers
 

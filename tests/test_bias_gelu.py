@@ -88,6 +88,16 @@ def test_leading_dims_views_and_strides():
     torch.testing.assert_close(bias_gelu(columns[2], bias), got[0][2])
 
 
+def test_backward_keeps_one_copy_of_rows():
+    """What forward copies into rows is what backward reads: nothing that would be copied again is saved."""
+    x = torch.randn(2, 24, 6, device=DEVICE, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: saved.append(v) or v, lambda v: v):
+        bias_gelu(x.mT)
+    wide = [v for v in saved if v.shape == (2, 6, 24)]
+    assert wide and all(v.is_contiguous() for v in wide)
+
+
 def test_expanded_upstream_gradient():
     x, bias = make_inputs(70, 33)
     x.requires_grad_(), bias.requires_grad_()
@@ -175,6 +185,8 @@ def test_bounds(N, C, scale, biased, seed):
 @pytest.mark.parametrize(
     "call,error,match",
     [
+        (lambda x, b: bias_gelu(None), TypeError, "x must be a tensor, got NoneType"),
+        (lambda x, b: bias_gelu(x, [0.0] * 8), TypeError, "bias must be a tensor, got list"),
         (lambda x, b: bias_gelu(x.int(), b), TypeError, "x must be float32, bfloat16 or float16 .* got torch.int32"),
         (lambda x, b: bias_gelu(x, b.long()), TypeError, "bias must be float32.* got torch.int64"),
         (

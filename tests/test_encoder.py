@@ -94,6 +94,31 @@ def test_drop_path():
     assert drop_path_scale(x, 0.0, training=True) is None
 
 
+RATES = ("dropout", "attention_dropout", "activation_dropout", "drop_path", "layerdrop")
+
+
+@pytest.mark.parametrize("modality", ["speech", "image", "text"])
+def test_rates_count_in_training_only(modality):
+    """Each rate alone changes a training run; in evaluation all of them together change nothing."""
+    config = replace(tiny_config(modality).encoder, layers=4, layer_scale=1.0, **dict.fromkeys(RATES, 0.0))
+    plain, x = TransformerEncoder(config, 6), torch.randn(3, 37, 32)
+
+    def run(training, **rates):
+        encoder = TransformerEncoder(replace(config, **rates), 6).train(training)
+        encoder.load_state_dict(plain.state_dict())
+        torch.manual_seed(1)
+        with torch.no_grad():
+            output = encoder(x, top_k=4, hidden_states=True)
+        return [output.x, *output.hidden_states, *output.layer_results]
+
+    want = run(True)
+    for name in RATES:
+        assert not torch.equal(run(True, **{name: 0.7})[0], want[0]), name
+    evaluated = run(False, **dict.fromkeys(RATES, 0.7))
+    assert len(evaluated) == len(want)
+    assert all(torch.equal(a, b) for a, b in zip(evaluated, want, strict=True))
+
+
 def test_drop_path_rates_grow_linearly():
     config = replace(tiny_config("image").encoder, layers=5, drop_path=0.2)
     assert [layer.drop_path for layer in TransformerEncoder(config, 6).layers] == pytest.approx(

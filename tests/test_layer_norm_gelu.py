@@ -106,6 +106,16 @@ def test_leading_dims_views_and_strides():
     torch.testing.assert_close(layer_norm_gelu(channels_first[1, 2], *vectors), got[0][1, 2])
 
 
+def test_backward_keeps_one_copy_of_rows():
+    """What forward copies into rows is what backward reads: nothing that would be copied again is saved."""
+    x = torch.randn(2, 24, 6, device=DEVICE, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: saved.append(v) or v, lambda v: v):
+        layer_norm_gelu(x.mT)
+    wide = [v for v in saved if v.shape == (2, 6, 24)]
+    assert wide and all(v.is_contiguous() for v in wide)
+
+
 def test_expanded_upstream_gradient():
     tensors = make_inputs(70, 33)
     grads = [
@@ -217,6 +227,11 @@ def test_shift_and_scale_of_a_row_do_not_matter(N, C, log_scale, shift, seed):
 @pytest.mark.parametrize(
     "call,error,match",
     [
+        (lambda x, v: layer_norm_gelu([0.0]), TypeError, "x must be a tensor, got list"),
+        (lambda x, v: layer_norm_gelu(x, 1.0), TypeError, "weight must be a tensor, got float"),
+        (lambda x, v: layer_norm_gelu(x, v, 0), TypeError, "bias must be a tensor, got int"),
+        (lambda x, v: layer_norm_gelu(x, eps=None), TypeError, "eps must be a number, got NoneType"),
+        (lambda x, v: layer_norm_gelu(x, eps=v[0]), TypeError, "eps must be a number, got Tensor"),
         (lambda x, v: layer_norm_gelu(x.int()), TypeError, "x must be float32, bfloat16 or float16 .* got torch.int32"),
         (lambda x, v: layer_norm_gelu(x, v.long()), TypeError, "weight must be float32.* got torch.int64"),
         (lambda x, v: layer_norm_gelu(x, v, v.bool()), TypeError, "bias must be float32.* got torch.bool"),

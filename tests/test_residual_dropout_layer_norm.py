@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from checks import DEVICE, INTERPRET, RUNS_KERNELS, assert_as_accurate_as_eager
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2v_fast.ops import residual_dropout_layer_norm
 from d2v_fast.ops.residual_dropout_layer_norm import _bwd, _fwd, residual_dropout_layer_norm_ref
@@ -153,6 +154,70 @@ def test_y_is_the_norm_of_the_rounded_h(residual_dtype):
     torch.testing.assert_close(y, F.layer_norm(h.float(), (40,), weight, bias), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("residual_dtype", [F32, BF16])
+@pytest.mark.parametrize("dropout", [True, False])
+def test_y_alone(residual_dtype, dropout):
+    """What nobody reads is not written, and y is the same without it."""
+    tensors = make_inputs((3, 25, 40), BF16, residual_dtype)
+    seed = torch.tensor(3, device=DEVICE) if dropout else None
+    want, *_ = _fwd(*tensors, seed, 0.3, EPS)
+    y, *rest = _fwd(*tensors, seed, 0.3, EPS, keep=False)
+    assert torch.equal(y, want)
+    assert [v.shape for v in rest] == [(0,)] * 3
+
+
+class SeenKeep(TorchDispatchMode):
+    """Collects whether each forward kept h."""
+
+    def __init__(self):
+        super().__init__()
+        self.keep = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.d2v_fast.residual_dropout_layer_norm_fwd.default:
+            self.keep.append(out[1].numel() > 0)
+        return out
+
+
+@pytest.mark.skipif(not RUNS_KERNELS, reason="needs the Triton kernels")
+def test_h_is_kept_only_for_a_reader():
+    tensors = make_inputs((3, 5, 8))
+    names = ("x", "residual", "weight", "bias", "column_scale", "row_scale")
+
+    def keep(return_residual=False, **wanting):
+        inputs = {k: v.detach().requires_grad_(k in wanting) for k, v in zip(names, tensors, strict=True)}
+        with SeenKeep() as seen:
+            residual_dropout_layer_norm(**inputs, return_residual=return_residual)
+        return seen.keep
+
+    assert keep() == keep(row_scale=1) == [False]
+    assert all(keep(**{name: 1}) == [True] for name in names[:-1])
+    with torch.no_grad():
+        assert keep(**dict.fromkeys(names, 1)) == [False]
+        assert keep(return_residual=True) == [True]
+
+
+def test_no_samples():
+    """A row scale without elements divides nothing."""
+    x, residual, *vectors, _ = make_inputs((1, 3, 8))
+    tensors = [x[:0], residual[:0], *vectors, torch.zeros(0, device=DEVICE)]
+    y, h, grad_x, grad_residual, *grads = values_and_grads(fused, (x[:0], x[:0]), tensors)
+    assert all(v.shape == (0, 3, 8) for v in (y, h, grad_x, grad_residual))
+    assert len(grads) == 3 and not any(v.any() for v in grads)
+
+
+def test_backward_keeps_one_copy_of_rows():
+    """Of an x that the column scale's gradient needs: what forward copies into rows is what backward reads."""
+    x, residual = torch.randn(2, 24, 6, device=DEVICE), torch.randn(2, 6, 24, device=DEVICE)
+    scale = torch.ones(24, device=DEVICE, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda v: saved.append(v) or v, lambda v: v):
+        residual_dropout_layer_norm(x.mT, residual, column_scale=scale)
+    assert any(torch.equal(v, x.mT) for v in saved)
+    assert all(v.is_contiguous() for v in saved if v.shape == (2, 6, 24))
+
+
 def test_row_scale_gets_no_gradient():
     *tensors, row_scale = make_inputs((3, 5, 8))
     y, h = fused(*tensors[:2], None, None, None, row_scale.requires_grad_())
@@ -273,7 +338,7 @@ def test_every_tile_gives_the_same_answer(block_n, block_c, programs):
     seed = torch.tensor(2**62 + 12345, device=DEVICE)
     config = kernels.LaunchConfig(block_n, block_c, num_warps=4, max_programs=programs)
     want = kernels.residual_dropout_layer_norm_fwd(x, residual, *vectors, seed, 0.4, EPS)
-    got = kernels.residual_dropout_layer_norm_fwd(x, residual, *vectors, seed, 0.4, EPS, config)
+    got = kernels.residual_dropout_layer_norm_fwd(x, residual, *vectors, seed, 0.4, EPS, config=config)
     torch.testing.assert_close(got, want)
     args = torch.randn_like(x), torch.randn_like(residual), *want[1:], *vectors, seed, x, 0.4, True
     want = kernels.residual_dropout_layer_norm_bwd(*args)
@@ -312,7 +377,9 @@ def test_opcheck(scaled, dropout):
     torch.library.opcheck(_bwd, (grad, grad * 2, h, mean, rstd, weight, bias, *scales, seed, kept, 0.3))
     for v in (x, residual, weight, bias):
         v.requires_grad_()
-    torch.library.opcheck(_fwd, (x, residual, weight, bias, *scales, seed, 0.3, EPS))
+    for keep in (True, False):
+        with torch.set_grad_enabled(keep):
+            torch.library.opcheck(_fwd, (x, residual, weight, bias, *scales, seed, 0.3, EPS, keep))
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -363,6 +430,14 @@ def test_rows_are_normalised_and_gradients_add_up(B, T, C, p, scaled, seed):
 @pytest.mark.parametrize(
     "call,error,match",
     [
+        (lambda x, v: residual_dropout_layer_norm(x, None), TypeError, "residual must be a tensor, got NoneType"),
+        (lambda x, v: residual_dropout_layer_norm(0.0, x), TypeError, "x must be a tensor, got float"),
+        (lambda x, v: residual_dropout_layer_norm(x, x, v, 0.0), TypeError, "bias must be a tensor, got float"),
+        (lambda x, v: residual_dropout_layer_norm(x, x, column_scale=1e-4), TypeError, "column_scale must be a tensor"),
+        (lambda x, v: residual_dropout_layer_norm(x, x, row_scale=[1.0] * 4), TypeError, "row_scale must be a tensor"),
+        (lambda x, v: residual_dropout_layer_norm(x, x, p=None), TypeError, "p must be a number, got NoneType"),
+        (lambda x, v: residual_dropout_layer_norm(x, x, p="0.1"), TypeError, "p must be a number, got str"),
+        (lambda x, v: residual_dropout_layer_norm(x, x, eps=None), TypeError, "eps must be a number, got NoneType"),
         (lambda x, v: residual_dropout_layer_norm(x.int(), x), TypeError, "x must be float32, .* got torch.int32"),
         (lambda x, v: residual_dropout_layer_norm(x, x.long()), TypeError, "residual must be float32.* torch.int64"),
         (lambda x, v: residual_dropout_layer_norm(x, x, v.int()), TypeError, "weight must be float32.* torch.int32"),

@@ -1,6 +1,9 @@
 """Shared by the ops on the last dim of [..., C]: rows without copies where possible, and checks of arguments."""
 
 from collections.abc import Sequence
+from itertools import pairwise
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +30,23 @@ def as_rows(x: Tensor) -> Tensor:
     """[..., C] as [N, C] with unit stride in the last dim; copies only where a view cannot give that."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
+
+
+def in_rows(x: Tensor) -> Tensor:
+    """``x`` where :func:`as_rows` does not copy it, otherwise a contiguous copy (differentiable).
+
+    For an op that keeps ``x``: the copy of the forward is the one that backward reads.
+    """
+    if x.is_contiguous():
+        return x
+    dims = [(size, stride) for size, stride in zip(x.shape[:-1], x.stride()[:-1], strict=True) if size != 1]
+    even = all(outer[1] == inner[0] * inner[1] for outer, inner in pairwise(dims))
+    return x if even and x.stride(-1) == 1 else x.contiguous()
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether a backward may follow for one of the tensors that are there."""
+    return torch.is_grad_enabled() and any(v is not None and v.requires_grad for v in tensors)
 
 
 def dense(v: Tensor | None) -> Tensor | None:
@@ -61,8 +81,21 @@ def empty_stack(x: Tensor, dtype: torch.dtype, *vectors: Tensor | None) -> Tenso
     return x.new_empty((sum(v is not None for v in vectors), x.shape[-1]), dtype=dtype)
 
 
+def check_tensor(name: str, x: Any) -> None:
+    """Raise TypeError unless ``x`` is a tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+
+
+def check_number(name: str, x: Any) -> None:
+    """Raise TypeError unless ``x`` is a real number of Python or NumPy."""
+    if not isinstance(x, Real):
+        raise TypeError(f"{name} must be a number, got {type(x).__name__}")
+
+
 def check_rows(name: str, x: Tensor) -> None:
     """Raise unless ``x`` is a floating point tensor [..., C] with 1 <= C <= MAX_WIDTH."""
+    check_tensor(name, x)
     check_float(name, x)
     if x.dim() == 0 or not 1 <= x.shape[-1] <= MAX_WIDTH:
         raise ValueError(f"{name} must be [..., C] with C from 1 to {MAX_WIDTH}, got shape {tuple(x.shape)}")
@@ -72,6 +105,7 @@ def check_vector(name: str, v: Tensor | None, size: int, device: torch.device) -
     """Raise unless ``v`` is None or a floating point tensor [size] on ``device``."""
     if v is None:
         return
+    check_tensor(name, v)
     check_float(name, v)
     if v.shape != (size,):
         raise ValueError(f"{name} must have shape ({size},), got {tuple(v.shape)}")
@@ -79,6 +113,7 @@ def check_vector(name: str, v: Tensor | None, size: int, device: torch.device) -
 
 
 def check_eps(eps: float) -> None:
-    """Raise unless ``eps`` is positive."""
+    """Raise unless ``eps`` is a positive number."""
+    check_number("eps", eps)
     if not eps > 0:
         raise ValueError(f"eps must be > 0, got {eps}")

@@ -86,7 +86,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Args:
         x: [..., C] float32, bfloat16 or float16 (float64 on CPU), C from 1 to 65536. Rows may lie anywhere; a last dim
-            without unit stride is copied.
+            without unit stride is copied, once for both ways.
         bias: [C], of any of these dtypes, for instance float32 with bfloat16 ``x``.
 
     Returns:
@@ -96,10 +96,11 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Raises:
         ValueError: C is 0 or above 65536, the bias's shape is not (C,), or devices differ.
-        TypeError: an input is not floating point, or float64 on a GPU.
+        TypeError: an input is no floating point tensor, or float64 on a GPU.
     """
     _rows.check_rows("x", x)
     _rows.check_vector("bias", bias, x.shape[-1], x.device)
+    x = _rows.in_rows(x)
     if _rows.runs_reference(x, _rows.accumulation(x, bias)):
         return bias_gelu_ref(x, bias).contiguous()
     return _fwd(x, bias)

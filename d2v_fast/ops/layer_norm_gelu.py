@@ -122,7 +122,7 @@ def layer_norm_gelu(
 
     Args:
         x: [..., C] float32, bfloat16 or float16 (float64 on CPU), C from 1 to 65536. Rows may lie anywhere; a last dim
-            without unit stride is copied.
+            without unit stride is copied, once for both ways.
         weight: [C] factor on the normalised values, 1 when None; of any of these dtypes.
         bias: [C] added after it, 0 when None.
         eps: added to the variance.
@@ -134,12 +134,13 @@ def layer_norm_gelu(
 
     Raises:
         ValueError: C is 0 or above 65536, a vector's shape is not (C,), devices differ, or ``eps`` is not positive.
-        TypeError: an input is not floating point, or float64 on a GPU.
+        TypeError: an input is no floating point tensor, or float64 on a GPU; ``eps`` is no number.
     """
     _rows.check_rows("x", x)
     _rows.check_vector("weight", weight, x.shape[-1], x.device)
     _rows.check_vector("bias", bias, x.shape[-1], x.device)
     _rows.check_eps(eps)
+    x = _rows.in_rows(x)
     if _rows.runs_reference(x, _rows.accumulation(x, weight, bias)):
         return layer_norm_gelu_ref(x, weight, bias, eps)[0].contiguous()
     return _fwd(x, weight, bias, float(eps))[0]

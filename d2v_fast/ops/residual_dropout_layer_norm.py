@@ -109,13 +109,16 @@ def _fwd(
     seed: Tensor | None,
     p: float,
     eps: float,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Without ``keep``, h, mean and 1 / deviation are empty: neither the caller nor a backward reads them."""
     if cpu_runs_triton(_rows.accumulation(x, residual, weight, bias, column_scale)):
-        return _fwd_triton(x, residual, weight, bias, column_scale, row_scale, seed, p, eps)
+        return _fwd_triton(x, residual, weight, bias, column_scale, row_scale, seed, p, eps, keep)
     y, h, *stats = residual_dropout_layer_norm_ref(
         x, residual, weight, bias, column_scale, row_scale, 0.0, eps, _dropout_factor(x, seed, p)
     )
-    return y.contiguous(), h.contiguous(), *(v.view(-1) for v in stats)
+    kept = (h.contiguous(), *(v.view(-1) for v in stats))
+    return y.contiguous(), *(kept if keep else (v.new_empty(0) for v in kept))
 
 
 @_fwd.register_kernel("cuda")
@@ -129,14 +132,15 @@ def _fwd_triton(
     seed: Tensor | None,
     p: float,
     eps: float,
+    keep: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from d2v_fast.kernels import residual_dropout_layer_norm as kernels
 
     vectors = map(_rows.dense, (weight, bias, column_scale, row_scale))
     y, h, *stats = kernels.residual_dropout_layer_norm_fwd(
-        _rows.as_rows(x), _rows.as_rows(residual), *vectors, seed, p, eps
+        _rows.as_rows(x), _rows.as_rows(residual), *vectors, seed, p, eps, keep
     )
-    return y.view(x.shape), h.view(x.shape), *stats
+    return y.view(x.shape), h.view(x.shape) if keep else h, *stats
 
 
 @torch.library.custom_op("d2v_fast::residual_dropout_layer_norm_bwd", mutates_args=(), device_types="cpu")
@@ -191,10 +195,11 @@ def _bwd_triton(
 
 
 @_fwd.register_fake
-def _(x, residual, weight, bias, column_scale, row_scale, seed, p, eps):
+def _(x, residual, weight, bias, column_scale, row_scale, seed, p, eps, keep=True):
     acc = _rows.accumulation(x, residual, weight, bias, column_scale)
-    stats = [torch.empty(x.shape[:-1].numel(), device=x.device, dtype=acc) for _ in range(2)]
-    return _rows.empty_like_rows(x), _rows.empty_like_rows(residual), *stats
+    rows = x.shape[:-1].numel() if keep else 0
+    stats = [torch.empty(rows, device=x.device, dtype=acc) for _ in range(2)]
+    return _rows.empty_like_rows(x), _rows.empty_like_rows(residual) if keep else residual.new_empty(0), *stats
 
 
 @_bwd.register_fake
@@ -205,7 +210,7 @@ def _(grad_y, grad_h, h, mean, rstd, weight, bias, column_scale, row_scale, seed
 
 
 def _setup_context(ctx, inputs, output):
-    x, _, weight, bias, column_scale, row_scale, seed, ctx.p, _ = inputs
+    x, _, weight, bias, column_scale, row_scale, seed, ctx.p, *_ = inputs
     _, h, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)  # post-norm layers do not use h: its gradient is None, not zeros
@@ -227,7 +232,7 @@ def _backward(ctx, grad_y, grad_h, *_):
         grad_x,
         grad_residual if two else grad_x,
         *_rows.unstack(vectors, weight, bias, None if x is None else column_scale),
-        *(None,) * 4,
+        *(None,) * 5,
     )
 
 
@@ -270,7 +275,7 @@ def residual_dropout_layer_norm(
 
     Raises:
         ValueError: C is 0 or above 65536, shapes or devices differ, ``p`` is outside [0, 1) or ``eps`` not positive.
-        TypeError: an input is not floating point, or float64 on a GPU.
+        TypeError: an input is no floating point tensor, or float64 on a GPU; ``p`` or ``eps`` is no number.
     """
     _rows.check_rows("x", x)
     _rows.check_rows("residual", residual)
@@ -282,9 +287,11 @@ def residual_dropout_layer_norm(
     if row_scale is not None and x.dim() < 2:
         raise ValueError(f"x must be [B, ..., C] with a row_scale, got shape {tuple(x.shape)}")
     _rows.check_vector("row_scale", row_scale, x.shape[0], x.device)
+    _rows.check_number("p", p)
     if not 0 <= p < 1:
         raise ValueError(f"p must lie in [0, 1), got {p}")
     _rows.check_eps(eps)
+    x = _rows.in_rows(x)
     row_scale = None if row_scale is None else row_scale.detach()
     if _rows.runs_reference(x, _rows.accumulation(x, residual, weight, bias, column_scale)):
         p = p if training else 0.0
@@ -292,5 +299,6 @@ def residual_dropout_layer_norm(
         y, h = y.contiguous(), h.contiguous()
     else:
         seed = torch.randint(2**63 - 1, (), device=x.device) if training and p > 0 else None
-        y, h, *_ = _fwd(x, residual, weight, bias, column_scale, row_scale, seed, float(p), float(eps))
+        keep = return_residual or _rows.wants_grad(x, residual, weight, bias, column_scale)
+        y, h, *_ = _fwd(x, residual, weight, bias, column_scale, row_scale, seed, float(p), float(eps), keep)
     return (y, h) if return_residual else y
