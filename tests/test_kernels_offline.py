@@ -79,6 +79,14 @@ def lose_wide_loads(row):
     row["main"]["loads"] = {"32": 4}
 
 
+def lose_wide_stores(row):
+    row["main"]["stores"], row["whole"]["stores"] = {}, {"32": 4}
+
+
+def gain_wide_accesses(row):
+    row["whole"]["stores"]["128"] = 2
+
+
 def grow_registers(row):
     row["registers"] += 16
 
@@ -94,6 +102,8 @@ def fail_to_compile(row):
 DEFECTS = {
     spill: "spill instructions",
     lose_wide_loads: "no 128-bit load",
+    lose_wide_stores: "no 128-bit store",
+    gain_wide_accesses: "128-bit accesses to rows that start off",
     grow_registers: "registers",
     grow_main_loop: "instructions (main)",
     fail_to_compile: "does not compile",
@@ -104,7 +114,10 @@ DEFECTS = {
 @pytest.mark.parametrize("same_compiler", [True, False])
 def test_defects_are_reported(aot_report, committed, defect, same_compiler):
     rows = copy.deepcopy(committed["kernels"])
-    defect(next(row for row in rows if row["main"]["loads"].get("128")))
+    part = "whole" if defect is lose_wide_stores else "main"
+    kind = "stores" if defect is lose_wide_stores else "loads"
+    vector = defect is not gain_wide_accesses
+    defect(next(row for row in rows if bool(row[part][kind].get("128")) == row["vector"] == vector))
     if not same_compiler:
         committed["triton"] = "3.0.0"
     found = aot_report.problems(rows, committed)

@@ -4,6 +4,8 @@ import pytest
 import torch
 from checks import DEVICE, INTERPRET, RUNS_KERNELS, assert_as_accurate_as_eager
 from eager_targets import EPS, eager_targets, make_layers, some_positions
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from d2v_fast.ops import layer_targets
 from d2v_fast.ops.layer_targets import NORMS, POST_NORMS, _op, layer_targets_ref
@@ -158,6 +160,41 @@ def test_compile_fullgraph(layout):
     assert all(x.grad is None for x in layers) and scale.grad.isfinite()
 
 
+@settings(
+    max_examples=8 if INTERPRET else 40,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(st.data())
+def test_any_options_match_fp64(data):
+    draw = lambda *choices: data.draw(st.sampled_from(choices))  # noqa: E731
+    K, B, T, C = (data.draw(st.integers(low, high)) for low, high in ((1, 4), (1, 4), (2, 80), (1, 70)))
+    torch.manual_seed(data.draw(st.integers(0, 999)))
+    layers = make_layers(K, B, T, C, draw(F32, BF16, F16), mean=draw(0.0, 1.0, 30.0))
+    positions = draw(None, torch.randint(0, B * T, (data.draw(st.integers(0, 150)),), device=DEVICE))
+    options = {"norm": draw(*NORMS), "post_norm": draw(*POST_NORMS), "positions": positions}
+    options["lengths"] = draw(None, torch.randint(1, T + 1, (B,), device=DEVICE, dtype=draw(torch.int32, torch.int64)))
+    if draw("BTC", "TBC") == "TBC":
+        stored = [x.transpose(0, 1).contiguous() for x in layers]
+        assert torch.equal(layer_targets(stored, layout="TBC", **options), layer_targets(layers, **options))
+    check_against_fp64(layers, **options)
+
+
+@pytest.mark.skipif(not RUNS_KERNELS, reason="needs the Triton kernels")
+@pytest.mark.parametrize("norm", ["instance", "batch"])
+def test_kernel_clamps_lengths(norm):
+    """They are not checked on a GPU; what lies behind a sequence in memory must not get into its statistics."""
+    from d2v_fast.kernels import layer_targets as kernels
+
+    layers = make_layers(2, 2, 30, 12)
+    got, want = (
+        kernels.layer_targets(layers, None, torch.tensor(lengths, device=DEVICE), norm, "none", EPS)
+        for lengths in ([100, -1], [30, 0])
+    )
+    assert torch.equal(got, want) and want.isfinite().all()
+
+
 @pytest.mark.skipif(not RUNS_KERNELS, reason="needs the Triton kernels")
 @pytest.mark.parametrize("norm,post_norm", [("instance", "none"), ("layer", "layer"), ("instance", "layer")])
 def test_every_tile_gives_the_same_answer(norm, post_norm):
@@ -193,6 +230,11 @@ def test_gpu_tiles_hold_whole_rows_for_layer_norm():
     "call,error,match",
     [
         (lambda x: layer_targets([]), ValueError, "layer_results must hold at least one tensor"),
+        (lambda x: layer_targets(None), TypeError, "layer_results must be a sequence of tensors, got NoneType"),
+        (lambda x: layer_targets(x[0]), TypeError, "layer_results must be a sequence of tensors, got Tensor"),
+        (lambda x: layer_targets([x[0], None]), TypeError, r"layer_results\[1\] must be a tensor, got NoneType"),
+        (lambda x: layer_targets(x, positions=[1, 2]), TypeError, "positions must be a tensor, got list"),
+        (lambda x: layer_targets(x, lengths=5), TypeError, "lengths must be a tensor, got int"),
         (lambda x: layer_targets([x[0][0]]), ValueError, r"layer_results must have 3 dims, got shape \(5, 8\)"),
         (lambda x: layer_targets([x[0], x[1][:, 1:]]), ValueError, r"must have shape \(4, 5, 8\), got \(4, 4, 8\)"),
         (lambda x: layer_targets([x[0], x[1].bfloat16()]), TypeError, r"\[1\] must be torch.float32 .* torch.bfloat16"),
@@ -226,6 +268,8 @@ def test_indices_out_of_range_raise_on_cpu():
         layer_targets(layers, positions=torch.tensor([3, -1]))
     with pytest.raises(ValueError, match=r"lengths must lie in \[0, 5\], got values from 2 to 6"):
         layer_targets(layers, lengths=torch.tensor([6, 2]))
+    with pytest.raises(ValueError, match="positions must be empty where layer_results has no frames, got 2 values"):
+        layer_targets([x[:0] for x in layers], positions=torch.tensor([0, 1]))
 
 
 def test_check_looks_at_the_ranges_before_the_op_runs(monkeypatch):

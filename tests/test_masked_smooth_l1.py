@@ -2,6 +2,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from checks import DEVICE, INTERPRET, RUNS_KERNELS, assert_as_accurate_as_eager
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from d2v_fast.ops import masked_smooth_l1
 from d2v_fast.ops.masked_smooth_l1 import _bwd, _fwd, masked_smooth_l1_ref
@@ -174,6 +176,26 @@ def test_compile_fullgraph(reduction):
     torch.testing.assert_close(grad, expected)
 
 
+@settings(
+    max_examples=20 if INTERPRET else 60,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    st.tuples(st.integers(0, 140), st.integers(1, 300)),
+    st.tuples(*[st.sampled_from([F32, BF16, F16])] * 2),
+    st.sampled_from([None, 0.0, 0.1, 0.5, 1.0]),
+    st.sampled_from([0.0, 0.01, 0.7, 20.0]),
+    st.sampled_from([None, 0.03, -2.0]),
+    st.sampled_from(["sum", "mean", "none"]),
+    st.integers(0, 999),
+)
+def test_any_options_match_fp64(shape, dtypes, keep, beta, scale, reduction, seed):
+    torch.manual_seed(seed)
+    check_against_fp64(*make_inputs(*shape, *dtypes, keep), beta, scale, reduction)
+
+
 @pytest.mark.skipif(not RUNS_KERNELS, reason="needs the Triton kernels")
 @pytest.mark.parametrize("block_n,block_d", [(4, 16), (1, 64), (2, 8)])
 def test_every_tile_gives_the_same_answer(block_n, block_d):
@@ -208,6 +230,11 @@ def test_gpu_tiles_divide_the_width():
         (lambda p, t, m: masked_smooth_l1(p, t, m.to("meta")), ValueError, "mask must be on .*, got meta"),
         (lambda p, t, m: masked_smooth_l1(p, t, m, beta=-0.1), ValueError, "beta must be finite and >= 0, got -0.1"),
         (lambda p, t, m: masked_smooth_l1(p, t, m, beta=float("nan")), ValueError, "beta must be finite"),
+        (lambda p, t, m: masked_smooth_l1(p, t, m, scale=float("nan")), ValueError, "scale must be finite, got nan"),
+        (lambda p, t, m: masked_smooth_l1(p, t, m, scale=-float("inf")), ValueError, "scale must be finite, got -inf"),
+        (lambda p, t, m: masked_smooth_l1(None, t, m), TypeError, "pred must be a tensor, got NoneType"),
+        (lambda p, t, m: masked_smooth_l1(p, 0.0, m), TypeError, "target must be a tensor, got float"),
+        (lambda p, t, m: masked_smooth_l1(p, t, [True] * 4), TypeError, "mask must be a tensor, got list"),
         (lambda p, t, m: masked_smooth_l1(p, t, m, reduction="max"), ValueError, "reduction must be .*'max'"),
     ],
 )

@@ -198,8 +198,9 @@ def data2vec_loss(
     Returns:
         :class:`LossOutput`: the loss summed over all N * C elements, float32 (float64 when an input is float64), and
         the spread of targets and predictions, without gradient and 0 for fewer than two rows. N = 0 gives 0.
-        Accumulates in float32; deterministic; does not wait for the device. Needs, beside the gradient of pred, about
-        16 C bytes per 50 rows and, for "instance" and "batch", 8 K B C bytes of statistics; ``post_norm="instance"``
+        Accumulates in float32; deterministic; does not wait for the device. Needs, beside the gradient of pred, partial
+        sums of at most 1/64 of the layer results (where those are small, of up to 16 C bytes per multiprocessor: 1.6 MB
+        at C = 768 on an H100) and, for "instance" and "batch", 8 K B C bytes of statistics; ``post_norm="instance"``
         also the average [B, T, C] in float32, because its statistics need every frame.
 
     Raises:

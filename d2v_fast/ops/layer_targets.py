@@ -212,6 +212,8 @@ def check_tensor(name: str, x: Tensor) -> None:
 def check_range(name: str, values: Tensor | None, last: int) -> None:
     """Raise ValueError unless all ``values`` lie in [0, last]. Called inside the ops, so compiled code checks too."""
     if values is not None and values.numel() > 0:
+        if last < 0:
+            raise ValueError(f"{name} must be empty where layer_results has no frames, got {values.numel()} values")
         low, high = values.aminmax()
         if low < 0 or high > last:
             raise ValueError(f"{name} must lie in [0, {last}], got values from {low.item()} to {high.item()}")
