@@ -255,6 +255,27 @@ def test_unaligned_tensors():
         assert torch.equal(full[name][0][2050 + first - 1].nan_to_num(9.0), outside.nan_to_num(9.0))
 
 
+@pytest.mark.parametrize("shifted", [None, "grads", *WRITTEN])
+def test_kernel_is_told_of_tensors_that_are_not_aligned(monkeypatch, shifted):
+    """Else a GPU would read vectors from addresses that are no multiple of 16; the interpreter does not care."""
+    pytest.importorskip("triton")
+    from d2v_fast.kernels import adamw_ema as kernels
+
+    told = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: told.append(options.get("ALIGNED"))
+
+    monkeypatch.setattr(kernels, "_adamw_ema_kernel", Kernel())
+    monkeypatch.setattr(kernels, "_coefficients_kernel", Kernel())
+    full = make([(72,)], copy_dtype=BF16)
+    lists = {name: [full[name][0][int(name == shifted) :][:64]] for name in kernels.Tensors._fields}
+    hyper = kernels.Hyper(1e-3, 0.5, 0.9, 0.98, 1e-6, fairseq_eps=False)
+    kernels.adamw_ema_(kernels.Tensors(**lists), [full["step"]], [0.1], hyper)
+    assert told == [None, shifted is None]
+
+
 def test_mixed_dtypes_in_one_call():
     full = make(SHAPES * 2)
     full["grads"] = [g.to((F32, BF16, F16)[i % 3]) for i, g in enumerate(full["grads"])]

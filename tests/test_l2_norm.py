@@ -120,6 +120,23 @@ def test_more_tensors_than_one_launch_takes(monkeypatch):
     assert l2_norm.l2_norm(tensors).item() == pytest.approx(exact(tensors).item(), rel=6e-8)
 
 
+@pytest.mark.parametrize("shifted", [0, 1])
+def test_kernel_is_told_of_tensors_that_are_not_aligned(monkeypatch, shifted):
+    pytest.importorskip("triton")
+    from d2v_fast.kernels import l2_norm as kernels
+
+    told = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: told.append(options.get("ALIGNED"))
+
+    monkeypatch.setattr(kernels, "_sum_of_squares_kernel", Kernel())
+    monkeypatch.setattr(kernels, "_root_of_sum_kernel", Kernel())
+    kernels.l2_norm([torch.zeros(72, device=DEVICE)[shifted:]])
+    assert told == [shifted == 0, None]
+
+
 def test_opcheck():
     torch.library.opcheck(_op, (make((F32, BF16), [(5,), (3, 2)]),))
 

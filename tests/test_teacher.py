@@ -117,7 +117,7 @@ def follows_exactly(teacher, student):
     teacher.update_(10**6 if teacher._last_update is None else teacher._last_update + 1)
     for (name, mine), theirs in zip(teacher.module.named_parameters(), student.parameters(), strict=True):
         want = theirs if name.startswith(("copied.", "frozen")) else (start[name] + theirs) / 2
-        torch.testing.assert_close(mine.detach(), want.detach(), msg=name)
+        torch.testing.assert_close(mine.detach(), want.detach().to(mine.dtype), msg=name)
 
 
 HALF = EMAConfig(decay=0.5, end_decay=0.5, anneal_updates=0)
@@ -149,9 +149,8 @@ def test_sharing_survives_moves_copies_and_loads():
     model = Model()
     assert shared(model.double().float())  # taken apart by the move, shared again at once
     twin = copy.deepcopy(model)
-    assert not shared(twin)
-    follows_exactly(twin.teacher, twin.student)
     assert shared(twin) and twin.student.copied.weight.data_ptr() != model.student.copied.weight.data_ptr()
+    follows_exactly(twin.teacher, twin.student)
     follows_exactly(model.teacher, model.student)
 
     state = {k: v.clone() for k, v in model.state_dict().items()}
@@ -165,6 +164,75 @@ def test_sharing_survives_moves_copies_and_loads():
     twin.load_state_dict(state, assign=True)  # other Parameter objects
     follows_exactly(twin.teacher, twin.student)
     assert shared(twin)
+
+    state["teacher.module.copied.weight"] = state["student.copied.weight"]
+    for assign in (False, True):
+        model.load_state_dict(state, assign=assign)
+        assert shared(model)  # at once
+    with pytest.raises(RuntimeError, match=r"size mismatch for student\.body\.weight"):
+        twin.load_state_dict({**state, "student.body.weight": torch.zeros(7)})
+    assert shared(twin)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_stays_float32_in_a_low_precision_model(dtype):
+    """The averages keep what they have; not even a way to the low precision and back loses it."""
+    student = Student()
+    teacher = EMATeacher(student, HALF, skip=("copied.",))
+    moved(student)
+    teacher.update_(1)
+    state = {name: x.clone() for name, x in teacher.ema_state().items()}
+    model = nn.ModuleDict({"student": student, "teacher": teacher}).to(dtype)
+    assert student.body.weight.dtype == dtype
+    for name, x in teacher.ema_state().items():
+        assert x.dtype == state[name].dtype and torch.equal(x, state[name]), name
+    follows_exactly(teacher, student)
+    assert torch.equal(teacher.module.copied.weight, student.copied.weight.float())
+    model.float()
+    assert teacher.module.copied.weight.data_ptr() == student.copied.weight.data_ptr()
+    assert not torch.equal(teacher.module.body.weight, teacher.module.body.weight.to(dtype).float())
+
+
+def test_permuted_and_sparse_layouts():
+    student = nn.Conv2d(4, 3, 2).to(memory_format=torch.channels_last)
+    teacher = EMATeacher(student, HALF)
+    assert teacher.module.weight.is_contiguous(memory_format=torch.channels_last)
+    follows_exactly(teacher, student)
+    both = nn.ModuleList([student, teacher]).to(memory_format=torch.contiguous_format)
+    assert both[0].weight.is_contiguous()
+    follows_exactly(teacher, student)
+    gaps = nn.Module()
+    gaps.weight = nn.Parameter(torch.zeros(4, 6)[:, ::2])
+    with pytest.raises(ValueError, match=r"the student's weight must be dense, got shape \(4, 3\) strides \(6, 2\)"):
+        EMATeacher(gaps, HALF)
+
+
+def test_skip_names_whole_components():
+    """ "1" is the module 1, not 10; a name may be that of a parameter, and the last dot is as good as none."""
+    student = nn.Sequential(*[nn.Linear(2, 2, bias=False) for _ in range(11)])
+    for skip in (("1",), ("1.",), ("1.weight",)):
+        teacher = EMATeacher(student, HALF, skip=skip)
+        copied = set(student.parameters()) - teacher.averages().keys()
+        assert copied == {student[1].weight}
+    with pytest.raises(ValueError, match=r"starts with '1\.wei'"):
+        EMATeacher(student, HALF, skip=("1.wei",))
+
+
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda t: EMATeacher(None, HALF), "student must be a module, got NoneType"),
+        (lambda t: EMATeacher(Student(), HALF, skip="body"), "skip must be a tuple of names, got the string 'body'"),
+        (lambda t: t.update_(1, skip=True), "skip must be a tensor, got bool"),
+        (
+            lambda t: t.load_ema_state({**t.ema_state(), "frozen": None}),
+            r"state\['frozen'\] must be a tensor, got None",
+        ),
+    ],
+)
+def test_wrong_types_raise(call, match):
+    with pytest.raises(TypeError, match=match):
+        call(EMATeacher(Student(), HALF))
 
 
 def test_low_precision_student_is_copied():

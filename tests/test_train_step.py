@@ -82,6 +82,26 @@ def test_non_finite_gradient_changes_nothing(one_pass):
     assert train_step(model, [batch], optimizer, lr=1e-3, update=1).skipped.item() == 0.0
 
 
+@pytest.mark.parametrize("modality,autocast", [("text", False), ("speech", True), ("image", True)])
+def test_bfloat16_student_with_a_float32_teacher(modality, autocast):
+    """Inputs stay float32, hence autocast where the front-end reads numbers."""
+    model = step_model(modality).bfloat16()
+    student, mine = model.encoder.layers[0].fc1.weight, model.teacher.module["encoder"].layers[0].fc1.weight
+    assert student.dtype == torch.bfloat16 and all(p.dtype == torch.float32 for p in model.teacher.parameters())
+    want, start = mine.clone(), student.detach().clone()
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-2))
+    for update in range(2):
+        metrics = train_step(
+            model, [tiny_batch(model.config, update)], optimizer, lr=1e-2, update=update, autocast=autocast
+        )
+        assert metrics.loss.isfinite() and metrics.skipped.item() == 0.0
+        want.lerp_(student.detach().float(), 1 - metrics.ema_decay)
+    assert not torch.equal(student, start)
+    torch.testing.assert_close(mine.detach(), want, rtol=1e-6, atol=1e-7)
+    with pytest.raises(TypeError, match="parameter 0 of group 0 must be a float32 master"):
+        build_optimizer(model, OptimConfig(one_pass=True))
+
+
 def gap(a, b):
     """Largest difference of two models' tensors, relative to the largest element of each."""
     pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)

@@ -3,14 +3,14 @@
 import copy
 from collections.abc import Mapping
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from d2v_fast.nn.config import EMAConfig
 from d2v_fast.ops import ema_update_
-from d2v_fast.ops._lists import is_plain, local_shard
+from d2v_fast.ops._lists import is_plain, layout, local_shard
 
 
 class _Slot(NamedTuple):
@@ -45,28 +45,36 @@ class _Pairs(NamedTuple):
 class EMATeacher(nn.Module):
     """A frozen fp32 copy of ``student``, always in eval mode, that follows it.
 
-    ``module`` is the copy. Parameters are averaged, except those whose name starts with one of ``skip`` and frozen
-    ones: these are the student's values at any time. Buffers are copied, whatever their dtype. Being a submodule of the
-    model, the teacher moves, saves and loads with it. Parameters that are DTensors (FSDP2) are averaged shard by shard,
+    ``module`` is the copy. Parameters are averaged, except those that ``skip`` names and frozen ones: these are the
+    student's values after every update. Buffers are copied, whatever their dtype. Being a submodule of the model, the
+    teacher moves, saves and loads with it, but stays float32 when the model becomes bfloat16 or float16: averages move
+    by less than those can hold. Parameters that are DTensors (FSDP2) are averaged shard by shard,
     without communication; shard ``module`` as the student is sharded.
 
     Args:
-        student: float32, bfloat16 or float16 parameters.
+        student: float32, bfloat16 or float16 parameters, contiguous or otherwise dense.
         schedule: the decay.
-        skip: name prefixes; the teacher's parameters share the student's memory where device and dtype allow.
+        skip: names of parameters or of modules that hold them ("frontend", "encoder.pos_conv."). The teacher's share
+            the student's memory where device and dtype allow, also after moves, deep copies and loads; only values
+            that a load or a conversion made differ from the student's stay apart, until the next update.
         share: False copies them at every update instead.
 
     Raises:
-        ValueError: a prefix of ``skip`` matches no parameter.
+        TypeError: ``student`` is no module, or ``skip`` a string.
+        ValueError: an entry of ``skip`` matches no parameter, or a parameter to be averaged is not dense.
     """
 
     def __init__(
         self, student: nn.Module, schedule: EMAConfig, skip: tuple[str, ...] = (), *, share: bool = True
     ) -> None:
         super().__init__()
+        if not isinstance(student, nn.Module):
+            raise TypeError(f"student must be a module, got {type(student).__name__}")
+        if isinstance(skip, str):
+            raise TypeError(f"skip must be a tuple of names, got the string {skip!r}")
         names = [name for name, _ in student.named_parameters()]
         for prefix in skip:
-            if not any(name.startswith(prefix) for name in names):
+            if not any(_within(name, prefix) for name in names):
                 raise ValueError(f"skip: no parameter of the student starts with {prefix!r}; it has {names[:3]} ...")
         self._student = (student,)  # in a tuple, so that it is not registered as a part of the teacher
         self.schedule, self.skip, self.share = schedule, tuple(skip), share
@@ -74,6 +82,8 @@ class EMATeacher(nn.Module):
         self._found: _Pairs | None = None
         self._last_update: int | None = None
         self._share(self._pairs())
+        self._check_layouts()
+        self.register_load_state_dict_post_hook(_share_again)  # runs as well when the load raises in the end
         self.eval()
 
     def train(self, mode: bool = True) -> "EMATeacher":
@@ -96,7 +106,13 @@ class EMATeacher(nn.Module):
             again: step even so (fairseq data2vec 1.0 steps once per micro-batch).
             averaged: the averages have been moved already; only the rest is left to do.
             skip: [] fp32 or fp64 on the device; the averages stay as they are unless it is 0.
+
+        Raises:
+            TypeError: ``skip`` is not a tensor.
+            ValueError: student and teacher no longer have the same tensors, or are sharded or laid out differently.
         """
+        if skip is not None and not isinstance(skip, Tensor):
+            raise TypeError(f"skip must be a tensor, got {type(skip).__name__}")
         decay = self.schedule.decay_at(update)
         if update == self._last_update and not again:
             return decay
@@ -130,12 +146,15 @@ class EMATeacher(nn.Module):
 
         Raises:
             ValueError: names are missing or unknown, or a shape differs; nothing is changed then.
+            TypeError: a value is not a tensor; nothing is changed then.
         """
         own = self.module.state_dict()
         if own.keys() != state.keys():
             missing, unknown = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
             raise ValueError(f"state must have the student's names; missing: {missing[:3]}, unknown: {unknown[:3]}")
         for name, x in own.items():
+            if not isinstance(state[name], Tensor):
+                raise TypeError(f"state[{name!r}] must be a tensor, got {type(state[name]).__name__}")
             if x.shape != state[name].shape:
                 raise ValueError(f"state[{name!r}] must have shape {tuple(x.shape)}, got {tuple(state[name].shape)}")
         self._unshare()
@@ -154,17 +173,27 @@ class EMATeacher(nn.Module):
             pairs = _Pairs([], [], [], [*mine.values(), *theirs.values()], counts)
             for name, slot in theirs.items():
                 kind = pairs.averaged if slot.requires_grad else pairs.copied
-                kind = pairs.shared if name.startswith(self.skip) else kind
+                kind = pairs.shared if any(_within(name, prefix) for prefix in self.skip) else kind
                 kind.append((mine[name].tensor, slot.tensor))
             self._found = pairs
         return self._found
 
-    def _share(self, pairs: _Pairs) -> None:
+    def _share(self, pairs: _Pairs, only_equal: bool = False) -> None:
         """Let parameters of ``skip`` be the student's memory: at first, and after a move or a load took them apart."""
         for mine, theirs in pairs.shared if self.share else []:
             alike = mine.device == theirs.device and mine.dtype == theirs.dtype
-            if alike and type(mine) is type(theirs) is nn.Parameter and mine.data_ptr() != theirs.data_ptr():
+            if not alike or not (type(mine) is type(theirs) is nn.Parameter) or mine.data_ptr() == theirs.data_ptr():
+                continue
+            if not only_equal or torch.equal(mine, theirs):
                 mine.data = theirs.data
+
+    def _check_layouts(self) -> None:
+        """The copy of a tensor with gaps or overlaps is contiguous, and could not be averaged with it."""
+        names = {id(slot.tensor): name for name, slot in _slots(self._student[0]).items()}
+        for mine, theirs in self._pairs().averaged:
+            if is_plain(theirs) and layout(mine) != layout(theirs):
+                found = f"shape {tuple(theirs.shape)} strides {theirs.stride()}"
+                raise ValueError(f"the student's {names[id(theirs)]} must be dense, got {found}")
 
     def _unshare(self) -> None:
         for mine, theirs in self._pairs().shared:
@@ -178,9 +207,29 @@ class EMATeacher(nn.Module):
         super()._load_from_state_dict(*args)
 
     def _apply(self, fn, recurse: bool = True) -> "EMATeacher":
-        super()._apply(fn, recurse)
+        super()._apply(lambda x: _without_loss(x, fn(x)), recurse)
         self._share(self._pairs())
         return self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:  # a deep copy has memory of its own for every parameter
+        super().__setstate__(state)
+        self._share(self._pairs(), only_equal=True)
+
+
+def _share_again(teacher: EMATeacher, incompatible_keys: Any) -> None:
+    teacher._share(teacher._pairs(), only_equal=True)
+
+
+def _within(name: str, prefix: str) -> bool:
+    """Whether ``prefix`` is ``name`` or a module around it: whole components, with or without the last dot."""
+    return f"{name}.".startswith(f"{prefix.removesuffix('.')}.")
+
+
+def _without_loss(x: Tensor, y: Tensor) -> Tensor:
+    """``y``, which is ``x`` converted or moved; in float32 still where that became bfloat16 or float16."""
+    if x.dtype == y.dtype or y.dtype not in (torch.bfloat16, torch.float16):
+        return y
+    return torch.empty_like(y, dtype=x.dtype).copy_(x)
 
 
 def _slots(module: nn.Module) -> dict[str, _Slot]:
