@@ -230,8 +230,8 @@ def test_gpu_tiles_hold_whole_rows_for_layer_norm():
     "call,error,match",
     [
         (lambda x: layer_targets([]), ValueError, "layer_results must hold at least one tensor"),
-        (lambda x: layer_targets(None), TypeError, "layer_results must be a sequence of tensors, got NoneType"),
-        (lambda x: layer_targets(x[0]), TypeError, "layer_results must be a sequence of tensors, got Tensor"),
+        (lambda x: layer_targets(None), TypeError, "layer_results must be a list of tensors, got NoneType"),
+        (lambda x: layer_targets(x[0]), TypeError, "layer_results must be a list of tensors, got Tensor"),
         (lambda x: layer_targets([x[0], None]), TypeError, r"layer_results\[1\] must be a tensor, got NoneType"),
         (lambda x: layer_targets(x, positions=[1, 2]), TypeError, "positions must be a tensor, got list"),
         (lambda x: layer_targets(x, lengths=5), TypeError, "lengths must be a tensor, got int"),

@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from d2v_fast.ops._dispatch import accumulation_dtype, check_device, check_float, check_index, cpu_runs_triton
-from d2v_fast.ops.layer_targets import check_layers, check_range, check_tensor, layer_targets_ref
+from d2v_fast.ops._rows import check_tensor
+from d2v_fast.ops.layer_targets import check_layers, check_range, layer_targets_ref
 from d2v_fast.ops.masked_smooth_l1 import check_beta_and_scale, masked_smooth_l1_grad_ref, masked_smooth_l1_ref
 
 

@@ -12,13 +12,15 @@ All norms use the biased variance, ``eps`` inside the root and no affine part. S
 so channels whose mean is far larger than their spread keep their precision.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from d2v_fast.ops._dispatch import accumulation_dtype, check_device, check_float, check_index, cpu_runs_triton
+from d2v_fast.ops._lists import tensor_list
+from d2v_fast.ops._rows import check_tensor
 
 NORMS = ("instance", "layer", "batch", "none")
 POST_NORMS = ("none", "layer", "instance")
@@ -119,7 +121,7 @@ def layer_targets(
     Raises:
         ValueError: no layers, shapes or devices differ, an option is unknown, "instance" with T < 2 or "batch"
             with a single frame (0 everywhere; fairseq raises as well), or an index out of range where that is checked.
-        TypeError: an argument is no tensor (no sequence of tensors), dtypes differ or are not floating point, indices
+        TypeError: an argument is no tensor (no list of tensors), dtypes differ or are not floating point, indices
             are not integers, or float64 on a GPU.
     """
     layers = check_layers(layer_results, norm, post_norm, layout, positions, lengths, eps)
@@ -147,13 +149,9 @@ def check_layers(
 
 
 def _check_tensors(layer_results: Sequence[Tensor]) -> list[Tensor]:
-    if isinstance(layer_results, Tensor) or not isinstance(layer_results, Iterable):
-        raise TypeError(f"layer_results must be a sequence of tensors, got {type(layer_results).__name__}")
-    layers = list(layer_results)
+    layers = tensor_list("layer_results", layer_results)
     if not layers:
         raise ValueError("layer_results must hold at least one tensor, got none")
-    for i, x in enumerate(layers):
-        check_tensor(f"layer_results[{i}]", x)
     first = layers[0]
     check_float("layer_results[0]", first)
     if first.dim() != 3:
@@ -201,12 +199,6 @@ def _check_ranges(x: Tensor, positions: Tensor | None, lengths: Tensor | None) -
     batch, frames, _ = x.shape
     check_range("positions", positions, batch * frames - 1)
     check_range("lengths", lengths, frames)
-
-
-def check_tensor(name: str, x: Tensor) -> None:
-    """Raise TypeError unless ``x`` is a tensor."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
 
 
 def check_range(name: str, values: Tensor | None, last: int) -> None:

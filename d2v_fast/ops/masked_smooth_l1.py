@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from d2v_fast.ops._dispatch import accumulation_dtype, check_device, check_float, cpu_runs_triton
-from d2v_fast.ops.layer_targets import check_tensor
+from d2v_fast.ops._rows import check_tensor
 
 
 def masked_smooth_l1_ref(pred: Tensor, target: Tensor, mask: Tensor | None, beta: float, scale: float) -> Tensor:
