@@ -106,7 +106,8 @@ def _column_stats_kernel(
         sum2 += d * d
     count = tl.maximum(length, 1)
     offset = tl.sum(sum1, axis=0) / count
-    var = tl.maximum(tl.sum(sum2, axis=0) / count - offset * offset, 0.0)
+    var = tl.sum(sum2, axis=0) / count - offset * offset
+    var = tl.where(var < 0.0, 0.0, var)  # unlike maximum, NaN stays NaN
     out = stats_ptr + column.to(tl.int64) * 2 * C + cols
     tl.store(out, shift + offset, mask=inside)
     tl.store(out + C, tl.rsqrt(var + eps) if RSTD else var, mask=inside)

@@ -100,14 +100,17 @@ def test_padding_stays_out_of_the_statistics(norm):
         torch.testing.assert_close(want[2], (layers[0][2] + layers[1][2]) / 2 / EPS**0.5)
 
 
+@pytest.mark.parametrize("frame", [0, 66])  # in the first tile of the statistics, and in a later one
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("norm", NORMS)
-def test_nan_propagates_to_what_it_belongs_to(norm):
+def test_nan_and_inf_propagate_to_what_they_belong_to(norm, bad, frame):
     layers = make_layers(2, 2, 70, 12)
-    layers[1][1, 66, 5] = float("nan")
+    layers[1][1, frame, 5] = bad
     expected = torch.zeros(2, 70, 12, dtype=torch.bool, device=DEVICE)
-    where = {"instance": (1, slice(None), 5), "layer": (1, 66), "batch": (slice(None), slice(None), 5)}
-    expected[where.get(norm, (1, 66, 5))] = True
-    assert torch.equal(layer_targets(layers, norm=norm).isnan(), expected)
+    where = {"instance": (1, slice(None), 5), "layer": (1, frame), "batch": (slice(None), slice(None), 5)}
+    expected[where.get(norm, (1, frame, 5))] = True
+    got = layer_targets(layers, norm=norm)
+    assert torch.equal(got.isinf() if norm == "none" and bad > 0 else got.isnan(), expected)
 
 
 def test_constant_channel_gives_zero():

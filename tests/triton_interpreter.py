@@ -2,7 +2,7 @@
 
 The interpreter keeps bfloat16 as uint16. It truncates float32 -> bfloat16 where the hardware rounds to nearest even,
 and arithmetic or a reduction on bfloat16 silently works on the bit patterns. The first is repaired; the second raises,
-since kernels should convert to float32 first anyway.
+since kernels should convert to float32 first anyway. ``tl.maximum`` and ``tl.minimum`` drop a NaN, as the hardware does.
 """
 
 import numpy as np
@@ -59,6 +59,8 @@ def install() -> None:
             raise TypeError("bfloat16 reduction in the interpreter: convert to float32 first")
         return reduce(self, tensors)
 
+    builder.create_maxnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmax)
+    builder.create_minnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)
     builder.cast_impl = repaired_cast
     builder.create_fp_to_fp = repaired_fp_to_fp
     builder.binary_op = checked_binary_op
