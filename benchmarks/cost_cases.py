@@ -125,7 +125,9 @@ def _layer_norm_gelu(module, rows, width, dtype=BF16):
     return backward(lambda: module.layer_norm_gelu(x, weight, bias, eps=1e-5)["y"], x, weight, bias)
 
 
-def _residual(module, shape, dtype=BF16, residual=BF16, p=0.1, column_scale=False, row_scale=False, **options):
+def _residual(
+    module, shape, dtype=BF16, residual=BF16, p=0.1, column_scale=False, row_scale=False, grad=True, **options
+):
     width = shape[2]
     x, r = _leaf(*shape, dtype=dtype), _leaf(*shape, dtype=residual)
     weight, bias = (_leaf(width, dtype=residual) for _ in range(2))
@@ -137,7 +139,7 @@ def _residual(module, shape, dtype=BF16, residual=BF16, p=0.1, column_scale=Fals
     def call():
         return tuple(module.residual_dropout_layer_norm(x, r, weight, bias, scale, rows, **options).values())
 
-    return backward(call, *inputs)
+    return backward(call, *inputs) if grad else torch.no_grad()(call)
 
 
 EAGER: dict[str, Callable[..., Call]] = {
@@ -192,6 +194,10 @@ COSTS = [
     Cost(
         "residual_dropout_layer_norm", "speech base", "residual_dropout_layer_norm",
         {"shape": (15, 780, 768)}, {"shape": (2, 64, 256)}, _predicted(8, 0.306, 3, 0.144),
+    ),
+    Cost(
+        "residual_dropout_layer_norm", "speech base teacher", "residual_dropout_layer_norm",
+        {"shape": (15, 780, 768), "p": 0.0, "grad": False}, {"shape": (2, 64, 256)},
     ),
     Cost(
         "residual_dropout_layer_norm", "vision, LayerScale, DropPath", "residual_dropout_layer_norm",

@@ -80,12 +80,16 @@ def layer_norm_gelu(rows: int, width: int, dtype=BF16, **_: Any) -> int:
 
 
 def residual_dropout_layer_norm(
-    shape: Shape, dtype=BF16, residual=BF16, return_residual=False, column_scale=False, **_: Any
+    shape: Shape, dtype=BF16, residual=BF16, return_residual=False, column_scale=False, grad=True, **_: Any
 ) -> int:
     """Forward: x, residual, y, h. Backward: the gradients of y (and h), h, the gradients of x and residual.
 
-    A column scale's gradient needs x again.
+    A column scale's gradient needs x again. Without a backward, h is written where it is returned, the statistics of
+    the rows with it.
     """
+    if not grad:
+        kept = prod(shape) * residual.itemsize + 2 * prod(shape[:2]) * FLOAT
+        return prod(shape) * (2 * dtype.itemsize + residual.itemsize) + (kept if return_residual else 0)
     x = (4 + column_scale) * dtype.itemsize
     h = (4 + return_residual) * residual.itemsize
     return prod(shape) * (x + h) + 4 * prod(shape[:2]) * FLOAT

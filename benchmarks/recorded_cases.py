@@ -127,7 +127,7 @@ def int_tensor() -> Call:
     """The writer of small tables: on a CPU its launcher makes them without it."""
     first = torch.empty(chunks._VALUES_PER_LAUNCH, dtype=torch.int64)
     values = (chunks._ODD_LARGE,) * len(first)
-    return lambda: chunks._write_kernel[(1,)](first, values, 0, num_warps=1)
+    return lambda: chunks._write_kernel[(1,)](first, values, 0, BLOCK=chunks._VALUES_BLOCK, num_warps=1)
 
 
 def l2_norm(sizes: list[tuple[int, ...]], dtype=FP32) -> Call:
@@ -161,10 +161,10 @@ def bias_gelu(rows: int, width: int, dtype=BF16, bias=True) -> Call:
     return backward(lambda: ops.bias_gelu(x, b), *((x, b) if bias else (x,)))
 
 
-def layer_norm_gelu(rows: int, width: int, dtype=BF16, affine=True) -> Call:
+def layer_norm_gelu(rows: int, width: int, dtype=BF16, weight=True, bias=True) -> Call:
     x = _leaf(rows, width, dtype=dtype)
-    parameters = (_leaf(width), _leaf(width)) if affine else ()
-    return backward(lambda: ops.layer_norm_gelu(x, *parameters), x, *parameters)
+    w, b = (_leaf(width) if there else None for there in (weight, bias))
+    return backward(lambda: ops.layer_norm_gelu(x, w, b), *(v for v in (x, w, b) if v is not None))
 
 
 def residual_dropout_layer_norm(
@@ -175,14 +175,20 @@ def residual_dropout_layer_norm(
     column_scale=False,
     row_scale=False,
     return_residual=False,
+    bias=True,
+    grad=True,
 ) -> Call:
-    width = shape[2]
-    x, r, weight, bias = _leaf(*shape, dtype=dtype), _leaf(*shape, dtype=residual), _leaf(width), _leaf(width)
-    scale = _leaf(width) if column_scale else None
+    x, r = _leaf(*shape, dtype=dtype), _leaf(*shape, dtype=residual)
+    weight, b, scale = (_leaf(shape[2]) if there else None for there in (True, bias, column_scale))
     options = {"p": p, "column_scale": scale, "return_residual": return_residual}
     options["row_scale"] = torch.ones(shape[0]) if row_scale else None
-    inputs = (x, r, weight, bias, *((scale,) if column_scale else ()))
-    return backward(lambda: ops.residual_dropout_layer_norm(x, r, weight, bias, **options), *inputs)
+
+    def call():
+        return ops.residual_dropout_layer_norm(x, r, weight, b, **options)
+
+    if not grad:
+        return torch.no_grad()(call)
+    return backward(call, *(v for v in (x, r, weight, b, scale) if v is not None))
 
 
 def _case(op: str, name: str, build: Callable[..., Call], vector: bool = True, **arguments: Any) -> Case:
@@ -279,10 +285,46 @@ CASES = [
     _case("bias_gelu", "bf16 3072", bias_gelu, rows=11700, width=3072),
     _case("bias_gelu", "fp32 4096", bias_gelu, rows=3752, width=4096, dtype=FP32),
     _case("bias_gelu", "fp16 3072, no bias", bias_gelu, rows=8192, width=3072, dtype=FP16, bias=False),
+    _case("bias_gelu", "bf16 1536", bias_gelu, rows=11700, width=1536),
+    _case("bias_gelu", "bf16 2048", bias_gelu, rows=11700, width=2048),
     _case("layer_norm_gelu", "bf16 512", layer_norm_gelu, rows=374400, width=512),
-    _case("layer_norm_gelu", "bf16 768, no affine", layer_norm_gelu, rows=11700, width=768, affine=False),
+    _case("layer_norm_gelu", "bf16 768, no affine", layer_norm_gelu, rows=11700, width=768, weight=False, bias=False),
     _case("layer_norm_gelu", "fp32 1024", layer_norm_gelu, rows=3752, width=1024, dtype=FP32),
+    _case("layer_norm_gelu", "bf16 768, no bias", layer_norm_gelu, rows=11700, width=768, bias=False),
+    _case("layer_norm_gelu", "bf16 1536", layer_norm_gelu, rows=3752, width=1536),
+    _case("layer_norm_gelu", "fp32 2048", layer_norm_gelu, rows=3752, width=2048, dtype=FP32),
     _case("residual_dropout_layer_norm", "bf16 768", residual_dropout_layer_norm, shape=(15, 780, 768)),
+    _case(
+        "residual_dropout_layer_norm",
+        "bf16 768, teacher",
+        residual_dropout_layer_norm,
+        shape=(15, 780, 768),
+        p=0.0,
+        grad=False,
+    ),
+    _case(
+        "residual_dropout_layer_norm",
+        "bf16 768, no bias",
+        residual_dropout_layer_norm,
+        shape=(15, 780, 768),
+        bias=False,
+    ),
+    _case("residual_dropout_layer_norm", "bf16 1536", residual_dropout_layer_norm, shape=(4, 938, 1536)),
+    _case("residual_dropout_layer_norm", "bf16 2048", residual_dropout_layer_norm, shape=(4, 938, 2048)),
+    _case(
+        "residual_dropout_layer_norm",
+        "bf16 768, vision, dropout",
+        residual_dropout_layer_norm,
+        shape=(128, 197, 768),
+        **LAYER_SCALE | {"p": 0.1},
+    ),
+    _case(
+        "residual_dropout_layer_norm",
+        "bf16 2048, vision, dropout",
+        residual_dropout_layer_norm,
+        shape=(64, 197, 2048),
+        **LAYER_SCALE | {"p": 0.1},
+    ),
     _case(
         "residual_dropout_layer_norm",
         "fp16 1024",

@@ -12,8 +12,13 @@ from d2v_fast.kernels import launch, rows
 from d2v_fast.kernels.rows import LaunchConfig
 
 
-def config_for(x: Tensor, backward: bool = False) -> LaunchConfig:
-    """The tile for ``x`` [N, C]. Backward keeps twice as much in registers, so a thread gets half the elements."""
+def config_for(x: Tensor, backward: bool = False, three_sums: bool = False) -> LaunchConfig:
+    """The tile for ``x`` [N, C]. Backward keeps twice as much in registers, so a thread gets half the elements.
+
+    ``three_sums``: backward adds up the gradient of a column scale as well, in half as many registers again.
+    """
+    if three_sums:
+        return rows.whole_rows(x, 8, rows.FEW_WARPS_PER_SM)
     return rows.whole_rows(x, 8 if backward else 16)
 
 
@@ -247,7 +252,7 @@ def residual_dropout_layer_norm_bwd(
     The last is [0 to 3, C] fp32: weight, bias and, with ``x``, column scale, those that are there.
     """
     N, C = h.shape
-    config = config or config_for(h, backward=True)
+    config = config or config_for(h, backward=True, three_sums=x is not None)
     programs = max(min(config.max_programs, triton.cdiv(N, config.block_n)), 1)
     threshold, dropout_scale = _dropout(p)
     grad_x = torch.empty((N, C), device=h.device, dtype=grad_y.dtype)

@@ -15,7 +15,8 @@ from torch import Tensor
 from d2v_fast.kernels import launch
 
 _SM_COUNT = 132  # of an H100; stands in where tensors have no device
-_WARPS_PER_SM = 24  # of a persistent kernel with 80 registers
+_WARPS_PER_SM = 24  # of a persistent kernel with at most 80 registers
+FEW_WARPS_PER_SM = 16  # of one with at most 128
 
 
 @dataclass(frozen=True)
@@ -28,20 +29,20 @@ class LaunchConfig:
     max_programs: int
 
 
-def whole_rows(x: Tensor, per_thread: int) -> LaunchConfig:
+def whole_rows(x: Tensor, per_thread: int, warps_per_sm: int = _WARPS_PER_SM) -> LaunchConfig:
     """Tile of whole rows of ``x`` [N, C]: 2048 elements or one row, ``per_thread`` of them to a thread."""
     row = max(triton.next_power_of_2(x.shape[1]), 8)
     if launch.interpreted(x):
         return LaunchConfig(block_n=max(8192 // row, 64), block_c=row, num_warps=4, max_programs=3)
     block_n = min(max(2048 // row, 1), 64)
     num_warps = min(max(block_n * row // (32 * per_thread), 1), 32)
-    return LaunchConfig(block_n, row, num_warps, max_programs(x, num_warps))
+    return LaunchConfig(block_n, row, num_warps, max_programs(x, num_warps, warps_per_sm))
 
 
-def max_programs(x: Tensor, num_warps: int) -> int:
+def max_programs(x: Tensor, num_warps: int, warps_per_sm: int = _WARPS_PER_SM) -> int:
     """How many programs of a persistent kernel fill the device of ``x``."""
     count = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else _SM_COUNT
-    return count * max(_WARPS_PER_SM // num_warps, 1)
+    return count * max(warps_per_sm // num_warps, 1)
 
 
 @triton.jit
@@ -61,12 +62,21 @@ def load_vector(ptr, cols, C, default, PRESENT: tl.constexpr):
 
 
 @triton.jit
+def _divide(total, C):
+    """total / C to the last bit (Markstein); a division on a GPU is off by two units, and takes more instructions."""
+    size = tl.cast(C, tl.float32)
+    inverse = 1.0 / size
+    quotient = total * inverse
+    return tl.fma(tl.fma(quotient, -size, total), inverse, quotient)
+
+
+@triton.jit
 def standardise(x, cols, C, eps, FULL: tl.constexpr):
     """x [BLOCK_N, BLOCK_C], 0 outside: normalised rows, mean and 1 / deviation. Two passes in registers.
 
     FULL: there are no columns outside.
     """
-    mean = tl.sum(x, axis=1) / C
+    mean = _divide(tl.sum(x, axis=1), C)  # exact in constant rows of round values, so that they become 0
     d = x - mean[:, None]
     if not FULL:
         d = tl.where((cols < C)[None, :], d, 0.0)

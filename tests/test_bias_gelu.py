@@ -28,7 +28,7 @@ def value_and_grads(function, upstream, *tensors):
     """The function's value, and its gradients in the tensors that are there."""
     inputs = [None if v is None else v.detach().requires_grad_() for v in tensors]
     y = function(*inputs)
-    grads = torch.autograd.grad(y, [v for v in inputs if v is not None], upstream.to(y.dtype))
+    grads = torch.autograd.grad(y, [v for v in inputs if v is not None], upstream.to(y))
     return [y.detach(), *grads]
 
 

@@ -30,7 +30,7 @@ def value_and_grads(function, upstream, *tensors):
     """The function's value, and its gradients in the tensors that are there."""
     inputs = [None if v is None else v.detach().requires_grad_() for v in tensors]
     y = function(*inputs)
-    grads = torch.autograd.grad(y, [v for v in inputs if v is not None], upstream.to(y.dtype))
+    grads = torch.autograd.grad(y, [v for v in inputs if v is not None], upstream.to(y))
     return [y.detach(), *grads]
 
 
@@ -66,12 +66,14 @@ def test_large_means():
     assert got.isfinite().all() and got.std() > 0.4
 
 
-def test_constant_rows():
-    """Variance 0: the result is that of 0, whatever the constant; the gradient stays finite."""
-    x = torch.full((5, 24), 7.5, device=DEVICE)
-    bias = torch.linspace(-2, 2, 24, device=DEVICE)
-    y, grad, *_ = value_and_grads(lambda x, b: layer_norm_gelu(x, None, b), torch.randn(5, 24), x, bias)
-    torch.testing.assert_close(y, F.gelu(bias).expand(5, 24))
+@pytest.mark.parametrize("C", [1, 24, 70, 999])
+@pytest.mark.parametrize("value", [0.0, 7.5, -10.0, 1000.0])
+def test_constant_rows(value, C):
+    """Variance 0: the result is that of 0, whatever the constant (the mean is exact); the gradient stays finite."""
+    x = torch.full((5, C), value, device=DEVICE)
+    bias = torch.linspace(-2, 2, C, device=DEVICE)
+    y, grad, *_ = value_and_grads(lambda x, b: layer_norm_gelu(x, None, b), torch.randn(5, C), x, bias)
+    torch.testing.assert_close(y, F.gelu(bias).expand(5, C))
     assert grad.isfinite().all()
 
 

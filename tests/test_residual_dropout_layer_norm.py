@@ -54,7 +54,7 @@ def values_and_grads(function, upstream, tensors, **options):
     """
     inputs = [None if v is None else v.detach().requires_grad_() for v in tensors[:-1]]
     outputs = function(*inputs, tensors[-1], **options)
-    used = [(o, g.to(o.dtype)) for o, g in zip(outputs, upstream, strict=True) if g is not None]
+    used = [(o, g.to(o)) for o, g in zip(outputs, upstream, strict=True) if g is not None]
     grads = torch.autograd.grad([o for o, _ in used], [v for v in inputs if v is not None], [g for _, g in used])
     return [*(o.detach() for o in outputs), *grads]
 
@@ -351,6 +351,8 @@ def test_gpu_tiles_hold_whole_rows():
         for backward in (False, True):
             config = kernels.config_for(torch.empty(2, C, device="meta"), backward)
             assert config.block_c >= C and config.block_c % 4 == 0  # four columns to a draw
+    x = torch.empty(2, 768, device="meta")  # eight warps a program, of 80 registers or 120 a thread
+    assert [kernels.config_for(x, True, three_sums).max_programs for three_sums in (False, True)] == [3 * 132, 2 * 132]
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="float64 is CPU-only")
