@@ -5,7 +5,7 @@
 
 Post-norm layers use ``y`` alone (fairseq ``TransformerSentenceEncoderLayer``); in pre-norm layers ``h`` is the residual
 stream and ``y`` the input of the next sublayer (BEiT ``Block``). ``h`` is rounded to the residual's dtype before the
-norm.
+norm; it is written only where the caller or a backward reads it.
 
 The dropout mask is never stored: it is a function of a seed that lives in a device tensor, and backward draws it again.
 The seed comes from PyTorch's generator of the device, so ``torch.manual_seed`` governs it, drawing it does not wait for
