@@ -260,7 +260,7 @@ CASES = [
         post_norm="layer",
     ),
     _case("data2vec_loss", "width 100", data2vec_loss, False, shape=(15, 780, 100), num_layers=8, fraction=0.447),
-    _case("ema_update_", "table of tensors", int_tensor, False),
+    _case("ema_update_", "table of tensors", int_tensor),
     _case("ema_update_", "fp32", ema_update, sizes=BASE),
     _case("ema_update_", "fp32, bf16 copy", ema_update, sizes=BASE, copies=BF16),
     _case("ema_update_", "bf16, bf16 copy", ema_update, sizes=BASE, student=BF16, copies=BF16),

@@ -33,7 +33,8 @@ GPU_CONFIG = LaunchConfig(chunk=16384, block=1024, num_warps=4)
 INTERPRETER_CONFIG = LaunchConfig(chunk=65536, block=16384, num_warps=4)
 
 MAX_TENSORS = 1024  # per launch: every program reads their first program numbers at once
-_VALUES_PER_LAUNCH = 128
+# Kernel arguments may take 4096 bytes, 8 each. The kernel compiles in a second; a multiple of 16 keeps it one kernel.
+_VALUES_PER_LAUNCH, _VALUES_BLOCK = 480, 512
 _ODD_LARGE = 2**62 + 1
 
 
@@ -109,9 +110,15 @@ def _write_kernel(
     out_ptr,  # [>= first + len(values)] int64
     values,  # tuple of int64, twice the value plus _ODD_LARGE
     first,
+    BLOCK: tl.constexpr,  # power of two >= len(values)
 ):
     for i in tl.static_range(len(values)):
-        tl.store(out_ptr + first + i, (values[i] - 4611686018427387905) >> 1)
+        tl.store(out_ptr + first + i, values[i])
+    tl.debug_barrier()  # then all threads together undo the coding: one by one takes three times the instructions
+    lanes = tl.arange(0, BLOCK)
+    inside = lanes < len(values)
+    coded = tl.load(out_ptr + first + lanes, mask=inside, other=0)
+    tl.store(out_ptr + first + lanes, (coded - 4611686018427387905) >> 1, mask=inside)
 
 
 def int_tensor(values: Sequence[int], device: torch.device) -> Tensor:
@@ -128,7 +135,8 @@ def int_tensor(values: Sequence[int], device: torch.device) -> Tensor:
     coded += [_ODD_LARGE] * (out.numel() - len(coded))
     with torch.cuda.device(device):
         for first in range(0, out.numel(), _VALUES_PER_LAUNCH):
-            _write_kernel[(1,)](out, tuple(coded[first : first + _VALUES_PER_LAUNCH]), first, num_warps=1)
+            some = tuple(coded[first : first + _VALUES_PER_LAUNCH])
+            _write_kernel[(1,)](out, some, first, BLOCK=_VALUES_BLOCK, num_warps=1)
     return out[: len(values)]
 
 

@@ -55,7 +55,18 @@ def test_tensors_beyond_int32():
     assert all(address == 2**45 + 16 + 4 * start for _, start, _, address in found[1:-1])
 
 
-@pytest.mark.parametrize("count", [1, 127, 128, 129, 1000])
+@pytest.mark.parametrize("count", [1, 479, 480, 481, 1000])
 def test_int_tensor_holds_any_values(count):
     values = [0, 1, 16, 2**31, 2**57 - 1][:count] + list(range(max(count - 5, 0)))
     assert chunks.int_tensor(values, torch.device(DEVICE)).tolist() == values
+
+
+def test_values_are_written_by_a_kernel():
+    """As on a GPU: also when values are far apart, and behind those of an earlier launch."""
+    count = chunks._VALUES_PER_LAUNCH
+    assert 8 * count + 64 <= 4096 and count % 16 == 0
+    values = [0, 1, 16, 2**31, 2**57 - 1] + [2**45 + 16 * i for i in range(count - 5)]
+    out = torch.full((3 * count,), -1, dtype=torch.int64, device=DEVICE)
+    coded = tuple(2 * value + chunks._ODD_LARGE for value in values)
+    chunks._write_kernel[(1,)](out, coded, count, BLOCK=512, num_warps=1)
+    assert out.tolist() == [-1] * count + values + [-1] * count
