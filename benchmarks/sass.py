@@ -27,7 +27,7 @@ class Section:
     """A straight piece of machine code: a loop body, or a whole kernel."""
 
     instructions: int
-    loads: dict[int, int]  # width in bits -> number of LDG
+    loads: dict[int, int]  # width in bits -> number of LDG, asynchronous ones (LDGSTS) included
     stores: dict[int, int]  # width in bits -> number of STG
 
     @property
@@ -101,13 +101,13 @@ def _innermost_loops(code: list[tuple[str, str]], labels: dict[str, int]) -> lis
 
 
 def _section(names: list[str]) -> Section:
-    return Section(len(names), _widths(names, "LDG"), _widths(names, "STG"))
+    return Section(len(names), _widths(names, "LDG", "LDGSTS"), _widths(names, "STG"))
 
 
-def _widths(names: list[str], prefix: str) -> dict[int, int]:
+def _widths(names: list[str], *kinds: str) -> dict[int, int]:
     found = Counter(
         next((_BITS[part] for part in name.split(".") if part in _BITS), 32)
         for name in names
-        if name.startswith(prefix)
+        if name.partition(".")[0] in kinds
     )
     return dict(sorted(found.items(), reverse=True))

@@ -17,6 +17,7 @@ from d2v_fast.kernels import launch
 
 WARPS_PER_SM = 16
 _REGISTERS = 65536 // (32 * WARPS_PER_SM)
+_STATS_REGISTERS = {2: 40, 4: 48}  # by bytes of an element: 12 or 10 programs of four warps on an SM, without spills
 
 
 def register_limit(width: int) -> int | None:
@@ -90,18 +91,16 @@ def _column_stats_kernel(
     x_ptr = _layer_ptr(table_ptr, k, DTYPE, ALIGNED) + b * stride_b + cols[None, :]
     times = tl.arange(0, BLOCK_T)
     live = (times < length)[:, None] & inside[None, :]
-    coming = tl.load(x_ptr + times[:, None].to(tl.int64) * stride_t, mask=live, other=0.0)
+    x = tl.load(x_ptr + times[:, None].to(tl.int64) * stride_t, mask=live, other=0.0).to(tl.float32)
     # Sums of x - shift do not cancel when the mean is far from 0; the mean of the first tile is close enough.
-    shift = tl.sum(coming.to(tl.float32), axis=0) / tl.maximum(tl.minimum(length, BLOCK_T), 1)
+    shift = tl.sum(x, axis=0) / tl.maximum(tl.minimum(length, BLOCK_T), 1)
     sum1 = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
     sum2 = tl.zeros((BLOCK_T, BLOCK_C), dtype=tl.float32)
-    for start in range(0, length, BLOCK_T):
-        x = coming.to(tl.float32)
-        now = live
-        t = start + BLOCK_T + times  # the next tile is on its way while this one is added
+    for start in tl.range(0, length, BLOCK_T, num_stages=4):  # three tiles are on their way while one is added
+        t = start + times
         live = (t < length)[:, None] & inside[None, :]
-        coming = tl.load(x_ptr + t[:, None].to(tl.int64) * stride_t, mask=live, other=0.0)
-        d = tl.where(now, x - shift[None, :], 0.0)
+        x = tl.load(x_ptr + t[:, None].to(tl.int64) * stride_t, mask=live, other=0.0).to(tl.float32)
+        d = tl.where(live, x - shift[None, :], 0.0)
         sum1 += d
         sum2 += d * d
     count = tl.maximum(length, 1)
@@ -141,13 +140,11 @@ def _average(
 ):
     inside = cols < C
     total = tl.zeros((BLOCK_N, BLOCK_C), dtype=tl.float32)
-    # The next layer result is on its way while this one is normalised.
-    coming = tl.load(_layer_ptr(table_ptr, 0, DTYPE, ALIGNED) + offsets, mask=live, other=0.0)
-    for k in range(K):
-        x = coming.to(tl.float32)
-        after = tl.minimum(k + 1, K - 1)
-        more = live & (k + 1 < K)
-        coming = tl.load(_layer_ptr(table_ptr, after, DTYPE, ALIGNED) + offsets, mask=more, other=0.0)
+    # Two or three layer results, and their statistics, are on their way while one is normalised; rows of more than 4096
+    # channels would not fit into shared memory so many times.
+    STAGES: tl.constexpr = 1 if BLOCK_N * BLOCK_C > 4096 else (4 if NORM == "layer" else 3)
+    for k in tl.range(0, K, num_stages=STAGES):
+        x = tl.load(_layer_ptr(table_ptr, k, DTYPE, ALIGNED) + offsets, mask=live, other=0.0).to(tl.float32)
         if NORM == "layer":
             x = _layer_norm(x, inside, C, eps)
         elif NORM != "none":
@@ -345,6 +342,7 @@ def column_stats(
         RSTD=norm == "instance",
         BLOCK_T=config.block_t,
         BLOCK_C=config.block_c_stats,
+        maxnreg=_STATS_REGISTERS[layers[0].element_size()] if C % 16 == 0 else None,
     )
     return stats if norm == "instance" else _over_batch(stats, lengths, T, eps)
 

@@ -116,7 +116,8 @@ def test_nan_and_inf_propagate_to_what_they_belong_to(norm, bad, frame):
 def test_constant_channel_gives_zero():
     layers = [torch.full((2, 10, 4), 7.0, device=DEVICE)]
     for norm in ("instance", "batch", "layer"):
-        assert not layer_targets(layers, norm=norm).any()
+        rounded = 7.0 * 2**-22 / EPS**0.5  # the GPU's division is off by up to 2 ulp
+        assert layer_targets(layers, norm=norm).abs().max() <= (rounded if DEVICE == "cuda" else 0)
 
 
 def test_result_is_new_and_has_no_gradient():
