@@ -381,10 +381,8 @@ def _averages(
 
 
 def _steps(step: Tensor | Sequence[Tensor], length: int, device: torch.device) -> list[Tensor]:
-    if isinstance(step, Tensor):
-        steps = [step]
-    else:
-        steps = tensor_list("step", step)
+    steps = [step] if isinstance(step, Tensor) else tensor_list("step", step)
+    if not isinstance(step, Tensor):
         check_length("step", len(steps), length, "params")
     if (
         {x.dtype for x in steps} == {torch.float32}
