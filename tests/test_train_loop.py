@@ -83,7 +83,9 @@ def test_resume_after_kill_is_bit_equal(text_folder, tmp_path, workers):
     whole = pretrain(load_config("text_demo", overrides(text_folder, tmp_path / "whole", *more)))
     out = tmp_path / "killed"
     arguments = overrides(text_folder, out, *more)
-    done = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, check=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}  # as conftest sets for this process: sums depend on it
+    command = [sys.executable, "-c", KILLED, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == -signal.SIGKILL, done.stderr
     assert [p.name for p in checkpoint.checkpoints(out)] == ["checkpoint-00000010.pt", "checkpoint-00000015.pt"]
     resumed = pretrain(load_config("text_demo", arguments))

@@ -194,7 +194,7 @@ class EMAConfig:
     decay: float = 0.999
     end_decay: float = 0.9999
     anneal_updates: int = 30_000
-    skip: tuple[str, ...] = ()  # parameter-name prefixes that are copied instead of averaged
+    skip: tuple[str, ...] = ()  # parameters or modules that are copied instead of averaged
     per: Literal["update", "micro_batch"] = "update"  # fairseq data2vec 1.0 steps the teacher once per micro-batch
 
     def __post_init__(self) -> None:
