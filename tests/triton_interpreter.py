@@ -2,7 +2,7 @@
 
 The interpreter keeps bfloat16 as uint16. It truncates float32 -> bfloat16 where the hardware rounds to nearest even,
 and arithmetic or a reduction on bfloat16 silently works on the bit patterns. The first is repaired; the second raises,
-since kernels should convert to float32 first anyway. ``tl.maximum`` and ``tl.minimum`` drop a NaN, as the hardware does.
+since kernels should convert to float32 first anyway. ``tl.maximum`` and ``tl.minimum`` drop a NaN, like the hardware.
 """
 
 import numpy as np
