@@ -1,7 +1,10 @@
 """The fused loss against float64, against the two ops that it fuses, and its promises: memory, determinism, ranks."""
 
 import importlib
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -608,7 +611,18 @@ def fairseq_var(ranks: list[torch.Tensor]) -> float:
 
 @pytest.mark.skipif(RUNS_KERNELS or not dist.is_gloo_available(), reason="two processes with gloo, on the reference")
 def test_variance_over_two_processes(tmp_path):
-    torch.multiprocessing.start_processes(run_rank, (str(tmp_path),), nprocs=2, start_method="spawn")
+    code = "import sys, test_data2vec_loss as t; t.run_rank(int(sys.argv[1]), sys.argv[2])"
+    path = os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    ranks = [
+        subprocess.Popen(  # not spawned by multiprocessing, which hands over whatever sys.path other tests left
+            [sys.executable, "-c", code, str(rank), str(tmp_path)],
+            cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for process in ranks:
+        _, errors = process.communicate(timeout=100)
+        assert process.returncode == 0, errors
     found = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     assert found[0] == found[1]
     for index in range(len(RANKS)):
