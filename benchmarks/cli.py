@@ -11,10 +11,18 @@ from pathlib import Path
 
 import torch
 from common import RESULTS, device_folder, environment, names_code, write_json
-from driver import OURS, Bench, Case, ready, run_cpu, run_gpu
+from driver import OURS, Bench, Case, Rates, add_backward, ready, run_cpu, run_gpu
 
 SCHEMA = 1
 SMOKE_ROUNDS = 7
+EXTRA = (  # of a row: key, label, digits, unit
+    ("percent_of_matmul", "matmul", 0, " %"),
+    ("percent_of_roofline", "roofline", 0, " %"),
+    ("held_mib", "held", 0, " MiB"),
+    ("bwd_ms", "backward", 4, " ms"),
+    ("bwd_percent_of_copy", "backward of copy", 0, " %"),
+    ("bwd_ratio", "backward / ours", 2, ""),
+)
 
 
 def parser(bench: Bench) -> argparse.ArgumentParser:
@@ -113,13 +121,16 @@ def run(
     save: Callable[[dict, list[dict]], None],
 ) -> list[dict]:  # fmt: skip
     """Check and measure, round by round; prints a line for each provider and saves after each round."""
-    copy_rate = math.nan
+    rates = Rates(math.nan)
     if gpu:
-        from timing import copy_gb_per_s, l2_bytes
+        from timing import copy_gb_per_s, l2_bytes, matmul_tflop_per_s
 
-        copy_rate = copy_gb_per_s()
-        record = {**record, "copy_gb_per_s": copy_rate, "l2_mib": l2_bytes() / 2**20}
-        print(f"{bench.op}: copy {copy_rate:.0f} GB/s")
+        rates = Rates(copy_gb_per_s(), matmul_tflop_per_s() if bench.passes else math.nan)
+        record = {**record, "copy_gb_per_s": rates.copy, "l2_mib": l2_bytes() / 2**20}
+        print(f"{bench.op}: copy {rates.copy:.0f} GB/s")
+        if bench.passes:
+            record["matmul_tflop_per_s"] = rates.matmul
+            print(f"{bench.op}: matrix product {rates.matmul:.0f} TFLOP/s")
     print(header(gpu))
     all_rows: list[dict] = []
     for i, round_ in enumerate(rounds):
@@ -132,15 +143,16 @@ def run(
         names = [OURS, *(name for name in reported if name != OURS)]
         rows, functions = ready(bench, case, mode, names, deadline)
         if gpu:
-            run_gpu(bench, case, mode, rows, functions, copy_rate)
+            run_gpu(bench, case, mode, rows, functions, rates)
             torch.cuda.empty_cache()
         else:
             run_cpu(bench, case, mode, rows, functions, SMOKE_ROUNDS)
         rows = [row for row in rows if row["provider"] in reported]
+        all_rows += rows
+        add_backward(bench, case, all_rows, rates)
         for row in rows:
             print(line(row, gpu), flush=True)
             row.update({"sizes": case.sizes, "options": case.options})
-        all_rows += rows
         measured = [row for row in all_rows + later if not row["status"].startswith("skipped")]
         complete = len(measured) == sum(len(round_.reported) for round_ in rounds)
         save({**record, "complete": complete}, all_rows + later)
@@ -165,4 +177,5 @@ def line(row: dict, gpu: bool) -> str:
     noise = f", noise {100 * row['noise']:.1f} %" if "noise" in row else ""
     wall = f"{row['wall_ratio']:6.2f}" if "wall_ratio" in row else " " * 6
     rates = f"{row['ms_p50']:9.4f} {row['gb_per_s']:6.0f} {row['percent_of_copy']:6.1f}"
-    return f"{start} {ratio} {rates} {row['peak_mib']:8.1f} {row['host_us']:8.0f} {wall}  {row['timer']}{noise}"
+    rest = "".join(f", {label} {row[key]:.{digits}f}{unit}" for key, label, digits, unit in EXTRA if key in row)
+    return f"{start} {ratio} {rates} {row['peak_mib']:8.1f} {row['host_us']:8.0f} {wall}  {row['timer']}{noise}{rest}"

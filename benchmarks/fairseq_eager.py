@@ -139,3 +139,36 @@ def residual_dropout_layer_norm(
     h = residual + branch
     y = F.layer_norm(h, h.shape[-1:], weight, bias, eps).type_as(x)
     return {"y": y, "h": h} if return_residual else {"y": y}
+
+
+def conv_encoder(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], norm_weights: list[Tensor | None],
+    norm_biases: list[Tensor | None], *, strides: list[int], norm: str, eps: float,
+) -> dict:  # fmt: skip
+    """``ConvFeatureExtractionModel``: waveforms [B, S], or x [B, S, C] in its middle, to y [B, T, C].
+
+    Float32 layer norm between two transposes, or float32 group norm after the first layer; GELU.
+    """
+    x = x.to(weights[0].dtype)[:, None] if x.dim() == 2 else x.transpose(1, 2)  # [B, C, S]
+    for weight, bias, gamma, beta, stride in zip(weights, biases, norm_weights, norm_biases, strides, strict=True):
+        x = F.conv1d(x, weight, bias, stride)
+        if gamma is not None and norm == "layer":
+            y = x.transpose(-2, -1)
+            y = F.layer_norm(_fp32(y), y.shape[-1:], _fp32(gamma), _fp32(beta), eps).type_as(x)
+            x = y.transpose(-2, -1)
+        elif gamma is not None:
+            x = F.group_norm(_fp32(x), x.shape[1], _fp32(gamma), _fp32(beta), eps).type_as(x)
+        x = F.gelu(x)
+    return {"y": x.transpose(1, 2)}
+
+
+def pos_conv(x: Tensor, weights: list[Tensor], biases: list[Tensor], *, groups: int, norm: bool, eps: float) -> dict:
+    """``make_conv_block`` and ``make_conv_pos`` (without its weight norm) of ``wav2vec2.TransformerEncoder``."""
+    x = x.transpose(1, 2)
+    for weight, bias in zip(weights, biases, strict=True):
+        kernel = weight.shape[2]
+        x = F.conv1d(x, weight, bias, padding=kernel // 2, groups=groups)
+        x = x[:, :, :-1] if kernel % 2 == 0 else x
+        x = F.layer_norm(x.transpose(-2, -1), x.shape[1:2], eps=eps).transpose(-2, -1) if norm else x
+        x = F.gelu(x)
+    return {"y": x.transpose(1, 2)}

@@ -153,3 +153,47 @@ def residual_dropout_layer_norm(
         h = residual + branch
     y = F.layer_norm(h, h.shape[-1:], weight, bias, eps).to(x.dtype)
     return {"y": y, "h": h} if return_residual else {"y": y}
+
+
+def conv_encoder(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], norm_weights: list[Tensor | None],
+    norm_biases: list[Tensor | None], *, strides: list[int], norm: str, eps: float,
+) -> dict:  # fmt: skip
+    """``conv1d`` on [B, C, S], layer norm on a transposed view, everything in the dtype of the weights."""
+    x = x.to(weights[0].dtype)[:, None] if x.dim() == 2 else x.mT
+    for weight, bias, gamma, beta, stride in zip(weights, biases, norm_weights, norm_biases, strides, strict=True):
+        x = F.conv1d(x, weight, bias, stride)
+        if gamma is not None and norm == "layer":
+            x = F.layer_norm(x.mT, x.shape[1:2], gamma, beta, eps).mT
+        elif gamma is not None:
+            x = F.group_norm(x, x.shape[1], gamma, beta, eps)
+        x = F.gelu(x)
+    return {"y": x.mT}
+
+
+def conv_encoder_nhwc(
+    x: Tensor, weights: list[Tensor], biases: list[Tensor | None], norm_weights: list[Tensor | None],
+    norm_biases: list[Tensor | None], *, strides: list[int], norm: str, eps: float,
+) -> dict:  # fmt: skip
+    """``conv2d`` on images of height 1 in channels-last memory, so that norms and convolutions share one layout."""
+    x = x.to(weights[0].dtype)[..., None] if x.dim() == 2 else x  # [B, S, C]
+    for weight, bias, gamma, beta, stride in zip(weights, biases, norm_weights, norm_biases, strides, strict=True):
+        images = x.transpose(1, 2)[:, :, None]  # [B, C, 1, S]
+        kernel = weight[:, :, None].contiguous(memory_format=torch.channels_last)
+        x = F.conv2d(images, kernel, bias, (1, stride))[:, :, 0].transpose(1, 2)
+        if gamma is not None and norm == "layer":
+            x = F.layer_norm(x, x.shape[-1:], gamma, beta, eps)
+        elif gamma is not None:
+            x = F.group_norm(x.mT, x.shape[-1], gamma, beta, eps).mT
+        x = F.gelu(x)
+    return {"y": x}
+
+
+def pos_conv(x: Tensor, weights: list[Tensor], biases: list[Tensor], *, groups: int, norm: bool, eps: float) -> dict:
+    """Grouped ``conv1d`` on [B, C, T], layer norm on a transposed view."""
+    x = x.mT
+    for weight, bias in zip(weights, biases, strict=True):
+        kernel = weight.shape[2]
+        x = F.conv1d(x, weight, bias, padding=kernel // 2, groups=groups)[..., : x.shape[-1]]
+        x = F.gelu(F.layer_norm(x.mT, x.shape[1:2], eps=eps).mT if norm else x)
+    return {"y": x.mT}

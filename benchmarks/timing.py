@@ -140,9 +140,27 @@ def peak_mib(call: Call) -> float:
     return peak / 2**20
 
 
+def held_mib(forward: Call) -> float:
+    """Memory that stays allocated after a forward until its backward, its results included."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    result = forward()
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated() - before
+    del result
+    return held / 2**20
+
+
 def copy_gb_per_s(size: int = 2**30) -> float:
     """Rate of a large copy on this device, bytes read plus bytes written: the ceiling of every memory-bound op."""
     source = torch.randn(size // 4, device="cuda")
     target = torch.empty_like(source)
     milliseconds = triton.testing.do_bench(lambda: target.copy_(source), warmup=25, rep=200, quantiles=QUANTILES)[1]
     return 2 * source.nbytes / milliseconds / 1e6
+
+
+def matmul_tflop_per_s(size: int = 8192) -> float:
+    """Rate of a large bfloat16 matrix product on this device: the ceiling of everything made of matrix products."""
+    a, b = (torch.randn(size, size, device="cuda").bfloat16() for _ in range(2))
+    milliseconds = triton.testing.do_bench(lambda: a @ b, warmup=50, rep=200, quantiles=QUANTILES)[1]
+    return 2 * size**3 / milliseconds / 1e9

@@ -33,6 +33,7 @@ def fake_gpu_times(monkeypatch):
         timing, "gpu_time", lambda calls, capturable: [c() for c in calls] and timing.GpuTime(1, 2, 3, "queued")
     )
     monkeypatch.setattr(timing, "peak_mib", lambda call: 4.0)
+    monkeypatch.setattr(timing, "held_mib", lambda call: call() and 3.0)
     monkeypatch.setattr(timing, "host_us", lambda call: 5.0)
     monkeypatch.setattr(timing, "wall_ms", lambda calls: 6.0)
 
@@ -41,7 +42,7 @@ def gpu_rows(bench):
     case = bench.smoke[0]
     names = [name for name, p in bench.providers.items() if not p.compiled and not p.peer]
     rows, functions = driver.ready(bench, case, "fwd", names, math.inf)
-    driver.run_gpu(bench, case, "fwd", rows, functions, copy_rate=100.0)
+    driver.run_gpu(bench, case, "fwd", rows, functions, driver.Rates(copy=100.0))
     return case, rows
 
 
@@ -55,6 +56,31 @@ def test_gpu_rows(fake_gpu_times):
         assert row["gb_per_s"] == pytest.approx(size / 2e-3 / 1e9)
         assert row["percent_of_copy"] == pytest.approx(row["gb_per_s"])
         assert ("noise" in row) == (row["provider"] == OURS)
+
+
+def test_backward_memory_and_roofline(fake_gpu_times):
+    """Backward is both ways less the forward; each pass takes the longer of its two limits."""
+    bench = replace(bench_of("layer_norm_gelu"), passes=lambda case, mode: [(10**9, 10**6), (0, 3 * 10**6)])
+    case = replace(bench.smoke[1], name="x")
+    rows = [{"case": "x", "provider": name, "mode": mode} for mode in bench.modes for name in (OURS, "eager")]
+    for row, milliseconds in zip(rows, (1.0, 2.0, 4.0, 8.0), strict=True):
+        row["ms_p50"] = milliseconds
+    rates = driver.Rates(copy=100.0, matmul=50.0)
+    driver.add_backward(bench, case, rows, rates)
+    assert [row.get("bwd_ms") for row in rows] == [None, None, 3.0, 6.0]
+    assert [row.get("bwd_ratio") for row in rows] == [None, None, 1.0, 2.0]
+    size = bench.minimal_bytes(case, "fwd+bwd") - bench.minimal_bytes(case, "fwd")
+    assert rows[2]["bwd_percent_of_copy"] == pytest.approx(100 * size / 3e-3 / 100e9)
+    assert case.dtype == "bfloat16"
+    rows, functions = driver.ready(bench, case, "fwd+bwd", [OURS], math.inf)
+    driver.run_gpu(bench, case, "fwd+bwd", rows, functions, rates)
+    (row,) = rows
+    assert row["held_mib"] == 3.0
+    # 0.02 ms of arithmetic, then 0.03 ms of memory, in 2 ms; 1 GFLOP in 2 ms is 0.5 TFLOP/s of 50
+    assert row["percent_of_roofline"] == pytest.approx(100 * 0.05 / 2)
+    assert row["percent_of_matmul"] == pytest.approx(1.0)
+    line = cli.line({**row, "bwd_ms": 1.5}, gpu=True)
+    assert "roofline 2 %" in line and "held 3 MiB" in line and "backward 1.5000 ms" in line
 
 
 def test_command_on_a_gpu(fake_gpu_times, tmp_path, monkeypatch, capsys):
