@@ -1,9 +1,12 @@
-// What this library was built for. The ops are in *_bindings.cpp.
+// What this library was built from and for. The ops are in *_bindings.cpp.
 #include "binding.h"
 
-#ifndef D2V_ARCHITECTURES
-#error "the build defines D2V_ARCHITECTURES, such as \"8.0;9.0+PTX\""
+#ifndef D2V_FACTS
+#error "the build defines D2V_FACTS (d2v_fast/ops/_build.py)"
 #endif
+
+// Read from the file, before it is loaded.
+extern "C" __attribute__((visibility("default"), used)) const char d2v_facts[] = D2V_FACTS;
 
 namespace {
 
@@ -16,20 +19,8 @@ bool finds_stream() {
 #endif
 }
 
-int64_t cuda_version() { return d2v_cuda_version(); }
-
-std::string architectures() { return D2V_ARCHITECTURES; }
-
 }  // namespace
 
-D2V_SCHEMAS(m) {
-  m.def("cuda_version() -> int");
-  m.def("architectures() -> str");
-  m.def("finds_stream() -> bool");
-}
+D2V_SCHEMAS(m) { m.def("finds_stream() -> bool"); }
 
-D2V_KERNELS_ANYWHERE(m) {
-  m.impl("cuda_version", TORCH_BOX(&cuda_version));
-  m.impl("architectures", TORCH_BOX(&architectures));
-  m.impl("finds_stream", TORCH_BOX(&finds_stream));
-}
+D2V_KERNELS_ANYWHERE(m) { m.impl("finds_stream", TORCH_BOX(&finds_stream)); }

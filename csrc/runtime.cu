@@ -2,14 +2,10 @@
 
 #include "launch.h"
 
+const char* d2v_error_text(int code) {
 #ifdef D2V_EMULATE
-
-const char* d2v_error_text(int) { return "invalid argument"; }
-int d2v_cuda_version() { return 0; }
-
+  return d2v::emulator::error_text(code);
 #else
-
-const char* d2v_error_text(int code) { return cudaGetErrorString(static_cast<cudaError_t>(code)); }
-int d2v_cuda_version() { return CUDART_VERSION; }
-
+  return cudaGetErrorString(static_cast<cudaError_t>(code));
 #endif
+}
