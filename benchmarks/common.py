@@ -1,18 +1,21 @@
 """What every benchmark shares: the environment a number is read with, its file, and calls that take turns."""
 
 import json
+import os
 import platform
 import shutil
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import d2v_fast
+from d2v_fast.ops import _extension
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -23,6 +26,19 @@ def synchronize() -> None:
     """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+@contextmanager
+def without_extension() -> Iterator[None]:
+    """The ops take their PyTorch or Triton path, as where the extension is not installed."""
+    before = os.environ.get(_extension.REFUSED)
+    os.environ[_extension.REFUSED] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(_extension.REFUSED)
+        if before is not None:
+            os.environ[_extension.REFUSED] = before
 
 
 def interleaved(functions: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2) -> dict[str, list[float]]:
@@ -95,6 +111,7 @@ def environment(commit: str | None = None) -> dict[str, str]:
         **({**_nvidia_smi(), "cuda": torch.version.cuda or "none"} if gpu else {}),
         "torch": torch.__version__,
         "triton": _triton_version(),
+        "extension": _extension.why_not() or "available",
         "python": platform.python_version(),
         "d2v_fast": d2v_fast.__version__,
         "commit": git_commit(commit),

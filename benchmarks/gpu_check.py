@@ -1,13 +1,15 @@
-"""GPU tests and all benchmarks in one command that ends within a budget.
+"""The extension, GPU tests and all benchmarks in one command that ends within a budget.
 
 python benchmarks/gpu_check.py                     # everything, nine minutes at most; results in benchmarks/results
 python benchmarks/gpu_check.py --part tests        # or bench, or a part of the names that --list prints
 python benchmarks/gpu_check.py --resume            # only what has not passed yet at this commit
 
 Needs PyTorch for CUDA, Triton, NumPy and pytest; the package need not be installed, and without hypothesis only the
-property tests are skipped. Parts run in order of importance: tests that need a GPU (no synchronisation, graph capture,
-offsets beyond 2**31), the other tests of the ops, then one benchmark after the other. What the budget leaves no time
-for is listed. Exit status: 0, 1 when a part failed, 2 without a GPU, 3 when tests were skipped or ran out of time.
+property tests are skipped. Parts run in order of importance: the extension is compiled (nvcc) and loaded, tests that
+need a GPU (no synchronisation, graph capture, offsets beyond 2**31), every kernel of the extension under
+compute-sanitizer (memcheck, racecheck) where that is installed, the other tests of the ops, then one benchmark after
+the other. What the budget leaves no time for is listed. Exit status: 0, 1 when a part failed, 2 without a GPU, 3 when
+the extension or tests were skipped or ran out of time.
 Writes one JSON a part to OUT/<gpu>/parts, the results to OUT/<gpu>, and summary.md.
 """
 
@@ -16,6 +18,7 @@ import ast
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +30,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 TESTS, BENCHMARKS = ROOT / "tests", ROOT / "benchmarks"
 STAND_INS = BENCHMARKS / "stand_ins"  # on the path of the tests where the real module is missing
-ORDER = ("data2vec_loss", "ema", "adamw_ema", "layer_targets", "layer_norm_gelu", "residual_dropout_layer_norm")
+EXTENSION = BENCHMARKS / "extension_check.py"
+CUDA = "/usr/local/cuda/bin"  # where the toolkit is when PATH does not say
+SANITIZERS = ("memcheck", "racecheck")
+TEST_KINDS = ("build", "gpu tests", "sanitizer", "tests")  # in the order in which they run
+ORDER = ("data2vec_loss", "ema", "conv_encoder", "conv0", "strided_conv", "pos_conv", "adamw_ema", "layer_targets")
 TEST_SHARE = 0.45  # of the budget, when benchmarks run too
 LARGE_TESTS = 2  # tests of large tensors at a time: up to 31 GB each
 SHORTEST = 15  # seconds; a part is not started with less
@@ -37,10 +44,10 @@ CODE = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"  # unlike -m py
 
 @dataclass
 class Part:
-    """One process of the check. ``needs``: modules that are not installed, which is why it cannot run."""
+    """One process of the check. ``needs``: modules or programs that are not installed, so that it cannot run."""
 
     name: str
-    kind: str  # "gpu tests", "tests" or "bench"
+    kind: str  # one of TEST_KINDS, or "bench"
     file: Path
     needs: list[str]
 
@@ -102,9 +109,22 @@ def own_file(module: str, folder: Path) -> Path | None:
     return next((p for p in candidates if p.exists()), None)
 
 
+def program(name: str) -> str | None:
+    """The path of a program of the CUDA toolkit."""
+    return shutil.which(name) or shutil.which(name, path=CUDA)
+
+
+def extension_parts() -> list[Part]:
+    """Compiling the extension, and its kernels under compute-sanitizer."""
+    missing = sorted(missing_modules(EXTENSION))
+    nvcc, sanitizer = ([] if program(name) else [name] for name in ("nvcc", "compute-sanitizer"))
+    build = Part("extension", "build", EXTENSION, missing + nvcc)
+    return [build, *(Part(tool, "sanitizer", EXTENSION, missing + nvcc + sanitizer) for tool in SANITIZERS)]
+
+
 def find_parts() -> list[Part]:
-    """Every test file that runs something on a GPU, and every benchmark, the most important first."""
-    found = []
+    """The extension, every test file that runs something on a GPU, and every benchmark, the most important first."""
+    found = extension_parts()
     for file in sorted(TESTS.glob("test_*.py")):
         nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
         gpu = any(isinstance(node, ast.Attribute) and ast.unparse(node) == "pytest.mark.gpu" for node in nodes)
@@ -113,8 +133,7 @@ def find_parts() -> list[Part]:
             needs = sorted(missing_modules(file) | (set() if is_installed("pytest") else {"pytest"}))
             found += [Part(f"gpu-{file.stem}", "gpu tests", file, needs)] if gpu else []
             found += [Part(file.stem, "tests", file, needs)] if device else []
-    kinds = {"gpu tests": 0, "tests": 1}
-    found.sort(key=lambda part: kinds[part.kind])
+    found.sort(key=lambda part: TEST_KINDS.index(part.kind))
     benches = [p for p in sorted(BENCHMARKS.glob("bench_*.py")) if p.stem != "bench_train_step"]
     rank = {name: i for i, name in enumerate(ORDER)}
     benches.sort(key=lambda p: rank.get(p.stem.removeprefix("bench_"), len(ORDER)))
@@ -125,10 +144,16 @@ def find_parts() -> list[Part]:
 
 def command(part: Part, out: Path, commit: str, seconds: float, resume: bool) -> list[str]:
     """The command line of a part that has ``seconds``."""
+    if part.kind == "build":
+        return [sys.executable, str(part.file), "build"]
+    if part.kind == "sanitizer":
+        start = [program("compute-sanitizer"), "--tool", part.name, "--error-exitcode", "9"]
+        return [*start, sys.executable, str(part.file), "run"]
     if part.kind == "bench":
         start = [sys.executable, str(part.file), "--commit", commit]
         if part.name == "bench_train_step":
             return [*start, "--batch", "8", "--seconds", "15", "--json", str(out / "train_step.json")]
+        start += ["--parts", "whole"] if part.name == "bench_conv_encoder" else []  # the others have their own part
         start += ["--json", str(out / f"{part.name.removeprefix('bench_')}.json"), "--budget", f"{seconds:.0f}"]
         return [*start, "--resume"] if resume else start
     # the project's addopts name a plugin that may be missing
@@ -208,7 +233,7 @@ def run_all(parts: list[Part], out: Path, commit: str, budget: float, jobs: int,
         outcomes.append(outcome)
 
     (out / "parts").mkdir(parents=True, exist_ok=True)
-    for kind in ("gpu tests", "tests"):
+    for kind in TEST_KINDS:
         group = [part for part in parts if part.kind == kind]
         with ThreadPoolExecutor(min(jobs, LARGE_TESTS) if kind == "gpu tests" else jobs) as pool:
             for outcome in pool.map(lambda part: run_part(part, out, commit, tests_end), group):
@@ -230,11 +255,15 @@ def summary(outcomes: list[Outcome], out: Path) -> str:
         lines += ["", f"## {record['op']}", ""]
         lines += [
             f"{environment['device']}, driver {environment['driver']}, torch {environment['torch']}, triton "
-            f"{environment['triton']}, commit {environment['commit']}, copy {record['copy_gb_per_s']:.0f} GB/s",
+            f"{environment['triton']}, commit {environment['commit']}, copy {record['copy_gb_per_s']:.0f} GB/s"
+            + (
+                f", matrix product {record['matmul_tflop_per_s']:.0f} TFLOP/s" if "matmul_tflop_per_s" in record else ""
+            ),
+            f"Extension: {environment['extension']}.",
             "",
             "| case | mode | provider | time / ours | wall / ours | ms p20 | p50 | p80 | GB/s | % of copy | peak MiB "
-            "| host us |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|",
+            "| host us | % of matmul | % of roofline | held MiB | backward ms | % of copy | / ours |",
+            "|---" * 18 + "|",
         ]
         lines += [result_line(row) for row in record["results"]]
     return "\n".join(lines) + "\n"
@@ -244,11 +273,14 @@ def result_line(row: dict) -> str:
     """A measurement, or the reason why there is none."""
     start = f"| {row['case']} | {row['mode']} | {row['provider']} |"
     if "ms_p50" not in row:
-        return f"{start} {row['status']} |" + " |" * 8
+        return f"{start} {row['status']} |" + " |" * 14
     ratio = f"{row['ratio']:.2f} | {row['wall_ratio']:.2f}" if "ratio" in row else " | "
     times = " | ".join(f"{row[name]:.4f}" for name in ("ms_p20", "ms_p50", "ms_p80"))
     rates = f"{row['gb_per_s']:.0f} | {row['percent_of_copy']:.1f} | {row['peak_mib']:.1f} | {row['host_us']:.0f}"
-    return f"{start} {ratio} | {times} | {rates} |"
+    optional = {"percent_of_matmul": 1, "percent_of_roofline": 1, "held_mib": 1, "bwd_ms": 4}
+    optional |= {"bwd_percent_of_copy": 1, "bwd_ratio": 2}
+    rest = " | ".join(f"{row[name]:.{digits}f}" if name in row else "" for name, digits in optional.items())
+    return f"{start} {ratio} | {times} | {rates} | {rest} |"
 
 
 def exit_status(outcomes: list[Outcome], tests: set[str]) -> int:
@@ -271,7 +303,7 @@ def main() -> None:
     parser.add_argument("--commit", help="what to record where the checkout has no .git")
     parser.add_argument("--list", action="store_true", help="print the parts and stop")
     args = parser.parse_args()
-    kinds = {"all": ("gpu tests", "tests", "bench"), "tests": ("gpu tests", "tests"), "bench": ("bench",)}
+    kinds = {"all": (*TEST_KINDS, "bench"), "tests": TEST_KINDS, "bench": ("build", "bench")}
     parts = [p for p in find_parts() if p.kind in kinds.get(args.part, ()) or args.part in p.name]
     if not parts:
         parser.error(f"--part must be all, tests, bench or a part of a name that --list prints, got {args.part!r}")
@@ -296,7 +328,7 @@ def main() -> None:
     (out / "summary.md").write_text(summary(outcomes, out), encoding="utf-8")
     counts = {status: sum(o.status == status for o in outcomes) for status in dict.fromkeys(o.status for o in outcomes)}
     print(", ".join(f"{count} {status}" for status, count in counts.items()) + f"; {out / 'summary.md'}")
-    sys.exit(exit_status(outcomes, {part.name for part in parts if part.kind != "bench"}))
+    sys.exit(exit_status(outcomes, {part.name for part in parts if part.kind not in ("sanitizer", "bench")}))
 
 
 if __name__ == "__main__":

@@ -107,7 +107,14 @@ def test_command_on_a_gpu(fake_gpu_times, tmp_path, monkeypatch, capsys):
 def gpu_record(bench):
     case, rows = gpu_rows(bench)
     rows.append({"case": case.name, "mode": "fwd", "provider": "peer", "peer": True, "status": "not installed"})
-    environment = {"device": "GPU", "driver": "1", "torch": "2", "triton": "3", "commit": "0" * 40}
+    environment = {
+        "device": "GPU",
+        "driver": "1",
+        "torch": "2",
+        "triton": "3",
+        "commit": "0" * 40,
+        "extension": "available",
+    }
     return {"op": bench.op, "kind": "gpu", "environment": environment, "copy_gb_per_s": 100.0, "results": rows}
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import common  # noqa: E402
 import gpu_check  # noqa: E402
 
 
@@ -24,7 +26,10 @@ def test_parts():
     assert {"gpu-test_ema", "gpu-test_layer_targets", "gpu-test_masked_smooth_l1"} <= gpu
     assert "test_ema" in names
     assert not {"gpu-test_train_loop", f"gpu-{Path(__file__).stem}", Path(__file__).stem} & set(names)
-    assert [p.kind for p in parts] == sorted((p.kind for p in parts), key=["gpu tests", "tests", "bench"].index)
+    kinds = ["build", "gpu tests", "sanitizer", "tests", "bench"]
+    assert [p.kind for p in parts] == sorted((p.kind for p in parts), key=kinds.index)
+    assert [p.name for p in parts if p.kind in ("build", "sanitizer")] == ["extension", "memcheck", "racecheck"]
+    assert {p.kind for p in parts} == set(kinds)
 
 
 def test_missing_modules_are_found_through_own_modules(monkeypatch):
@@ -55,6 +60,61 @@ def test_without_hypothesis_only_property_tests_are_skipped(tmp_path, monkeypatc
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "test_x.py"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
     assert "1 passed, 2 skipped" in done.stdout, done.stdout
+
+
+def test_extension_parts_need_the_toolkit(monkeypatch):
+    monkeypatch.setattr(gpu_check, "program", lambda name: None)
+    needs = {part.name: part.needs for part in gpu_check.extension_parts()}
+    assert needs["extension"] == ["nvcc"] and needs["memcheck"] == ["nvcc", "compute-sanitizer"]
+
+
+FAKE_SANITIZER = """#!/bin/sh
+case "$*" in
+    *"--tool memcheck "*"extension_check.py run") echo "========= ERROR SUMMARY: 0 errors";;
+    *"--tool racecheck "*"--error-exitcode 9 "*) echo "========= hazard in conv0"; exit 9;;
+    *) exit 2;;
+esac
+"""
+
+
+def test_sanitizer_decides(tmp_path, monkeypatch):
+    fake = tmp_path / "compute-sanitizer"
+    fake.write_text(FAKE_SANITIZER)
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    parts = [part for part in gpu_check.extension_parts() if part.kind == "sanitizer"]
+    for part in parts:
+        part.needs = []
+    outcomes = gpu_check.run_all(parts, tmp_path, "abc", budget=100, jobs=1, resume=False)
+    assert [(o.name, o.status) for o in outcomes] == [("memcheck", "passed"), ("racecheck", "failed")]
+    assert "hazard in conv0" in outcomes[1].output
+
+
+def test_failed_build_is_reported_plainly(tmp_path):
+    environment = {**gpu_check.child_environment(), "CUDA_HOME": str(tmp_path)}
+    command = [sys.executable, str(gpu_check.EXTENSION), "build"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 1 and done.stderr.startswith("error: nvcc not found"), done.stderr
+
+
+def test_kernels_are_compared_with_the_other_path():
+    import extension_check
+
+    turns = iter([1.0, 1.0, 1.0, 1.5, float("nan"), 1.0])
+    calls = [(name, lambda: [torch.full((3,), next(turns))]) for name in ("right", "wrong", "undefined")]
+    wrong = extension_check.compare(iter(calls), nullcontext)
+    assert [text.split(":")[0] for text in wrong] == ["wrong", "undefined"]
+
+
+def test_without_the_extension(monkeypatch):
+    from d2v_fast.ops import _extension
+
+    for before in (None, "0"):
+        if before:
+            monkeypatch.setenv(_extension.REFUSED, before)
+        with common.without_extension():
+            assert _extension.why_not() == f"refused by {_extension.REFUSED}=1"
+        assert os.environ.get(_extension.REFUSED) == before
 
 
 def part(tmp_path, name, code, needs=(), kind="bench"):
