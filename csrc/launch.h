@@ -24,8 +24,8 @@ template <class... P, class... A>
 int launch(void (*kernel)(P...), Grid grid, int threads, size_t shared_bytes, void*, A... arguments) {
   if (grid.x == 0 || grid.y == 0 || grid.z == 0) return 0;
   const int blocks[3] = {int(grid.x), int(grid.y), int(grid.z)};
-  emulator::launch(blocks, threads, shared_bytes, [&] { kernel(arguments...); });
-  return 0;
+  return emulator::launch(reinterpret_cast<const void*>(kernel), blocks, threads, shared_bytes,
+                          [&] { kernel(static_cast<P>(arguments)...); });
 }
 
 #else

@@ -1,15 +1,9 @@
 // Runs a kernel on the CPU: every thread of a block is a fiber, and barriers, shuffles and warp-wide matrix instructions
 // wait for their group as the hardware does. Same names as kernels/simt.cuh.
 #pragma once
-#include <ucontext.h>
-
 #include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <functional>
-#include <memory>
-#include <vector>
+
+#include "block.h"
 
 #define D2V_DEVICE inline
 #define D2V_KERNEL
@@ -26,110 +20,6 @@ struct alignas(8) Words2 {
 
 namespace emulator {
 
-constexpr int WARP = 32;
-constexpr int SLOT = 8;  // words that a lane can hand to its warp at once
-constexpr size_t STACK = 256 << 10;
-
-// threads that meet: the last to arrive opens the way for all; two generations of what they brought are kept
-struct Group {
-  int size = 0, arrived = 0, generation = 0;
-  std::vector<uint32_t> slots[2];
-};
-struct Copy {
-  void* to;
-  const void* from;
-  bool valid;
-};
-struct Thread {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack;
-  bool done = false;
-  std::vector<std::vector<Copy>> groups;  // committed asynchronous copies, oldest first
-  std::vector<Copy> open;
-};
-struct Block {
-  int x = 0, y = 0, z = 0;
-  int grid[3] = {1, 1, 1};
-  std::vector<Thread> threads;
-  std::vector<Group> warps;
-  Group all;
-  std::unique_ptr<unsigned char[]> shared;
-};
-
-inline Block block;
-inline int current;
-inline long progress;  // meetings held and threads ended
-inline ucontext_t scheduler;
-inline const std::function<void()>* body;
-
-inline Thread& self() { return block.threads[current]; }
-inline Group& warp() { return block.warps[current / WARP]; }
-inline int lane() { return current % WARP; }
-
-// waits for the group; returns what every member brought, SLOT words each
-inline const uint32_t* meet(Group& group, int member, const uint32_t* words, int count) {
-  const int generation = group.generation;
-  auto& slots = group.slots[generation & 1];
-  slots.resize(size_t(group.size) * SLOT);
-  if (count) std::memcpy(&slots[size_t(member) * SLOT], words, 4 * size_t(count));
-  if (++group.arrived == group.size) {
-    group.arrived = 0;
-    ++group.generation;
-    ++progress;
-  } else {
-    while (group.generation == generation) swapcontext(&self().context, &scheduler);
-  }
-  return slots.data();
-}
-
-inline void run_thread() {
-  (*body)();
-  block.threads[current].done = true;
-  ++progress;
-  swapcontext(&block.threads[current].context, &scheduler);
-}
-
-inline void run_block(int num_threads, size_t shared_bytes) {
-  block.shared.reset(new unsigned char[shared_bytes ? shared_bytes : 1]);
-  std::memset(block.shared.get(), 0xff, shared_bytes);  // NaN in every format
-  block.threads = std::vector<Thread>(num_threads);
-  block.warps.assign((num_threads + WARP - 1) / WARP, Group{});
-  for (size_t w = 0; w < block.warps.size(); ++w) block.warps[w].size = std::min<int>(WARP, num_threads - int(w) * WARP);
-  block.all = Group{};
-  block.all.size = num_threads;
-  for (auto& thread : block.threads) {
-    thread.stack.reset(new char[STACK]);
-    getcontext(&thread.context);
-    thread.context.uc_stack.ss_sp = thread.stack.get();
-    thread.context.uc_stack.ss_size = STACK;
-    thread.context.uc_link = &scheduler;
-    makecontext(&thread.context, run_thread, 0);
-  }
-  for (int left = num_threads; left > 0;) {
-    const long before = progress;
-    for (current = 0; current < num_threads; ++current) {
-      if (self().done) continue;
-      swapcontext(&scheduler, &self().context);
-      left -= self().done;
-    }
-    if (progress == before) {
-      std::fprintf(stderr, "emulator: deadlock in block (%d, %d, %d)\n", block.x, block.y, block.z);
-      std::abort();
-    }
-  }
-}
-
-inline void launch(const int (&grid)[3], int num_threads, size_t shared_bytes, const std::function<void()>& kernel) {
-  body = &kernel;
-  std::memcpy(block.grid, grid, sizeof(grid));
-  for (int z = 0; z < grid[2]; ++z)
-    for (int y = 0; y < grid[1]; ++y)
-      for (int x = 0; x < grid[0]; ++x) {
-        block.x = x, block.y = y, block.z = z;
-        run_block(num_threads, shared_bytes);
-      }
-}
-
 inline uint32_t float_word(float v) {
   uint32_t r;
   std::memcpy(&r, &v, 4);
@@ -142,27 +32,29 @@ inline float word_float(uint32_t v) {
 }
 template <class T>
 T exchange(T v, int from) {
+  if (from < 0 || from >= WARP) fail("shuffles with lane " + std::to_string(from));
   uint32_t words[2] = {0, 0};
   std::memcpy(words, &v, sizeof(T));
-  const uint32_t* all = meet(warp(), lane(), words, 2);
+  const Group::Meeting& meeting = meet(warp(), lane(), "a shuffle", words, 2);
+  const Unobserved quiet;
   T r;
-  std::memcpy(&r, all + from * SLOT, sizeof(T));
+  std::memcpy(&r, &meeting.words[size_t(from) * SLOT], sizeof(T));
   return r;
 }
 inline uint16_t half_of(uint32_t word, int which) { return uint16_t(word >> (16 * which)); }
 
 }  // namespace emulator
 
-inline int thread_id() { return emulator::current; }
-inline int num_threads() { return int(emulator::block.threads.size()); }
-inline int block_x() { return emulator::block.x; }
-inline int block_y() { return emulator::block.y; }
-inline int block_z() { return emulator::block.z; }
-inline int grid_x() { return emulator::block.grid[0]; }
-inline int grid_y() { return emulator::block.grid[1]; }
-inline int grid_z() { return emulator::block.grid[2]; }
-inline void block_barrier() { emulator::meet(emulator::block.all, emulator::current, nullptr, 0); }
-inline void warp_barrier() { emulator::meet(emulator::warp(), emulator::lane(), nullptr, 0); }
+D2V_UNOBSERVED int thread_id() { return emulator::state.current; }
+D2V_UNOBSERVED int num_threads() { return emulator::state.block.num_threads; }
+D2V_UNOBSERVED int block_x() { return emulator::state.block.index[0]; }
+D2V_UNOBSERVED int block_y() { return emulator::state.block.index[1]; }
+D2V_UNOBSERVED int block_z() { return emulator::state.block.index[2]; }
+D2V_UNOBSERVED int grid_x() { return emulator::state.block.grid[0]; }
+D2V_UNOBSERVED int grid_y() { return emulator::state.block.grid[1]; }
+D2V_UNOBSERVED int grid_z() { return emulator::state.block.grid[2]; }
+inline void block_barrier() { emulator::meet(emulator::state.block.all, emulator::thread(), "a block barrier"); }
+inline void warp_barrier() { emulator::meet(emulator::warp(), emulator::lane(), "a warp barrier"); }
 inline float shuffle_xor(float v, int mask) { return emulator::exchange(v, emulator::lane() ^ mask); }
 inline double shuffle_xor(double v, int mask) { return emulator::exchange(v, emulator::lane() ^ mask); }
 inline float shuffle(float v, int lane) { return emulator::exchange(v, lane); }
@@ -200,47 +92,88 @@ struct F16 {
   static float second(uint32_t v) { return widen(uint16_t(v >> 16)); }
 };
 
+namespace emulator {
+// fragments of all lanes -> a [16, 16] and b [8, 16] (its transpose), as in the PTX manual
+template <class T>
+void decode_fragments(Group::Meeting& meeting) {
+  const auto half = [&](int lane, int reg, int which) {
+    return T::widen(half_of(meeting.words[size_t(lane * SLOT + reg)], which));
+  };
+  meeting.a.resize(16 * 16);
+  meeting.b.resize(8 * 16);
+  for (int k = 0; k < 16; ++k) {
+    const int pair = (k % 8) / 2, upper = k / 8;
+    for (int row = 0; row < 16; ++row) {
+      meeting.a[size_t(row * 16 + k)] = half(row % 8 * 4 + pair, row / 8 + 2 * upper, k % 2);
+    }
+    for (int column = 0; column < 8; ++column) {
+      meeting.b[size_t(column * 16 + k)] = half(column * 4 + pair, 4 + upper, k % 2);
+    }
+  }
+}
+}  // namespace emulator
+
 template <class T>
 void mma(float (&c)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
   using namespace emulator;
+  const Unobserved quiet;
   const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b[0], b[1]};
-  const uint32_t* all = meet(warp(), lane(), mine, 6);
+  const auto& all = meet(warp(), lane(), "a matrix product", mine, 6, decode_fragments<T>);
   const int g = lane() / 4, q = lane() % 4;
   for (int i = 0; i < 4; ++i) {
-    const int row = g + 8 * (i / 2), column = 2 * q + i % 2;
-    float sum = c[i];
-    for (int k = 0; k < 16; ++k) {
-      const int pair = (k % 8) / 2, upper = k / 8;
-      const uint32_t wa = all[((row % 8) * 4 + pair) * SLOT + row / 8 + 2 * upper];
-      const uint32_t wb = all[(column * 4 + pair) * SLOT + 4 + upper];
-      sum += T::widen(half_of(wa, k % 2)) * T::widen(half_of(wb, k % 2));
-    }
-    c[i] = sum;
+    const float* row = &all.a[size_t(g + 8 * (i / 2)) * 16];
+    const float* column = &all.b[size_t(2 * q + i % 2) * 16];
+    for (int k = 0; k < 16; ++k) c[i] += row[k] * column[k];
   }
 }
 
+template <class W>
+W load_words(const void* p) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(W)) emulator::fail("a load of 8 or 16 bytes is not on its boundary");
+  W v;
+  std::memcpy(&v, p, sizeof(W));
+  return v;
+}
+template <class W>
+void store_words(void* p, W v) {
+  if (reinterpret_cast<uintptr_t>(p) % sizeof(W)) emulator::fail("a store of 8 or 16 bytes is not on its boundary");
+  std::memcpy(p, &v, sizeof(W));
+}
+
 namespace emulator {
+// `bytes` bytes at `p` lie in shared memory, on their boundary
+inline void check_shared(const void* p, size_t bytes, const char* what) {
+  const Unobserved quiet;
+  const uintptr_t first = reinterpret_cast<uintptr_t>(p), begin = reinterpret_cast<uintptr_t>(state.block.shared);
+  if (first < begin || first + bytes > begin + state.block.shared_bytes) {
+    fail(std::string(what) + " at byte " + std::to_string(int64_t(first - begin)) + " of " +
+         std::to_string(state.block.shared_bytes) + " bytes of shared memory");
+  }
+  if ((first - begin) % bytes) fail(std::string(what) + " in shared memory is not on its boundary");
+}
+
 template <int N>
 void load_matrices(uint32_t (&r)[N], const void* row, bool transposed) {
+  if (lane() < 8 * N) check_shared(row, 16, "a matrix row");
   uint32_t mine[2];
   std::memcpy(mine, &row, sizeof(row));
-  const uint32_t* all = meet(warp(), lane(), mine, 2);
+  const Group::Meeting& all = meet(warp(), lane(), "a matrix load", mine, 2);
   const int g = lane() / 4, q = lane() % 4;
   const auto element = [&](int matrix, int line, int column) {
     const char* p;
-    std::memcpy(&p, all + (matrix * 8 + line) * SLOT, sizeof(p));
-    if (reinterpret_cast<uintptr_t>(p) % 16) {
-      std::fprintf(stderr, "emulator: a matrix row in shared memory is not on a 16-byte boundary\n");
-      std::abort();
+    {
+      const Unobserved quiet;
+      std::memcpy(&p, &all.words[size_t(matrix * 8 + line) * SLOT], sizeof(p));
     }
     uint16_t v;
     std::memcpy(&v, p + 2 * column, 2);
     return uint32_t(v);
   };
-  for (int m = 0; m < N; ++m)
+  for (int m = 0; m < N; ++m) {
     r[m] = transposed ? element(m, 2 * q, g) | element(m, 2 * q + 1, g) << 16
                       : element(m, g, 2 * q) | element(m, g, 2 * q + 1) << 16;
-  meet(warp(), lane(), nullptr, 0);  // nobody writes what another lane still reads
+  }
+  meet(warp(), lane(), "the end of a matrix load");  // nobody writes what another lane still reads
 }
 }  // namespace emulator
 inline void load_matrices(uint32_t (&r)[4], const void* row) { emulator::load_matrices(r, row, false); }
@@ -249,51 +182,49 @@ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) { emulat
 inline void load_matrices_transposed(uint32_t (&r)[2], const void* row) { emulator::load_matrices(r, row, true); }
 inline uint32_t transpose_8x8(uint32_t v) {
   using namespace emulator;
-  const uint32_t* all = meet(warp(), lane(), &v, 1);
+  const Unobserved quiet;
+  const Group::Meeting& all = meet(warp(), lane(), "a transposition", &v, 1);
   const int g = lane() / 4, q = lane() % 4;
   const auto element = [&](int row, int column) {
-    return uint32_t(half_of(all[(row * 4 + column / 2) * SLOT], column % 2));
+    return uint32_t(half_of(all.words[size_t(row * 4 + column / 2) * SLOT], column % 2));
   };
   return element(2 * q, g) | element(2 * q + 1, g) << 16;
 }
 
-// nothing arrives before it is waited for: who reads too early reads NaN
+// From its issue to its wait the target is NaN: who still reads what was there, or reads too early, reads NaN.
 inline void async_copy16(void* shared, const void* global, bool valid) {
-  emulator::self().open.push_back({shared, global, valid});
+  using namespace emulator;
+  check_shared(shared, 16, "an asynchronous copy");
+  if (valid) load_words<Words4>(global);  // the source must be readable now
+  std::memset(shared, 0xff, 16);
+  const Unobserved quiet;
+  self().open.push_back({shared, global, valid});
 }
 inline void async_commit() {
-  emulator::self().groups.push_back(std::move(emulator::self().open));
-  emulator::self().open.clear();
+  using namespace emulator;
+  const Unobserved quiet;
+  self().groups.push_back(std::move(self().open));
+  self().open.clear();
 }
 template <int PENDING>
 void async_wait() {
-  auto& groups = emulator::self().groups;
-  while (int(groups.size()) > PENDING) {
-    for (const auto& copy : groups.front()) {
+  using namespace emulator;
+  for (;;) {
+    std::vector<Copy> copies;
+    {
+      const Unobserved quiet;
+      auto& groups = self().groups;
+      if (int(groups.size()) <= PENDING) return;
+      copies = std::move(groups.front());
+      groups.pop_front();
+    }
+    for (const Copy& copy : copies) {
       if (copy.valid) std::memcpy(copy.to, copy.from, 16);
       else std::memset(copy.to, 0, 16);
     }
-    groups.erase(groups.begin());
   }
 }
 
-template <class W>
-W load_words(const void* p) {
-  if (reinterpret_cast<uintptr_t>(p) % sizeof(W)) {
-    std::fprintf(stderr, "emulator: a load of %zu bytes is not on its boundary\n", sizeof(W));
-    std::abort();
-  }
-  return *static_cast<const W*>(p);
-}
-template <class W>
-void store_words(void* p, W v) {
-  if (reinterpret_cast<uintptr_t>(p) % sizeof(W)) {
-    std::fprintf(stderr, "emulator: a store of %zu bytes is not on its boundary\n", sizeof(W));
-    std::abort();
-  }
-  *static_cast<W*>(p) = v;
-}
-
-inline unsigned char* shared_memory() { return emulator::block.shared.get(); }
+D2V_UNOBSERVED unsigned char* shared_memory() { return emulator::state.block.shared; }
 
 }  // namespace d2v
