@@ -95,6 +95,7 @@ def test_public_names():
         "layer_targets",
         "masked_smooth_l1",
         "residual_dropout_layer_norm",
+        "strided_conv",
     ]
     for name in d2v_fast.__all__:
         assert getattr(d2v_fast, name) is not None

@@ -9,6 +9,7 @@ from d2v_fast.ops.layer_norm_gelu import layer_norm_gelu
 from d2v_fast.ops.layer_targets import layer_targets
 from d2v_fast.ops.masked_smooth_l1 import masked_smooth_l1
 from d2v_fast.ops.residual_dropout_layer_norm import residual_dropout_layer_norm
+from d2v_fast.ops.strided_conv import strided_conv
 
 __all__ = [
     "LossOutput",
@@ -22,4 +23,5 @@ __all__ = [
     "layer_targets",
     "masked_smooth_l1",
     "residual_dropout_layer_norm",
+    "strided_conv",
 ]
