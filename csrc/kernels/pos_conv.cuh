@@ -1,0 +1,320 @@
+// Grouped convolution over frames, channels last; towards its input with transposed weights and the taps flipped:
+//   out[row, o] = sum over taps, i of in[row + tap - padding, i] weight[tap][o][i]
+// A block takes a tile of frames and one group. Frames with their neighbours lie in shared memory, weights pass through
+// it a few taps at a time; each warp multiplies 64 frames with mma.m16n8k16. What the layers have between them happens
+// on the way in and out: GELU of the layer norm forward, its gradient backward. Statistics of a frame run over all
+// groups, so each block leaves two numbers per frame and group, and whoever reads the frame next combines them.
+#pragma once
+#include "gelu.cuh"
+#include "pos_conv_tiles.cuh"
+
+namespace d2v {
+
+constexpr int CONV_WARPS = 4;
+constexpr int CONV_THREADS = 32 * CONV_WARPS;
+constexpr int WARP_FRAMES = TILE / CONV_WARPS;
+constexpr int WARP_ROWS = WARP_FRAMES / 16;  // fragments of 16 frames
+
+enum ConvInput {
+  AS_IT_IS,    // in = x
+  ACTIVATION,  // in = gelu(norm(x)): x is the convolution's result in the layer below
+  NORM_GRAD    // in = gradient of z, from that of norm(z), which is x
+};
+enum ConvOutput {
+  RESULT,       // out
+  WITH_SUMS,    // z = out + bias, and mean and squared deviations of its frames
+  THROUGH_GELU  // out times the slope of the GELU at norm(z) of the layer below, and sums for its norm's gradient
+};
+
+// [rows, C] 16-bit, [rows, groups, 2] and [2, rows] float; null where the mode does not need it
+struct ConvArgs {
+  Tiles tiles;
+  int64_t rows;
+  int groups, taps, padding;
+  bool flipped;  // taps in reverse order
+  float eps;
+  ConvInput input;
+  ConvOutput output;
+  const uint16_t* x;
+  const uint16_t* weight;   // [groups, taps, D out, D in]; in each 16 outputs those of d2v_pos_conv_fwd's order
+  const uint16_t* z;        // NORM_GRAD
+  const float* sums;        // of x: ACTIVATION with a norm, NORM_GRAD
+  float* stats;             // mean, 1 / deviation: ACTIVATION writes those of x, NORM_GRAD reads those of z
+  uint16_t* in_copy;        // NORM_GRAD
+  const float* bias;        // [C], WITH_SUMS
+  uint16_t* out;
+  float* out_sums;          // WITH_SUMS and THROUGH_GELU with a norm
+  const uint16_t* below;    // z of the layer below: THROUGH_GELU
+  const float* below_stats; // with a norm
+  uint16_t* below_copy;     // gets gelu(norm(below))
+};
+
+template <int D>
+constexpr int TAPS_AT_ONCE = 10240 / (D * D);  // 20 KB of weights
+
+template <int D>
+D2V_DEVICE constexpr size_t conv_shared_bytes(int taps) {
+  const size_t frames = TILE + taps - 1;
+  return frames * (sizeof(float) * 4 + PITCH<D>) + 2 * size_t(TAPS_AT_ONCE<D>) * D * PITCH<D>;
+}
+
+// What turns the elements of a row into the input of the convolution.
+struct alignas(16) RowTerms {
+  float mean, rstd, grad, product;  // the last two: means of the gradient, and of its product with the normalised row
+};
+
+// Mean and 1 / deviation of a row from those of its groups of D channels (Chan et al. 1979).
+template <int D>
+D2V_DEVICE RowTerms combine_groups(const float* sums, int groups, float eps) {
+  float mean = 0.f, spread = 0.f;
+  for (int g = 0; g < groups; ++g) mean += sums[2 * g];
+  mean /= groups;
+  for (int g = 0; g < groups; ++g) {
+    const float d = sums[2 * g] - mean;
+    spread += fmaf(D * d, d, sums[2 * g + 1]);
+  }
+  return {mean, rsqrt_accurate(spread / (groups * D) + eps), 0.f, 0.f};
+}
+
+template <int D>
+D2V_DEVICE RowTerms row_terms(const ConvArgs& args, const Tile& tile, int64_t row) {
+  if (args.sums == nullptr) return {0.f, 1.f, 0.f, 0.f};
+  const float* sums = args.sums + row * args.groups * 2;
+  if (args.input == ACTIVATION) {
+    const RowTerms terms = combine_groups<D>(sums, args.groups, args.eps);
+    if (block_y() == 0 && row >= tile.first && row < tile.first + tile.frames()) {
+      args.stats[row] = terms.mean;
+      args.stats[args.rows + row] = terms.rstd;
+    }
+    return terms;
+  }
+  float grad = 0.f, product = 0.f;
+  for (int g = 0; g < args.groups; ++g) {
+    grad += sums[2 * g];
+    product += sums[2 * g + 1];
+  }
+  const float channels = float(args.groups * D);
+  return {args.stats[row], args.stats[args.rows + row], grad / channels, product / channels};
+}
+
+template <class T>
+D2V_DEVICE uint32_t activate(uint32_t x, const RowTerms& row) {
+  return T::pack(gelu((T::first(x) - row.mean) * row.rstd), gelu((T::second(x) - row.mean) * row.rstd));
+}
+
+template <class T>
+D2V_DEVICE uint32_t norm_grad(uint32_t grad, uint32_t z, const RowTerms& row) {
+  const auto one = [&row](float grad, float z) {
+    return row.rstd * (grad - row.grad - (z - row.mean) * row.rstd * row.product);
+  };
+  return T::pack(one(T::first(grad), T::first(z)), one(T::second(grad), T::second(z)));
+}
+
+// Brings rows tile.first - padding ... of one group into shared memory, 0 outside the segment.
+template <class T, int D>
+D2V_DEVICE void load_frames(const ConvArgs& args, const Tile& tile, int rows, RowTerms* terms, unsigned char* frames) {
+  const int64_t start = tile.first - args.padding;
+  const int64_t channels = int64_t(args.groups) * D;
+  const int64_t column = int64_t(block_y()) * D;
+  if (args.input != AS_IT_IS) {
+    for (int r = thread_id(); r < rows; r += CONV_THREADS)
+      if (tile.inside(start + r)) terms[r] = row_terms<D>(args, tile, start + r);
+    block_barrier();
+  }
+  for (int i = thread_id(); i < rows * (D / 8); i += CONV_THREADS) {
+    const int r = i / (D / 8), chunk = i % (D / 8);
+    const int64_t row = start + r;
+    const bool inside = tile.inside(row);
+    const int64_t offset = inside ? row * channels + column + chunk * 8 : 0;
+    unsigned char* to = frames + r * PITCH<D> + chunk * 16;
+    if (args.input == AS_IT_IS) {
+      async_copy16(to, args.x + offset, inside);
+      continue;
+    }
+    Words4 v{0, 0, 0, 0};
+    if (inside) {
+      const RowTerms row_of = terms[r];
+      v = load_words<Words4>(args.x + offset);
+      if (args.input == ACTIVATION) {
+        v = {activate<T>(v.x, row_of), activate<T>(v.y, row_of), activate<T>(v.z, row_of), activate<T>(v.w, row_of)};
+      } else {
+        const Words4 z = load_words<Words4>(args.z + offset);
+        v = {norm_grad<T>(v.x, z.x, row_of), norm_grad<T>(v.y, z.y, row_of), norm_grad<T>(v.z, z.z, row_of),
+             norm_grad<T>(v.w, z.w, row_of)};
+        if (row >= tile.first && row < tile.first + tile.frames()) store_words(args.in_copy + offset, v);
+      }
+    }
+    store_words(to, v);
+  }
+}
+
+template <int D>
+D2V_DEVICE void load_weights(const ConvArgs& args, int tap, unsigned char* weights) {
+  const int left = args.taps - tap;
+  const int rows = D * (left < TAPS_AT_ONCE<D> ? left : TAPS_AT_ONCE<D>);
+  const uint16_t* from = args.weight + (int64_t(block_y()) * args.taps + tap) * D * D;
+  for (int i = thread_id(); i < rows * (D / 8); i += CONV_THREADS)
+    async_copy16(weights + i / (D / 8) * PITCH<D> + i % (D / 8) * 16, from + i * 8, true);
+}
+
+// acc += 64 frames [., D] times one tap's weights [D, D]
+template <class T, int D>
+D2V_DEVICE void multiply_tap(const unsigned char* frames, const unsigned char* weights,
+                             float (&acc)[WARP_ROWS][D / 8][4]) {
+  const int lane = thread_id() % 32;
+  const unsigned char* a_row = frames + lane % 16 * PITCH<D> + lane / 16 * 16;
+  const unsigned char* b_row = weights + (lane / 16 * 8 + lane % 8) * PITCH<D> + lane / 8 % 2 * 16;
+#pragma unroll
+  for (int k = 0; k < D; k += 16) {
+    uint32_t a[WARP_ROWS][4];
+#pragma unroll
+    for (int m = 0; m < WARP_ROWS; ++m) load_matrices(a[m], a_row + m * 16 * PITCH<D> + k * 2);
+#pragma unroll
+    for (int pair = 0; pair < D / 16; ++pair) {
+      uint32_t b[4];
+      load_matrices(b, b_row + pair * 16 * PITCH<D> + k * 2);
+#pragma unroll
+      for (int m = 0; m < WARP_ROWS; ++m) {
+        mma<T>(acc[m][2 * pair], a[m], {b[0], b[1]});
+        mma<T>(acc[m][2 * pair + 1], a[m], {b[2], b[3]});
+      }
+    }
+  }
+}
+
+D2V_DEVICE float sum_of_four_lanes(float v) {
+  v += shuffle_xor(v, 1);
+  return v + shuffle_xor(v, 2);
+}
+
+// One row's share of this lane: in each pair of n8 fragments four neighbouring channels, thanks to the weights' order.
+template <class T, int D>
+struct ConvRow {
+  const ConvArgs& args;
+  int64_t row;
+  bool inside;
+
+  D2V_DEVICE int64_t offset(int pair) const {
+    return (row * args.groups + block_y()) * D + pair * 16 + thread_id() % 4 * 4;
+  }
+  D2V_DEVICE void write(uint16_t* to, int pair, uint32_t first, uint32_t second) const {
+    if (inside) store_words(to + offset(pair), Words2{first, second});
+  }
+  D2V_DEVICE void write_sums(float first, float second) const {
+    if (inside && thread_id() % 4 == 0)
+      store_words(args.out_sums + (row * args.groups + block_y()) * 2, Words2{float_bits(first), float_bits(second)});
+  }
+
+  D2V_DEVICE void result(const float (&v)[D / 4]) const {
+#pragma unroll
+    for (int p = 0; p < D / 16; ++p)
+      write(args.out, p, T::pack(v[4 * p], v[4 * p + 1]), T::pack(v[4 * p + 2], v[4 * p + 3]));
+  }
+
+  // The sums are those of the rounded values: of what the norm will see.
+  D2V_DEVICE void with_sums(float (&v)[D / 4]) const {
+    float sum = 0.f, spread = 0.f;
+#pragma unroll
+    for (int p = 0; p < D / 16; ++p) {
+      if (args.bias != nullptr) {
+        const float* bias = args.bias + block_y() * D + p * 16 + thread_id() % 4 * 4;
+#pragma unroll
+        for (int e = 0; e < 4; ++e) v[4 * p + e] += bias[e];
+      }
+      const uint32_t low = T::pack(v[4 * p], v[4 * p + 1]), high = T::pack(v[4 * p + 2], v[4 * p + 3]);
+      write(args.out, p, low, high);
+      v[4 * p] = T::first(low), v[4 * p + 1] = T::second(low);
+      v[4 * p + 2] = T::first(high), v[4 * p + 3] = T::second(high);
+      sum += v[4 * p] + v[4 * p + 1] + v[4 * p + 2] + v[4 * p + 3];
+    }
+    if (args.out_sums == nullptr) return;
+    const float mean = sum_of_four_lanes(sum) / D;
+#pragma unroll
+    for (int i = 0; i < D / 4; ++i) spread = fmaf(v[i] - mean, v[i] - mean, spread);
+    write_sums(mean, sum_of_four_lanes(spread));
+  }
+
+  D2V_DEVICE void through_gelu(const float (&v)[D / 4]) const {
+    float mean = 0.f, rstd = 1.f, sum = 0.f, product = 0.f;
+    if (inside && args.below_stats != nullptr) mean = args.below_stats[row], rstd = args.below_stats[args.rows + row];
+#pragma unroll
+    for (int p = 0; p < D / 16; ++p) {
+      Words2 z{0, 0};
+      if (inside) z = load_words<Words2>(args.below + offset(p));
+      const float normed[4] = {(T::first(z.x) - mean) * rstd, (T::second(z.x) - mean) * rstd,
+                               (T::first(z.y) - mean) * rstd, (T::second(z.y) - mean) * rstd};
+      float value[4], grad[4];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) {
+        const Gelu g = gelu_and_slope(normed[e]);
+        value[e] = g.value;
+        grad[e] = v[4 * p + e] * g.slope;
+      }
+      const uint32_t low = T::pack(grad[0], grad[1]), high = T::pack(grad[2], grad[3]);
+      write(args.out, p, low, high);
+      write(args.below_copy, p, T::pack(value[0], value[1]), T::pack(value[2], value[3]));
+      sum += T::first(low) + T::second(low) + T::first(high) + T::second(high);
+      product = fmaf(T::first(low), normed[0], fmaf(T::second(low), normed[1], product));
+      product = fmaf(T::first(high), normed[2], fmaf(T::second(high), normed[3], product));
+    }
+    if (args.out_sums == nullptr) return;
+    sum = sum_of_four_lanes(sum);
+    write_sums(sum, sum_of_four_lanes(product));
+  }
+};
+
+template <class T, int D>
+D2V_DEVICE void write_frames(const ConvArgs& args, const Tile& tile, int first, float (&acc)[WARP_ROWS][D / 8][4]) {
+#pragma unroll
+  for (int m = 0; m < WARP_ROWS; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int frame = first + m * 16 + half * 8 + thread_id() % 32 / 4;
+      const ConvRow<T, D> row{args, tile.first + frame, frame < tile.frames()};
+      float v[D / 4];
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) v[2 * n] = acc[m][n][2 * half], v[2 * n + 1] = acc[m][n][2 * half + 1];
+      if (args.output == RESULT) row.result(v);
+      else if (args.output == WITH_SUMS) row.with_sums(v);
+      else row.through_gelu(v);
+    }
+  }
+}
+
+template <class T, int D>
+D2V_KERNEL void D2V_BOUNDS(CONV_THREADS, 2) pos_conv_kernel(const ConvArgs args) {
+  const Tile tile = args.tiles.at(block_x());
+  if (tile.frames() <= 0) return;  // the table may have room to spare
+  RowTerms* terms = reinterpret_cast<RowTerms*>(shared_memory());
+  unsigned char* frames = shared_memory() + (TILE + args.taps - 1) * sizeof(RowTerms);
+  unsigned char* weights = frames + (TILE + args.taps - 1) * PITCH<D>;  // two buffers
+  constexpr int BUFFER = TAPS_AT_ONCE<D> * D * PITCH<D>;
+
+  const int first = thread_id() / 32 * WARP_FRAMES;  // of this warp
+  const bool active = first < tile.frames();
+  const int used = (tile.frames() + WARP_FRAMES - 1) / WARP_FRAMES * WARP_FRAMES;
+  load_weights<D>(args, 0, weights);
+  load_frames<T, D>(args, tile, used + args.taps - 1, terms, frames);
+  async_commit();
+
+  float acc[WARP_ROWS][D / 8][4] = {};
+  for (int tap = 0, buffer = 0; tap < args.taps; tap += TAPS_AT_ONCE<D>, buffer ^= 1) {
+    if (tap + TAPS_AT_ONCE<D> < args.taps) load_weights<D>(args, tap + TAPS_AT_ONCE<D>, weights + (buffer ^ 1) * BUFFER);
+    async_commit();
+    async_wait<1>();
+    block_barrier();
+    if (active) {
+      const int left = args.taps - tap;
+      const int count = left < TAPS_AT_ONCE<D> ? left : TAPS_AT_ONCE<D>;
+#pragma unroll 1
+      for (int t = 0; t < count; ++t) {
+        const int ahead = args.flipped ? args.taps - 1 - tap - t : tap + t;
+        multiply_tap<T, D>(frames + (first + ahead) * PITCH<D>, weights + buffer * BUFFER + t * D * PITCH<D>, acc);
+      }
+    }
+    block_barrier();
+  }
+  if (active) write_frames<T, D>(args, tile, first, acc);
+}
+
+}  // namespace d2v
