@@ -2,6 +2,7 @@
 
 from d2v_fast.ops.adamw_ema import adamw_ema_
 from d2v_fast.ops.bias_gelu import bias_gelu
+from d2v_fast.ops.conv0 import conv0_norm_gelu
 from d2v_fast.ops.data2vec_loss import LossOutput, data2vec_loss
 from d2v_fast.ops.ema import ema_update_
 from d2v_fast.ops.l2_norm import clip_factor, l2_norm
@@ -16,6 +17,7 @@ __all__ = [
     "adamw_ema_",
     "bias_gelu",
     "clip_factor",
+    "conv0_norm_gelu",
     "data2vec_loss",
     "ema_update_",
     "l2_norm",

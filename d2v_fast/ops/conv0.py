@@ -1,0 +1,254 @@
+"""``gelu(norm(conv1d(waveform)))``: the first layer of the speech front-end, from one channel to C, channels last.
+
+fairseq: the first block of ``ConvFeatureExtractionModel``, in extractor mode "layer_norm" (norm over channels) and
+"default" (group norm with a group per channel, over time). GELU is the exact one. The result is far larger than
+the waveform, so backward keeps the waveform and recomputes the rest.
+"""
+
+from numbers import Integral
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from d2v_fast.ops import _conv0_blocks, _rows
+from d2v_fast.ops._dispatch import check_device, check_float, check_index
+
+NORMS = ("layer", "group")
+
+
+def conv0_norm_gelu_ref(
+    waveforms: Tensor,  # [B, S]
+    weight: Tensor,  # [C, 1, k]
+    bias: Tensor | None = None,  # [C]
+    norm_weight: Tensor | None = None,  # [C]
+    norm_bias: Tensor | None = None,  # [C]
+    segments: Tensor | None = None,  # [U, 2] first, count
+    *,
+    stride: int,
+    norm: str = "layer",
+    eps: float = 1e-5,
+    dtype: torch.dtype,
+) -> Tensor:
+    """The op in plain PyTorch, differentiable in everything: [B, T, C] in ``dtype``."""
+    wide = _rows.accumulation(waveforms, weight, bias, norm_weight, norm_bias)
+    x, w, b, gamma, beta = _rows.cast(wide, waveforms, weight, bias, norm_weight, norm_bias)
+    with torch.autocast(x.device.type, enabled=False):
+        z = F.linear(x.unfold(1, w.shape[2], stride), w[:, 0], b)
+        if norm == "layer":
+            return F.gelu(F.layer_norm(z, z.shape[2:], gamma, beta, eps)).to(dtype)
+        rows = z.flatten(0, 1)
+        whole_rows = [(b * z.shape[1], z.shape[1]) for b in range(z.shape[0])]
+        ranges = whole_rows if segments is None else segments.tolist()
+        y, done = [], 0
+        for first, count in ranges:
+            part = rows[first : first + count]
+            d = part - part.mean(0)
+            u = d * (d.square().mean(0) + eps).rsqrt()
+            u = u if gamma is None else u * gamma
+            y += [rows.new_zeros(first - done, rows.shape[1]), F.gelu(u if beta is None else u + beta)]
+            done = first + count
+        y.append(rows.new_zeros(rows.shape[0] - done, rows.shape[1]))
+        return torch.cat(y).view(z.shape).to(dtype)
+
+
+def _frames(waveforms: Tensor, weight: Tensor, stride: int) -> int:
+    return (waveforms.shape[1] - weight.shape[2]) // stride + 1
+
+
+def _stats_shape(waveforms: Tensor, weight: Tensor, segments: Tensor | None, stride: int, norm: str) -> list[int]:
+    """Layer norm: 1 / deviation of each frame. Group norm: mean and covariance of the taps in each segment."""
+    if norm == "layer":
+        return [waveforms.shape[0] * _frames(waveforms, weight, stride)]
+    k = weight.shape[2]
+    return [waveforms.shape[0] if segments is None else segments.shape[0], k + k * k]
+
+
+@torch.library.custom_op("d2v_fast::conv0_norm_gelu_fwd", mutates_args=(), device_types=("cpu", "cuda"))
+def _fwd(
+    waveforms: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    segments: Tensor | None,
+    stride: int,
+    norm: str,
+    eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    shape = (waveforms.shape[0], _frames(waveforms, weight, stride), weight.shape[0])
+    y = torch.empty(shape, device=waveforms.device, dtype=dtype)
+    vectors = (bias, norm_weight, norm_bias)
+    with torch.autocast(waveforms.device.type, enabled=False):
+        problem = _conv0_blocks.Problem.of(waveforms, weight, *vectors, segments, stride, eps)
+        forward = _conv0_blocks.layer_forward if norm == "layer" else _conv0_blocks.group_forward
+        return y, forward(problem, y.flatten(0, 1))
+
+
+@torch.library.custom_op("d2v_fast::conv0_norm_gelu_bwd", mutates_args=(), device_types=("cpu", "cuda"))
+def _bwd(
+    grad: Tensor,
+    stats: Tensor,
+    waveforms: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    segments: Tensor | None,
+    stride: int,
+    norm: str,
+    eps: float,
+) -> Tensor:
+    vectors = (bias, norm_weight, norm_bias)
+    with torch.autocast(waveforms.device.type, enabled=False):
+        problem = _conv0_blocks.Problem.of(waveforms, weight, *vectors, segments, stride, eps)
+        backward = _conv0_blocks.layer_backward if norm == "layer" else _conv0_blocks.group_backward
+        grad_weight, *grads = backward(problem, grad.flatten(0, 1), stats)
+        return torch.cat([grad_weight, torch.stack(grads, 1)], 1)
+
+
+@_fwd.register_fake
+def _(waveforms, weight, bias, norm_weight, norm_bias, segments, stride, norm, eps, dtype):
+    T = _frames(waveforms, weight, stride)
+    y = torch.empty((waveforms.shape[0], T, weight.shape[0]), device=waveforms.device, dtype=dtype)
+    wide = _rows.accumulation(waveforms, weight, bias, norm_weight, norm_bias)
+    shape = _stats_shape(waveforms, weight, segments, stride, norm)
+    return y, y.new_empty(shape, dtype=wide if norm == "layer" else torch.float64)
+
+
+@_bwd.register_fake
+def _(grad, stats, waveforms, weight, bias, norm_weight, norm_bias, segments, stride, norm, eps):
+    wide = _rows.accumulation(waveforms, weight, bias, norm_weight, norm_bias)
+    return weight.new_empty((weight.shape[0], weight.shape[2] + 3), dtype=wide)
+
+
+def _setup_context(ctx, inputs, output):
+    *tensors, stride, norm, eps, _ = inputs
+    _, stats = output
+    ctx.mark_non_differentiable(stats)
+    ctx.save_for_backward(stats, *tensors)
+    ctx.settings = stride, norm, eps
+
+
+def _backward(ctx, grad, _):
+    _, _, weight, *vectors, _ = ctx.saved_tensors
+    grads = _bwd(grad, *ctx.saved_tensors, *ctx.settings)  # [C, k + 3]: weight, bias, norm_weight, norm_bias
+    k = weight.shape[2]
+    grad_weight = grads[:, :k].unsqueeze(1).to(weight.dtype)
+    of_vectors = [None if v is None else grads[:, k + i].to(v.dtype) for i, v in enumerate(vectors)]
+    return None, grad_weight, *of_vectors, None, None, None, None, None
+
+
+_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def conv0_norm_gelu(
+    waveforms: Tensor,  # [B, S]
+    weight: Tensor,  # [C, 1, k]
+    bias: Tensor | None = None,  # [C]
+    norm_weight: Tensor | None = None,  # [C]
+    norm_bias: Tensor | None = None,  # [C]
+    *,
+    stride: int,
+    norm: str = "layer",
+    eps: float = 1e-5,
+    segments: Tensor | None = None,  # [U, 2]
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Exact GELU of the norm of a convolution without padding over waveforms: frames, channels last.
+
+    Args:
+        waveforms: [B, S] float32, bfloat16 or float16 (float64 on CPU), S at least k.
+        weight: [C, 1, k] of the convolution, as ``nn.Conv1d`` has it; of any of these dtypes, as are the vectors.
+        bias: [C] of the convolution, 0 when None. Without effect under group norm, which takes it away again.
+        norm_weight: [C] factor on the normalised values, 1 when None.
+        norm_bias: [C] added after it, 0 when None.
+        stride: samples from one frame to the next.
+        norm: "layer", over the channels of a frame, or "group", over the frames of a segment for each channel.
+        eps: added to the variance.
+        segments: for group norm: int32 or int64 [U, 2], (first, count) of ranges of the B * T frames, in ascending
+            order, apart, each in one row of the batch. Frames outside of all are 0 and get no gradient. By default each
+            row is a segment. Layer norm treats all frames alike and does not look at it.
+        dtype: of the result; by default that of autocast where it is on, else that of ``weight``.
+
+    Returns:
+        [B, T, C] contiguous with T = (S - k) // stride + 1, computed in float32. Differentiable in weight, bias and
+        the norm's tensors, and deterministic. For backward it keeps the arguments and 4 B T bytes (layer norm) or
+        8 U (k + k * k) bytes (group norm), against 2 B T C and more for separate operators. NaN and inf in a waveform
+        make the frames that see it NaN (layer norm), or its segment (group norm).
+
+        The frames go through PyTorch's operators block by block; ``waveforms.requires_grad`` takes PyTorch's autograd,
+        with its memory, and segments read on the host.
+
+    Raises:
+        ValueError: shapes do not fit, the batch is empty, S is below k, ``norm`` is unknown, ``stride`` or ``eps`` is
+            not positive, or (on the CPU) segments are out of order or out of range.
+        TypeError: a tensor is no floating point tensor, or float64 on a GPU; ``dtype`` is not a floating point dtype.
+    """
+    _check_waveforms(waveforms, weight)
+    for name, v in (("bias", bias), ("norm_weight", norm_weight), ("norm_bias", norm_bias)):
+        _rows.check_vector(name, v, weight.shape[0], waveforms.device)
+    _check_settings(waveforms, weight, stride, norm, eps)
+    dtype = _result_dtype(waveforms, weight, dtype)
+    segments = segments if norm == "group" else None
+    if segments is not None:
+        _check_segments(segments, waveforms, _frames(waveforms, weight, stride))
+    tensors = (waveforms, weight, bias, norm_weight, norm_bias, segments)
+    if torch.is_grad_enabled() and waveforms.requires_grad:
+        return conv0_norm_gelu_ref(*tensors, stride=stride, norm=norm, eps=eps, dtype=dtype)
+    return _fwd(*tensors, int(stride), norm, float(eps), dtype)[0]
+
+
+def _check_waveforms(waveforms: Tensor, weight: Tensor) -> None:
+    _rows.check_tensor("waveforms", waveforms)
+    _rows.check_tensor("weight", weight)
+    check_float("waveforms", waveforms)
+    check_float("weight", weight)
+    check_device("weight", weight, waveforms.device)
+    if waveforms.dim() != 2 or waveforms.shape[0] == 0:
+        raise ValueError(f"waveforms must be [B, S] with at least one row, got shape {tuple(waveforms.shape)}")
+    if weight.dim() != 3 or weight.shape[1] != 1 or 0 in weight.shape:
+        raise ValueError(f"weight must be [C, 1, k], got shape {tuple(weight.shape)}")
+    if waveforms.shape[1] < weight.shape[2]:
+        raise ValueError(f"waveforms must have at least {weight.shape[2]} samples, got {waveforms.shape[1]}")
+
+
+def _check_settings(waveforms: Tensor, weight: Tensor, stride: int, norm: str, eps: float) -> None:
+    if not isinstance(stride, Integral):
+        raise TypeError(f"stride must be an integer, got {type(stride).__name__}")
+    if stride < 1:
+        raise ValueError(f"stride must be > 0, got {stride}")
+    if norm not in NORMS:
+        raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
+    _rows.check_eps(eps)
+
+
+def _result_dtype(waveforms: Tensor, weight: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    device = waveforms.device.type
+    if dtype is None:
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype must be a torch.dtype, got {type(dtype).__name__}")
+    check_float("dtype", torch.empty(0, dtype=dtype, device=device))
+    return dtype
+
+
+def _check_segments(segments: Tensor, waveforms: Tensor, T: int) -> None:
+    _rows.check_tensor("segments", segments)
+    check_index("segments", segments, waveforms.device)
+    if segments.dim() != 2 or segments.shape[1] != 2:
+        raise ValueError(f"segments must be [U, 2], got shape {tuple(segments.shape)}")
+    if segments.device.type != "cpu":
+        return
+    first, count = segments.long().unbind(1)
+    last = first + count - 1
+    frames = waveforms.shape[0] * T
+    bad = (first < 0) | (count < 0) | (first + count > frames) | ((count > 0) & (first // T != last // T))
+    bad[1:] |= first[1:] < (first + count)[:-1]
+    if bad.any():
+        index = int(bad.nonzero()[0])
+        raise ValueError(
+            f"segments must be ascending ranges (first, count) of the {frames} frames, apart, each in one row of {T}, "
+            f"got {segments[index].tolist()} at {index}"
+        )
