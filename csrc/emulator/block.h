@@ -16,9 +16,6 @@
 
 #include "fiber.h"
 
-// Reads of the emulator's own state by many threads are no race of the kernel.
-#define D2V_UNOBSERVED __attribute__((no_sanitize_thread)) inline
-
 namespace d2v {
 namespace emulator {
 
@@ -70,6 +67,8 @@ struct State {
   Block block;
   int current = 0;
   Fiber host;
+  bool from_host = false;  // the next fiber to start is started by the host
+  char started = 0, ended = 0;  // order between host and threads, for ThreadSanitizer
   std::vector<std::unique_ptr<Stack>> stacks;
   const std::function<void()>* body = nullptr;
   std::string kernel, error;
@@ -111,24 +110,28 @@ inline uint64_t random_below(uint64_t bound) {  // xorshift64*
   return ((x * 0x2545f4914f6cdd1dull) >> 33) % bound;
 }
 
-// Switches to some thread that can run, or to the host when there is none.
-inline void run_another(bool last) {
-  Fiber& from = self().fiber;
+// Some thread that can run, made the current one; the host when there is none.
+inline Fiber& choose() {
+  const Unobserved quiet;
   auto& runnable = state.block.runnable;
-  if (runnable.empty() || !state.error.empty()) return switch_to(from, state.host, last);
+  if (runnable.empty() || !state.error.empty()) return state.host;
   std::swap(runnable[size_t(random_below(runnable.size()))], runnable.back());
   state.current = runnable.back();
   runnable.pop_back();
-  if (&self().fiber != &from) switch_to(from, self().fiber, last);
+  return self().fiber;
+}
+D2V_UNOBSERVED void run_another(bool last) {
+  Fiber& from = self().fiber;
+  Fiber& to = choose();
+  if (&to != &from) switch_to(from, to, last);
 }
 
-// Waits for the group. `decode`: done once, by the last to arrive, with what all brought. Returns that.
+// Puts down what this thread brings. True when it must wait, or lets others go first.
 template <class Decode>
-const Group::Meeting& meet(Group& group, int member, const char* what, const uint32_t* words, int count,
-                           Decode decode) {
+bool arrive(Group& group, Group::Meeting& meeting, int member, const char* what, const uint32_t* words, int count,
+            Decode decode) {
   const Unobserved quiet;
   const int me = state.current;
-  auto& meeting = group.meetings[group.generation & 1];
   if (group.arrived == 0) {
     group.what = what;
     group.first = me;
@@ -137,25 +140,32 @@ const Group::Meeting& meet(Group& group, int member, const char* what, const uin
   }
   meeting.words.resize(size_t(group.size) * SLOT);
   if (count) std::memcpy(&meeting.words[size_t(member) * SLOT], words, 4 * size_t(count));
-  signal(&meeting);
-  if (++group.arrived == group.size) {
-    decode(meeting);
-    group.arrived = 0;
-    ++group.generation;
-    auto& runnable = state.block.runnable;
-    runnable.insert(runnable.end(), group.waiting.begin(), group.waiting.end());
-    group.waiting.clear();
-    if (!runnable.empty() && random_below(2)) {  // otherwise the last to arrive goes first
-      runnable.push_back(me);
-      run_another(false);
-      state.current = me;
-    }
-  } else {
+  if (++group.arrived < group.size) {
     self().at = what;
     group.waiting.push_back(me);
-    run_another(false);
-    state.current = me;
+    return true;
   }
+  decode(meeting);
+  group.arrived = 0;
+  ++group.generation;
+  auto& runnable = state.block.runnable;
+  runnable.insert(runnable.end(), group.waiting.begin(), group.waiting.end());
+  group.waiting.clear();
+  if (random_below(2)) return false;
+  runnable.push_back(me);
+  return true;
+}
+
+D2V_UNOBSERVED int generation(const Group& group) { return group.generation; }
+
+// Waits for the group. `decode`: done once, by the last to arrive, with what all brought. Returns that.
+template <class Decode>
+const Group::Meeting& meet(Group& group, int member, const char* what, const uint32_t* words, int count,
+                           Decode decode) {
+  auto& meeting = group.meetings[generation(group) & 1];
+  signal(&meeting);
+  signal(&state.ended);  // a deadlock may end this thread here
+  if (arrive(group, meeting, member, what, words, count, decode)) run_another(false);
   wait(&meeting);
   return meeting;
 }
@@ -164,19 +174,26 @@ inline const Group::Meeting& meet(Group& group, int member, const char* what, co
   return meet(group, member, what, words, count, [](Group::Meeting&) {});
 }
 
+D2V_UNOBSERVED const std::function<void()>& enter_thread() {
+  arrived(self().fiber, state.from_host ? &state.host : nullptr);
+  state.from_host = false;
+  return *state.body;
+}
+D2V_UNOBSERVED void leave_thread() {
+  self().at = nullptr;
+  run_another(true);
+}
 inline void run_thread() {
-  arrived(self().fiber, &state.host);
-  const int me = state.current;
-  wait(&state.host);
+  const auto& body = enter_thread();
+  wait(&state.started);
   try {
-    (*state.body)();
+    body();
   } catch (const Failure& failure) {
+    const Unobserved quiet;
     if (state.error.empty()) state.error = failure.what();
   }
-  signal(&state.host);
-  const Unobserved quiet;
-  state.block.threads[size_t(me)].at = nullptr;
-  run_another(true);
+  signal(&state.ended);
+  leave_thread();
 }
 
 inline void check_canaries() {
@@ -221,6 +238,7 @@ inline void report_deadlock() {
 }
 
 inline void run_block(int num_threads, size_t shared_bytes) {
+  const Unobserved quiet;  // nothing orders the blocks: what two of them do to the same address is a race
   Block& block = state.block;
   make_shared_memory(shared_bytes);
   block.num_threads = num_threads;
@@ -235,12 +253,11 @@ inline void run_block(int num_threads, size_t shared_bytes) {
   for (int t = 0; t < num_threads; ++t) {
     prepare(block.threads[size_t(t)].fiber, *state.stacks[size_t(t)], run_thread);
   }
-  signal(&state.host);
   state.current = int(random_below(uint64_t(num_threads)));
   std::swap(block.runnable[size_t(state.current)], block.runnable.back());
   block.runnable.pop_back();
+  state.from_host = true;
   switch_to(state.host, self().fiber);
-  wait(&state.host);
   for (auto& thread : block.threads) release(thread.fiber);
   if (!state.error.empty()) throw Failure(state.error);
   report_deadlock();
@@ -270,6 +287,8 @@ inline int launch(const void* kernel, const int (&grid)[3], int num_threads, siz
   std::vector<int64_t> order(size_t(grid[0]) * size_t(grid[1]) * size_t(grid[2]));
   std::iota(order.begin(), order.end(), 0);
   for (size_t i = order.size(); i > 1; --i) std::swap(order[i - 1], order[size_t(random_below(i))]);
+  signal(&state.started);
+  int result = 0;
   try {
     if (num_threads < 1 || num_threads > 1024) throw Failure("emulator: kernel " + state.kernel + ": bad block size");
     if (shared_bytes > MAX_SHARED) {
@@ -284,9 +303,10 @@ inline int launch(const void* kernel, const int (&grid)[3], int num_threads, siz
     }
   } catch (const Failure& failure) {
     state.error = failure.what();
-    return FAILED;
+    result = FAILED;
   }
-  return 0;
+  wait(&state.ended);
+  return result;
 }
 
 inline const char* error_text(int code) {
