@@ -12,6 +12,8 @@ from torch import Tensor
 from d2v_fast.ops import _rows
 from d2v_fast.ops._dispatch import cpu_runs_triton
 
+_BLOCK = 2**17  # elements that stay in the cache of a CPU; below it, the registered op costs more than it saves there
+
 
 def layer_norm_gelu_ref(
     x: Tensor,  # [..., C]
@@ -27,30 +29,40 @@ def layer_norm_gelu_ref(
 
 
 def layer_norm_gelu_grad_ref(
-    grad: Tensor,  # [..., C]
-    x: Tensor,  # [..., C]
-    mean: Tensor,  # [..., 1]
-    rstd: Tensor,  # [..., 1]
+    grad: Tensor,  # [N, C]
+    x: Tensor,  # [N, C]
+    mean: Tensor,  # [N, 1]
+    rstd: Tensor,  # [N, 1]
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of x, in its dtype, and of weight and bias, those that are there: [0 to 2, C]."""
-    wide, g, w, b = _rows.cast(mean.dtype, x, grad, weight, bias)
-    normed = (wide - mean) * rstd
-    u = normed if w is None else normed * w
-    g = torch.ops.aten.gelu_backward(g, u if b is None else u + b)
-    grad_x, *vectors = torch.ops.aten.native_layer_norm_backward(
-        g, wide, x.shape[-1:], mean, rstd, w, b, [True, w is not None, b is not None]
-    )
-    return grad_x.to(x.dtype), _rows.stack(vectors, wide)
+    """Gradient of x, in its dtype, and of weight and bias, those that are there: [0 to 2, C].
+
+    Block by block: a temporary of the size of x costs the CPU more than the arithmetic does.
+    """
+    w, b = _rows.cast(mean.dtype, weight, bias)
+    wanted = [True, w is not None, b is not None]
+    grad_x, total = x.new_empty(x.shape), _rows.empty_stack(x, mean.dtype, weight, bias).zero_()
+    size = max(_BLOCK // x.shape[1], 1)
+    for *block, out in zip(*(v.split(size) for v in (grad, x, mean, rstd, grad_x)), strict=True):
+        g, wide, m, r = _rows.cast(mean.dtype, *block)
+        u = (wide - m).mul_(r)
+        u = u if w is None else u.mul_(w)
+        u = u if b is None else u.add_(b)
+        torch.ops.aten.gelu_backward(g, u, grad_input=u)
+        part, *vectors = torch.ops.aten.native_layer_norm_backward(u, wide, x.shape[1:], m, r, w, b, wanted)
+        out.copy_(part)
+        total += _rows.stack(vectors, total)
+    return grad_x, total
 
 
 @torch.library.custom_op("d2v_fast::layer_norm_gelu_fwd", mutates_args=(), device_types="cpu")
 def _fwd(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     if cpu_runs_triton(_rows.accumulation(x, weight, bias)):
         return _fwd_triton(x, weight, bias, eps)
-    y, mean, rstd = layer_norm_gelu_ref(x, weight, bias, eps)
-    return y.contiguous(), mean.view(-1), rstd.view(-1)
+    wide, w, b = _rows.cast(_rows.accumulation(x, weight, bias), x, weight, bias)
+    u, mean, rstd = torch.native_layer_norm(wide, x.shape[-1:], w, b, eps)
+    return torch.ops.aten.gelu_(u).to(x.dtype).contiguous(), mean.view(-1), rstd.view(-1)
 
 
 @_fwd.register_kernel("cuda")
@@ -67,9 +79,9 @@ def _bwd(
 ) -> tuple[Tensor, Tensor]:
     if cpu_runs_triton(mean.dtype):
         return _bwd_triton(grad, x, mean, rstd, weight, bias)
-    stats = (v.view(*x.shape[:-1], 1) for v in (mean, rstd))
-    grad_x, vectors = layer_norm_gelu_grad_ref(grad, x, *stats, weight, bias)
-    return grad_x.contiguous(), vectors
+    rows = (_rows.as_rows(v) for v in (grad, x))
+    grad_x, vectors = layer_norm_gelu_grad_ref(*rows, mean.view(-1, 1), rstd.view(-1, 1), weight, bias)
+    return grad_x.view(x.shape), vectors
 
 
 @_bwd.register_kernel("cuda")
@@ -141,6 +153,6 @@ def layer_norm_gelu(
     _rows.check_vector("bias", bias, x.shape[-1], x.device)
     _rows.check_eps(eps)
     x = _rows.in_rows(x)
-    if _rows.runs_reference(x, _rows.accumulation(x, weight, bias)):
+    if x.numel() < _BLOCK and _rows.runs_reference(x, _rows.accumulation(x, weight, bias)):
         return layer_norm_gelu_ref(x, weight, bias, eps)[0].contiguous()
     return _fwd(x, weight, bias, float(eps))[0]
