@@ -1,5 +1,6 @@
 """Settings of the whole suite. With TRITON_INTERPRET=1 the same tests run the Triton kernels on the CPU."""
 
+import emulator
 import pytest
 import torch
 from checks import INTERPRET
@@ -35,3 +36,9 @@ def poison():
     yield
     settings.fill_uninitialized_memory = saved[0]
     torch.use_deterministic_algorithms(saved[1])
+
+
+@pytest.fixture
+def emulated(monkeypatch):
+    """CPU tensors take the path of CUDA tensors: the sources of csrc/ run in the emulator, bindings included."""
+    emulator.use(monkeypatch)

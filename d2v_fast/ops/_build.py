@@ -1,4 +1,4 @@
-"""Compiles ``csrc/`` into the extension ``d2v_fast._C``. Standard library only: ``setup.py`` loads this file by its path.
+"""Compiles ``csrc/`` into the extension ``d2v_fast._C``. Standard library only: ``setup.py`` loads it by its path.
 
 The ``.cu`` files see no torch header and the bindings use the stable ABI of torch 2.11 only, so that one library runs
 with every later torch, and loads on a torch without CUDA.
@@ -152,21 +152,25 @@ def covers(architectures: str, capability: tuple[int, int]) -> bool:
     return False
 
 
-def binding_flags(csrc: Path, torch: Path) -> list[str]:
-    """Flags of g++ for the bindings, in the real build and in the emulated one."""
+def binding_steps(csrc: Path, folder: Path, cxx: str, torch: Path, facts: Facts) -> list[Step]:
+    """The commands that compile the bindings, which are the same in the emulated build."""
     target = f"0x{TORCH_TARGET[0]:02x}{TORCH_TARGET[1]:02x}000000000000"
-    flags = ["-O3", "-DNDEBUG", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique"]
-    return [*flags, f"-I{csrc}", "-isystem", str(torch / "include"), f"-DTORCH_TARGET_VERSION={target}"]
+    flags = ["-O3", "-DNDEBUG", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-gnu-unique", f"-I{csrc}"]
+    flags += ["-isystem", str(torch / "include"), f"-DTORCH_TARGET_VERSION={target}"]
+    if facts.architectures == EMULATED:
+        flags.append("-DD2V_EMULATE")
+    steps = []
+    for source in sorted(csrc.glob("*.cpp")):
+        output = folder / f"{source.name}.o"
+        extra = [f'-DD2V_FACTS="{facts}"'] if source.name == "bindings.cpp" else []
+        steps.append(Step(output, [cxx, "-c", str(source), "-o", str(output), *flags, *extra]))
+    return steps
 
 
 def link_flags(torch: Path) -> list[str]:
     """Flags of the linker; libtorch stays needed, because through it the stream of a torch with CUDA is found."""
     keep = ["-Wl,-Bsymbolic", "-Wl,--no-as-needed", f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch"]
     return [*keep, "-Wl,-rpath,$ORIGIN/../torch/lib"]
-
-
-def facts_flag(facts: Facts) -> str:
-    return f'-DD2V_FACTS="{facts}"'
 
 
 def extension_steps(csrc: Path, folder: Path, tools: Toolchain, output: Path) -> list[Step]:
@@ -179,11 +183,8 @@ def extension_steps(csrc: Path, folder: Path, tools: Toolchain, output: Path) ->
         target = folder / f"{source.name}.o"
         command = [tools.nvcc, "-c", str(source), "-o", str(target), *nvcc_flags]
         steps.append(Step(target, [*command, "-Xcompiler", "-fPIC,-fvisibility=hidden,-fno-gnu-unique"]))
-    facts = Facts(source_hash(csrc), "{}.{}".format(*tools.cuda), tools.architectures)
-    for source in sorted(csrc.glob("*.cpp")):
-        target = folder / f"{source.name}.o"
-        flags = [*binding_flags(csrc, tools.torch), facts_flag(facts)]
-        steps.append(Step(target, [tools.cxx, "-c", str(source), "-o", str(target), *flags]))
+    facts = Facts(source_hash(csrc), f"{tools.cuda[0]}.{tools.cuda[1]}", tools.architectures)
+    steps += binding_steps(csrc, folder, tools.cxx, tools.torch, facts)
     objects = tuple(step.output for step in steps)
     link = [flag.replace("-Wl,", "-Xlinker=", 1) for flag in link_flags(tools.torch)]
     runtime = ["-cudart=static", "-ldl", "-lrt", "-lpthread"]

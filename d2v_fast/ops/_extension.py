@@ -138,8 +138,8 @@ def build_extension(verbose: bool = False, force: bool = False) -> Path:
     """Compile the CUDA extension with the nvcc of this machine, keep it in a per-user cache, load it; returns its path.
 
     A library already in the cache for these sources, architectures (``TORCH_CUDA_ARCH_LIST``, default 8.0;9.0+PTX) and
-    nvcc is taken unless ``force``. ``verbose`` shows the commands and the compilers' output. Processes that
-    build at the same time wait for each other. Raises ``d2v_fast.ops._build.BuildError`` with the compiler's last lines.
+    nvcc is taken unless ``force``. ``verbose`` shows the commands and the compilers' output. Processes that build at
+    the same time wait for each other. Raises ``d2v_fast.ops._build.BuildError``, with the compiler's last lines.
     """
     torch_folder = Path(torch.__file__).parent
     tools = _build.find_toolchain(torch_folder, torch.version.cuda)
