@@ -24,6 +24,7 @@ _PUBLIC = {
     "layer_norm_gelu": "d2v_fast.ops",
     "layer_targets": "d2v_fast.ops",
     "masked_smooth_l1": "d2v_fast.ops",
+    "pos_conv": "d2v_fast.ops",
     "residual_dropout_layer_norm": "d2v_fast.ops",
     "strided_conv": "d2v_fast.ops",
 }

@@ -130,8 +130,8 @@ class EncoderConfig:
     layer_scale: float = 0.0  # initial value; 0 = none
     key_bias: bool = True
     layer_result: Literal["ffn", "block"] = "ffn"  # what targets are made of: FFN output or block output
-    pos_conv_depth: int = 0  # convolutional positions (speech); 0 = none
-    pos_conv_width: int = 95  # fairseq conv_pos: each of the layers has kernel max(3, width // depth)
+    pos_conv_depth: int = 0  # convolutional positions (speech); 0 = none, 1 = wav2vec 2.0's, with weight norm
+    pos_conv_width: int = 95  # fairseq conv_pos: kernel max(3, width // depth) of each layer; at depth 1, width
     pos_conv_groups: int = 16
     relative_bias: bool = False  # learned bias per head and patch offset, shared by all layers (images)
     init: Literal["bert", "beit"] = "bert"
@@ -146,8 +146,9 @@ class EncoderConfig:
         _require(self.layer_scale >= 0, f"encoder.layer_scale must be >= 0, got {self.layer_scale}")
         _require(self.dim % self.heads == 0, f"encoder.dim {self.dim} must be a multiple of heads {self.heads}")
         _require(
-            self.pos_conv_depth != 1 and self.pos_conv_depth >= 0,
-            f"encoder.pos_conv_depth must be 0 (none) or at least 2, got {self.pos_conv_depth}",
+            self.pos_conv_depth >= 0 and self.pos_conv_width >= 1,
+            "encoder.pos_conv_depth must be >= 0 and pos_conv_width >= 1, "
+            f"got {self.pos_conv_depth} and {self.pos_conv_width}",
         )
         _require(
             self.pos_conv_depth == 0 or self.dim % self.pos_conv_groups == 0,

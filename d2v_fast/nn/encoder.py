@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from d2v_fast.nn.attention import SelfAttention
 from d2v_fast.nn.config import EncoderConfig
-from d2v_fast.ops import bias_gelu, layer_norm_gelu, residual_dropout_layer_norm
+from d2v_fast.ops import bias_gelu, pos_conv, residual_dropout_layer_norm
 
 
 class EncoderOutput(NamedTuple):
@@ -23,24 +24,28 @@ class EncoderOutput(NamedTuple):
 
 
 class ConvPositions(nn.Module):
-    """Convolutional relative positions, several layers of conv, layer norm without affine, GELU (data2vec speech)."""
+    """Convolutional relative positions, several layers of conv, layer norm without affine, GELU (data2vec speech).
+
+    Depth 1 is the single convolution of wav2vec 2.0 and HuBERT: weight norm per tap, then GELU without a layer norm.
+    """
 
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
-        kernel = max(3, config.pos_conv_width // config.pos_conv_depth)
+        depth, width = config.pos_conv_depth, config.pos_conv_width
+        kernel = width if depth == 1 else max(3, width // depth)
+        self.groups, self.norm = config.pos_conv_groups, depth > 1
         self.convs = nn.ModuleList(
-            nn.Conv1d(config.dim, config.dim, kernel, padding=kernel // 2, groups=config.pos_conv_groups)
-            for _ in range(config.pos_conv_depth)
+            nn.Conv1d(config.dim, config.dim, kernel, padding=kernel // 2, groups=self.groups) for _ in range(depth)
         )
-        self.trim = kernel % 2 == 0
+        if depth == 1:
+            nn.init.normal_(self.convs[0].weight, std=(4 / (kernel * config.dim)) ** 0.5)
+            nn.init.zeros_(self.convs[0].bias)
+            weight_norm(self.convs[0], dim=2)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [B, T, C] -> [B, T, C]."""
-        for conv in self.convs:
-            x = conv(x.transpose(1, 2)).transpose(1, 2)
-            x = x[:, :-1] if self.trim else x
-            x = layer_norm_gelu(x)
-        return x
+        weights, biases = [conv.weight for conv in self.convs], [conv.bias for conv in self.convs]
+        return pos_conv(x, weights, biases, groups=self.groups, norm=self.norm)
 
 
 class RelativePositionBias(nn.Module):

@@ -9,6 +9,7 @@ from d2v_fast.ops.l2_norm import clip_factor, l2_norm
 from d2v_fast.ops.layer_norm_gelu import layer_norm_gelu
 from d2v_fast.ops.layer_targets import layer_targets
 from d2v_fast.ops.masked_smooth_l1 import masked_smooth_l1
+from d2v_fast.ops.pos_conv import pos_conv
 from d2v_fast.ops.residual_dropout_layer_norm import residual_dropout_layer_norm
 from d2v_fast.ops.strided_conv import strided_conv
 
@@ -24,6 +25,7 @@ __all__ = [
     "layer_norm_gelu",
     "layer_targets",
     "masked_smooth_l1",
+    "pos_conv",
     "residual_dropout_layer_norm",
     "strided_conv",
 ]

@@ -1,8 +1,8 @@
 """Convolutional positions: grouped convolutions over the frames, each followed by a layer norm and GELU.
 
-fairseq: ``make_conv_pos`` of ``wav2vec2`` and its use with ``pos_conv_depth`` (data2vec speech: five layers of kernel 19
-with norm; wav2vec 2.0 and HuBERT: one of kernel 128 without). Padding keeps the number of frames: k // 2 zeros on either
-side, and one frame less where k is even. Backward keeps each convolution's result z in the input's dtype, and mean and
+fairseq: ``make_conv_pos`` of ``wav2vec2`` and ``pos_conv_depth`` (data2vec speech: five layers of kernel 19 with norm;
+wav2vec 2.0 and HuBERT: one of kernel 128 without). Padding keeps the number of frames: k // 2 zeros on either side, and
+one frame less where k is even. Backward keeps each convolution's result z in the input's dtype, and mean and
 1 / deviation of its frames; inputs of the inner layers, ``gelu(norm(z))``, are computed again.
 """
 
@@ -184,9 +184,7 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, grad, *_):
     x, z, stats, segments, *weights = ctx.saved_tensors
-    grad_x, grad_weights, grad_bias = _bwd(
-        grad, x, z, stats, weights, ctx.has_bias, ctx.groups, ctx.norm, segments
-    )
+    grad_x, grad_weights, grad_bias = _bwd(grad, x, z, stats, weights, ctx.has_bias, ctx.groups, ctx.norm, segments)
     return grad_x, grad_weights, grad_bias if ctx.has_bias else None, *(None,) * 5
 
 
