@@ -16,6 +16,7 @@ _PUBLIC = {
     "Data2VecConfig": "d2v_fast.nn",
     "adamw_ema_": "d2v_fast.ops",
     "bias_gelu": "d2v_fast.ops",
+    "build_extension": "d2v_fast.ops._extension",
     "conv0_norm_gelu": "d2v_fast.ops",
     "data2vec_loss": "d2v_fast.ops",
     "ema_update_": "d2v_fast.ops",

@@ -17,6 +17,11 @@ OPS = (
     "adamw_ema_",
     "l2_norm",
 )
+# the general path of each on a GPU, where the extension is not used
+EXTENSION = {
+    "conv0_norm_gelu": "PyTorch matrix products and Triton",
+    "pos_conv": "cuDNN convolutions and Triton",
+}
 FALLBACK = ("ema_update_", "adamw_ema_", "l2_norm")  # run on a GPU without Triton, from PyTorch's own operators
 
 
@@ -36,6 +41,7 @@ def info() -> str:
     import torch
 
     from d2v_fast import __version__
+    from d2v_fast.ops import _extension
     from d2v_fast.ops._dispatch import INTERPRET
 
     lines = [
@@ -60,7 +66,12 @@ def info() -> str:
         cuda |= dict.fromkeys(FALLBACK, "PyTorch multi-tensor operators, slower (install triton)")
     cpu = "Triton interpreter (TRITON_INTERPRET=1)" if INTERPRET else "PyTorch reference"
     lines += [f"op {op:<27} CUDA: {cuda[op]}; CPU: {cpu}" for op in OPS]
-    lines.append("extension     none in this version: speech convolutions run on PyTorch")
+    why_not = _extension.why_not()
+    extension = {op: general if why_not else "CUDA C++ kernel" for op, general in EXTENSION.items()}
+    lines += [f"op {op:<27} CUDA: {extension[op]}; CPU: PyTorch" for op in EXTENSION]
+    lines.append("op strided_conv                CUDA and CPU: PyTorch matrix products")
+    lines.append(f"extension     {'not used: ' + why_not if why_not else 'loaded'}")
+    lines += [f"              {text}" for text in _extension.describe()]
     lines.append("attention     torch scaled_dot_product_attention")
     cores, threads = _cores(), torch.get_num_threads()
     omp = os.environ.get("OMP_NUM_THREADS", "unset")

@@ -87,6 +87,8 @@ def test_public_names():
         "__version__",
         "adamw_ema_",
         "bias_gelu",
+        "build_extension",
+        "conv0_norm_gelu",
         "data2vec_loss",
         "ema_update_",
         "info",
@@ -94,6 +96,7 @@ def test_public_names():
         "layer_norm_gelu",
         "layer_targets",
         "masked_smooth_l1",
+        "pos_conv",
         "residual_dropout_layer_norm",
         "strided_conv",
     ]

@@ -109,6 +109,17 @@ def libraries() -> list[Path]:
     return [*PACKAGE.glob("_C*.so"), *cached]
 
 
+def describe() -> list[str]:
+    """One line for every library there is: its path, and the CUDA and GPUs that it was built for."""
+    lines = []
+    for path in libraries():
+        facts = _build.Facts.read(path)
+        known = f"CUDA {facts.cuda}, GPUs {facts.architectures}" if facts else "not a d2v_fast extension"
+        stale = facts and facts.sources != _build.source_hash(_build.source_folder(PACKAGE))
+        lines.append(f"{path}: {known}{', compiled from other sources' if stale else ''}")
+    return lines
+
+
 def _find(capability: tuple[int, int]) -> tuple[Path | None, str]:
     """The first library that fits this package, torch and GPU; else None and why the best known one does not."""
     reason = ""
