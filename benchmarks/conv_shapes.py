@@ -23,14 +23,15 @@ def steps(S: int, first: int, last: int) -> list[int]:
 
 
 def conv_inputs(
-    dtype: torch.dtype, B: int, S: int, C: int, first: int, last: int, norm: str = "layer", bias: bool = False
-) -> dict[str, Tensor | list]:
+    dtype: torch.dtype, B: int, S: int, C: int, first: int, last: int, norm: str = "layer", bias: bool = False,
+    device: torch.device = DEVICE,
+) -> dict[str, Tensor | list]:  # fmt: skip
     """Layers ``first`` to ``last`` on x: waveforms [B, S] in float32 for layer 0, else activations [B, S, C].
 
     Waveforms hold numbers that ``dtype`` can represent, so that all providers see the same ones. Lists have an entry
     a layer, None where there is no bias or, in the group-norm model after its first layer, no norm.
     """
-    x = torch.randn(B, S, device=DEVICE) if first == 0 else torch.randn(B, S, C, device=DEVICE)
+    x = torch.randn(B, S, device=device) if first == 0 else torch.randn(B, S, C, device=device)
     x = x.to(dtype).float() if first == 0 else x.to(dtype)
     result: dict[str, Tensor | list] = {"x": x, "weights": [], "biases": [], "norm_weights": [], "norm_biases": []}
     for index in range(first, last + 1):
@@ -38,10 +39,10 @@ def conv_inputs(
         width = 1 if index == 0 else C
         normed = norm == "layer" or index == 0
         scale = sqrt(2 / (width * kernel))  # Kaiming's
-        result["weights"].append((scale * torch.randn(C, width, kernel, device=DEVICE)).to(dtype))
-        result["biases"].append((0.1 * torch.randn(C, device=DEVICE)).to(dtype) if bias else None)
-        result["norm_weights"].append((1 + 0.1 * torch.randn(C, device=DEVICE)).to(dtype) if normed else None)
-        result["norm_biases"].append((0.1 * torch.randn(C, device=DEVICE)).to(dtype) if normed else None)
+        result["weights"].append((scale * torch.randn(C, width, kernel, device=device)).to(dtype))
+        result["biases"].append((0.1 * torch.randn(C, device=device)).to(dtype) if bias else None)
+        result["norm_weights"].append((1 + 0.1 * torch.randn(C, device=device)).to(dtype) if normed else None)
+        result["norm_biases"].append((0.1 * torch.randn(C, device=device)).to(dtype) if normed else None)
     return result
 
 
@@ -95,12 +96,14 @@ def minimal_bytes(passes):
     return lambda case, mode: sum(size for _, size in passes(case, mode))
 
 
-def position_inputs(dtype: torch.dtype, B: int, T: int, C: int, G: int, kernel: int, depth: int) -> dict:
+def position_inputs(
+    dtype: torch.dtype, B: int, T: int, C: int, G: int, kernel: int, depth: int, device: torch.device = DEVICE
+) -> dict:  # fmt: skip
     """x [B, T, C], and ``depth`` grouped convolutions with bias."""
     scale = sqrt(1 / (C // G * kernel))
-    weights = [(scale * torch.randn(C, C // G, kernel, device=DEVICE)).to(dtype) for _ in range(depth)]
-    biases = [(0.1 * torch.randn(C, device=DEVICE)).to(dtype) for _ in range(depth)]
-    return {"x": torch.randn(B, T, C, device=DEVICE).to(dtype), "weights": weights, "biases": biases}
+    weights = [(scale * torch.randn(C, C // G, kernel, device=device)).to(dtype) for _ in range(depth)]
+    biases = [(0.1 * torch.randn(C, device=device)).to(dtype) for _ in range(depth)]
+    return {"x": torch.randn(B, T, C, device=device).to(dtype), "weights": weights, "biases": biases}
 
 
 def position_passes(case: Case, mode: str) -> list[Pass]:

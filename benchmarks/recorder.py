@@ -1,12 +1,12 @@
 """Records what an op launches, on a machine without a GPU: Triton kernels with their arguments, and ATen operators.
 
-Our registered ops are sent to their CUDA implementation with CPU tensors, and every Triton launch is noted down instead
-of run. Memory that nothing touches costs nothing, so the real shapes are used. Needs a process without
-TRITON_INTERPRET: interpreted kernels cannot be compiled afterwards.
+Our registered ops are sent to their CUDA implementation with CPU or meta tensors, and every launch of Triton or of the
+CUDA extension is noted down instead of run. Memory that nothing touches costs nothing, so the real shapes are used.
+Needs a process without TRITON_INTERPRET: interpreted kernels cannot be compiled afterwards.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from math import prod
 from types import SimpleNamespace
@@ -23,19 +23,24 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from d2v_fast.kernels import launch, rows
-from d2v_fast.ops import _dispatch
+from d2v_fast.ops import _dispatch, _extension, _pos_conv_extension
 
 NAMESPACE = "d2v_fast"
 NUM_SMS = 132  # of an H100, for launchers that fill the device with persistent programs
 CUDA_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+
+# Kernels that a function of the extension starts, where it is more than one
+EXTENSION_LAUNCHES: dict[str, int] = {}
 
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 FREE = ALLOCATIONS | {"_unsafe_view", "resize_", "set_", "detach_", "lift_fresh", "is_same_size"}
 FILLS = {"zeros", "zeros_like", "new_zeros", "zero_", "fill_", "ones", "ones_like", "full", "full_like", "new_full"}
 FILLS |= {"scalar_tensor", "arange", "bernoulli_", "uniform_", "random_"}
 LAYER_NORMS = {"native_layer_norm", "native_layer_norm_backward"}
+CONVOLUTIONS = {"convolution", "convolution_backward"}  # changes of layout inside of cuDNN are not counted
 BATCH_NORMS = {"native_batch_norm", "_native_batch_norm_legit", "_batch_norm_with_update"}
 SYNCS = {"_local_scalar_dense", "nonzero"}
+RESULTS = {"out", "grad_input", "grad_weight", "grad_bias"}  # arguments that are written, not read
 GATHERS = {"index", "index_select", "embedding"}  # read the rows they return, not all of their input
 
 # multi_tensor_apply of ATen: tensors per launch for 1, 2, ... lists; blocks per launch; elements per block
@@ -58,21 +63,27 @@ class Launch:
 
 @dataclass
 class Recording:
-    """What one call did. ``bytes`` are those of ATen operators: inputs read and outputs written once each."""
+    """What one call did. ``bytes``: of ATen operators and of the extension, all inputs and outputs once each."""
 
     triton: list[Launch] = field(default_factory=list)
+    extension: list[tuple[str, int, int]] = field(default_factory=list)  # function, launches, bytes of its tensors
     aten: list[tuple[str, int, int]] = field(default_factory=list)  # operator, launches, bytes
     syncs: int = 0
     partials: int = 0  # bytes of the partial sums that our kernels leave to an ATen reduction
     allocated: int = 0  # bytes of all tensors made inside, whether freed again or not
+    saved: int = 0  # bytes of the tensors made inside that autograd keeps for backward
 
     @property
     def launches(self) -> int:
-        return len(self.triton) + sum(launches for _, launches, _ in self.aten)
+        return len(self.triton) + sum(launches for _, launches, _ in self.aten + self.extension)
+
+    @property
+    def kernels(self) -> list[str]:
+        return [name for name, *_ in self.extension] + [launch.name for launch in self.triton]
 
     @property
     def bytes(self) -> int:
-        return sum(nbytes for *_, nbytes in self.aten)
+        return sum(nbytes for *_, nbytes in self.aten + self.extension)
 
 
 class Recorder(TorchDispatchMode):
@@ -83,6 +94,8 @@ class Recorder(TorchDispatchMode):
         self.recording = Recording()
         self.num_masked = num_masked  # rows that a boolean index keeps: meta tensors cannot say
         self.inside = False  # one of our ops
+        self.made: set[int] = set()  # storages of the tensors made inside
+        self.kept: set[int] = set()  # of those that autograd keeps
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -101,20 +114,51 @@ class Recorder(TorchDispatchMode):
         self._count(func, name, args, kwargs, out)
         return out
 
+    def keep(self, x: Tensor) -> Tensor:
+        """Hook of autograd: ``x`` is kept for backward. A storage counts once, and not at all if it is an input's."""
+        storage = x.untyped_storage()
+        if storage._cdata in self.made and storage._cdata not in self.kept:
+            self.kept.add(storage._cdata)
+            self.recording.saved += storage.nbytes()
+        return x
+
     def _count(self, func, name: str, args: tuple, kwargs: dict, out: Any) -> None:
         outputs = _tensors(out)
+        self.made.update(x.untyped_storage()._cdata for x in outputs)
         if name in ALLOCATIONS or (outputs and not func.is_view and not name.endswith("_")):
             self.recording.allocated += sum(dense_bytes(x) for x in outputs)
         self.recording.syncs += name in SYNCS
         if name in FREE or name in SYNCS or func.is_view:
             return
-        inputs = _tensors((args, kwargs))
+        inputs = _tensors((args, {key: value for key, value in kwargs.items() if key not in RESULTS}))
         written = _tensors((outputs, _mutated(func, args, kwargs)))
         if name in LAYER_NORMS and not inputs[0].is_contiguous():  # copied inside the operator
             self.recording.aten.append(("contiguous", 1, 2 * dense_bytes(inputs[0])))
+        if name in CONVOLUTIONS:
+            self._count_convolution(name, inputs, outputs)
+            return
         self.recording.aten.append((name, _launches(name, args, inputs), _traffic(name, inputs, written)))
         if self.inside and name == "sum":
             self.recording.partials += dense_bytes(inputs[0])
+
+    def _count_convolution(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        # cuDNN wants contiguous activations; a bias is added, and its gradient summed, by kernels of their own
+        operands = inputs[: 2 if name == "convolution" else 3]
+        activations = operands[:-1]
+        for x in activations:
+            if not x.is_contiguous():
+                self.recording.aten.append(("contiguous", 1, 2 * dense_bytes(x)))
+        if name == "convolution":
+            read = sum(map(dense_bytes, operands))
+            self.recording.aten.append((name, 1, read + dense_bytes(outputs[0])))
+            if len(inputs) > 2:
+                self.recording.aten.append(("add_", 1, 2 * dense_bytes(outputs[0])))
+            return
+        grad, x, weight = operands
+        for result in outputs:
+            other = {x.shape: weight, weight.shape: x}.get(result.shape)  # neither: the bias
+            read = dense_bytes(grad) + (dense_bytes(other) if other is not None else 0)
+            self.recording.aten.append((name, 1, read + dense_bytes(result)))
 
     def _boolean_index(self, name: str, args: tuple, mask: Tensor) -> Tensor:
         # nonzero: count, scan, write, and the host waits for the size
@@ -158,8 +202,10 @@ def _traffic(name: str, inputs: list[Tensor], written: list[Tensor]) -> int:
     if name in ("copy_", "_foreach_copy_"):
         return sum(map(dense_bytes, inputs))  # the destination is among them, and is not read
     loads = sum(map(dense_bytes, inputs))
-    if name in BATCH_NORMS:
+    if name in BATCH_NORMS or name == "native_group_norm":  # a pass for the statistics
         loads += dense_bytes(inputs[0])
+    if name == "native_group_norm_backward":  # sums, then the gradient
+        loads += sum(map(dense_bytes, inputs[:2]))
     if name == "native_layer_norm_backward":  # the weight's pass reads gradient and input again
         loads += sum(map(dense_bytes, inputs[:2])) if len(written) > 1 else 0
     return loads + stores
@@ -171,7 +217,8 @@ def _launches(name: str, args: tuple, inputs: list[Tensor]) -> int:
         return foreach_launches([x.numel() for x in lists[0]], len(lists))
     if name == "native_layer_norm_backward":
         return 3 if len(inputs) > 4 else 2
-    return 2 if name in BATCH_NORMS else 1  # statistics, then the normalisation
+    # statistics (and what follows from them for weight and bias), then the normalisation
+    return {"native_group_norm": 3, "native_group_norm_backward": 4}.get(name, 2 if name in BATCH_NORMS else 1)
 
 
 def foreach_launches(sizes: list[int], num_lists: int) -> int:
@@ -189,11 +236,37 @@ def foreach_launches(sizes: list[int], num_lists: int) -> int:
     return launches + (blocks > 0)
 
 
+class _Extension:
+    """Stands for the functions of the extension: launches are noted, questions are answered with 0."""
+
+    def __init__(self, launches: list[tuple[str, int, int]]):
+        self._launches = launches
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        def call(*args: Any) -> int:
+            if name.endswith("_cuda"):
+                nbytes = sum(map(dense_bytes, _tensors(args)))
+                self._launches.append((name, EXTENSION_LAUNCHES.get(name, 1), nbytes))
+            return 0
+
+        return call
+
+
 @contextmanager
-def gpu_launchers(num_sms: int) -> Iterator[None]:
-    """Launchers take CPU tensors, but choose tiles and grids as for a GPU of ``num_sms`` multiprocessors."""
+def gpu_launchers(num_sms: int, extension: list[tuple[str, int, int]] | None = None) -> Iterator[None]:
+    """Launchers take CPU tensors, but choose tiles and grids as for a GPU of ``num_sms`` multiprocessors.
+
+    Launches of the extension are added to ``extension``.
+    """
     properties = SimpleNamespace(multi_processor_count=num_sms)
+    stand_in = _Extension([] if extension is None else extension)
     with (
+        mock.patch.object(torch, "is_autocast_enabled", lambda *_: False),  # autocast knows no meta device
+        mock.patch.object(torch, "autocast", lambda *_, **__: nullcontext()),
+        mock.patch.object(_extension, "takes", lambda x: True),
+        mock.patch.object(_extension, "use_emulated", True),
+        mock.patch.object(_extension, "ops", lambda x: stand_in),
+        mock.patch.object(_pos_conv_extension, "_EMULATED_SM_COUNT", num_sms),
         mock.patch.object(launch, "interpreted", lambda x: False),
         mock.patch.object(_dispatch, "INTERPRET", True),
         mock.patch.object(torch.cuda, "get_device_properties", lambda *_: properties),
@@ -209,7 +282,9 @@ def record(function: Callable[[], Any], num_masked: int | None = None, num_sms: 
     def run(kernel, *args, grid, warmup, **kwargs):
         recorder.recording.triton.append(Launch(kernel, tuple(grid), args, kwargs))
 
-    with gpu_launchers(num_sms), mock.patch.object(JITFunction, "run", run), recorder:
+    saved = torch.autograd.graph.saved_tensors_hooks(recorder.keep, lambda x: x)
+    launchers = gpu_launchers(num_sms, recorder.recording.extension)
+    with launchers, mock.patch.object(JITFunction, "run", run), recorder, saved:
         function()
     return recorder.recording
 

@@ -85,6 +85,27 @@ def test_bytes_of_known_cases():
     assert ema.minimal_bytes(ema.smoke[0], "fwd") == 12 * sum(e.numel() for e in teacher)
 
 
+def test_work_of_the_convolutions():
+    """Recomputed by hand: 15 x 249 600 samples leave 49 919 frames of 512 channels; bfloat16."""
+    conv0 = bench_of("conv0")
+    case = conv0.cases[0]
+    y = 15 * 49_919 * 512 * 2
+    waves = 15 * 249_600 * 4
+    assert conv0.passes(case, "fwd") == [(2 * 10 * y // 2, waves + y)]
+    assert conv0.minimal_bytes(case, "fwd+bwd") == 2 * (waves + y)
+    strided = bench_of("strided_conv")
+    case = next(case for case in strided.cases if case.name.startswith("conv 1,"))
+    x, y = case.sizes["B"] * case.sizes["S"] * 512 * 2, 15 * 24_959 * 512 * 2
+    assert abs(x - 15 * 49_919 * 512 * 2) < 0.001 * x  # on the lattice there are a few more
+    product, norm = strided.passes(case, "fwd")
+    assert product == (pytest.approx(2 * y // 2 * 512 * 3, rel=1e-3), pytest.approx(x + y, rel=1e-3))
+    assert norm == (0, pytest.approx(2 * y, rel=1e-3))
+    assert [flop > 0 for flop, _ in strided.passes(case, "fwd+bwd")] == [True, False, False, True, True]
+    positions = bench_of("pos_conv")
+    flop = sum(flop for flop, _ in positions.passes(positions.cases[0], "fwd+bwd"))
+    assert flop == 5 * 3 * 2 * 15 * 780 * 768 * 48 * 19
+
+
 @pytest.mark.parametrize("op", ["masked_smooth_l1", "layer_norm_gelu", "ema"])
 def test_minimal_bytes_are_the_bytes_of_the_tensors(op):
     """Forward: what the inputs hold and what comes out, less the vectors that the formulas leave out."""
@@ -127,7 +148,7 @@ def test_minimal_bytes_agree_with_what_our_kernels_move(op):
 def test_truth_table_has_every_kernel():
     table = (BENCHMARKS / "results" / "README.md").read_text()
     for file in (ROOT / "d2v_fast" / "ops").glob("[!_]*.py"):
-        public = {"ema": "ema_update_", "adamw_ema": "adamw_ema_"}.get(file.stem, file.stem)
+        public = {"ema": "ema_update_", "adamw_ema": "adamw_ema_", "conv0": "conv0_norm_gelu"}.get(file.stem, file.stem)
         assert f"| `{public}`" in table, public
         assert file.stem in OPS
 
