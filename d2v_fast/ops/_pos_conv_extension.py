@@ -39,7 +39,7 @@ def tile_table(segments: Tensor, rows: int) -> Tensor:
     index = torch.arange(rows // TILE + len(first), device=segments.device)
     owner = torch.searchsorted(stop, index, right=True).clamp(max=len(first) - 1)
     start = first[owner] + (index - (stop - tiles)[owner]) * TILE
-    return torch.stack([start, first[owner], torch.where(index < stop[-1], last[owner], start)], dim=1)
+    return torch.stack([torch.where(index < stop[-1], start, last[owner]), first[owner], last[owner]], dim=1)
 
 
 def arrange(weight: Tensor, groups: int, dtype: torch.dtype, transposed: bool = False) -> Tensor:
@@ -75,8 +75,9 @@ def forward(
     z = rows.new_empty((last + 1 if keep else min(last + 1, 2), *rows.shape))
     stats = rows.new_empty((last + 1 if norm else 0, 2, len(rows)), dtype=torch.float32)
     sums = rows.new_empty((2, len(rows), groups, 2), dtype=torch.float32) if norm and last else None
-    if segments is not None:
-        z[last % len(z)].zero_()  # of rows outside, gelu and norm make 0
+    if segments is not None:  # the kernels leave rows outside alone; gelu and norm make 0 of 0
+        z.zero_()
+        stats.zero_()
     source = rows
     for i, weight in enumerate(weights):
         normed = norm and i > 0
