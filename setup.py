@@ -64,6 +64,8 @@ def cuda_extension():
 
 
 ext_modules, cmdclass = cuda_extension()
+# one wheel for every Python from 3.10: the library has no Python in it
+options = {"bdist_wheel": {"py_limited_api": "cp310"}} if ext_modules else {}
 setup(
     packages=[
         *find_packages(include=["d2v_fast", "d2v_fast.*"]),
@@ -72,7 +74,9 @@ setup(
         "d2v_fast.csrc.kernels",
     ],
     package_dir={"d2v_fast.kernels": "kernels", "d2v_fast.csrc": "csrc"},
+    exclude_package_data={"d2v_fast.csrc": ["emulator/*"]},
     package_data={"d2v_fast.csrc": ["*.cu", "*.cpp", "*.h"], "d2v_fast.csrc.kernels": ["*.cuh"]},
     ext_modules=ext_modules,
     cmdclass=cmdclass,
+    options=options,
 )

@@ -92,7 +92,7 @@ def load(path: str | os.PathLike) -> None:
     if hasattr(namespace, "finds_stream"):
         raise ExtensionError(f"{path}: another build of the extension is loaded already; restart Python")
     try:
-        torch.ops.load_library(path)
+        torch.ops.load_library(str(path))
     except OSError as error:
         raise ExtensionError(f"{path} does not load with torch {torch.__version__}: {error}") from error
 
@@ -155,18 +155,19 @@ def build_extension(verbose: bool = False, force: bool = False) -> Path:
     torch_folder = Path(torch.__file__).parent
     tools = _build.find_toolchain(torch_folder, torch.version.cuda)
     csrc = _build.source_folder(PACKAGE)
-    flags = "".join(flag.split("code=")[1] + "-" for flag in _build.architecture_flags(tools.architectures))
-    folder = cache_folder() / f"{_build.source_hash(csrc)}-{flags}cuda{tools.cuda[0]}.{tools.cuda[1]}"
+    targets = "-".join(flag.rsplit("=", 1)[1] for flag in _build.architecture_flags(tools.architectures))
+    folder = cache_folder() / f"{_build.source_hash(csrc)}-{targets}-cuda{tools.cuda[0]}.{tools.cuda[1]}"
     library = folder / _build.NAME
     with _build.locked(folder):
-        if force or not library.exists():
+        found = library.exists() and not force
+        if not found:
             with tempfile.TemporaryDirectory(dir=folder) as work:
                 fresh = Path(work) / _build.NAME
                 _build.run(_build.extension_steps(csrc, Path(work), tools, fresh), Path(work), verbose)
                 fresh.replace(library)
     _why_not.cache_clear()
-    if hasattr(torch.ops.d2v_fast, "finds_stream"):
-        warnings.warn(f"{library} is used after a restart: this process has loaded the extension already", stacklevel=2)
+    if hasattr(torch.ops.d2v_fast, "finds_stream") and not (found and str(library) in torch.ops.loaded_libraries):
+        warnings.warn(f"{library} is used after a restart: another build is loaded in this process", stacklevel=2)
     else:
         load(library)
     return library
