@@ -80,7 +80,10 @@ def run_sanitized(kind: str, command: list[str]) -> subprocess.CompletedProcess:
         "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
         "TSAN_OPTIONS": "exitcode=66",
     }
-    return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip("ThreadSanitizer does not run on this kernel: it randomises addresses too widely")
+    return done
 
 
 @cache

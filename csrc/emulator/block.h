@@ -23,6 +23,7 @@ constexpr int WARP = 32;
 constexpr int SLOT = 8;                      // words that a lane can hand to its warp at once
 constexpr int FAILED = 999;                  // returned by launch(); error_text() has the reason
 constexpr size_t MAX_SHARED = 163 * 1024;    // of a block on sm_80
+constexpr size_t RETIRED = 1024;             // ended fibers that are remembered
 constexpr size_t CANARY = 64;                // bytes around shared memory that nobody may change
 
 // Threads that meet: the last to arrive opens the way for all. Two generations of what they brought are kept.
@@ -70,6 +71,7 @@ struct State {
   bool from_host = false;  // the next fiber to start is started by the host
   char started = 0, ended = 0;  // order between host and threads, for ThreadSanitizer
   std::vector<std::unique_ptr<Stack>> stacks;
+  std::deque<Fiber> retired;
   const std::function<void()>* body = nullptr;
   std::string kernel, error;
   uint64_t seed = 1, random = 1;
@@ -237,6 +239,15 @@ inline void report_deadlock() {
                 " threads wait, the others have ended)");
 }
 
+// The identity of a fiber in ThreadSanitizer is given back late: a later block with the same one would not race with it.
+inline void retire(const Fiber& fiber) {
+  state.retired.push_back(fiber);
+  if (state.retired.size() > RETIRED) {
+    release(state.retired.front());
+    state.retired.pop_front();
+  }
+}
+
 inline void run_block(int num_threads, size_t shared_bytes) {
   const Unobserved quiet;  // nothing orders the blocks: what two of them do to the same address is a race
   Block& block = state.block;
@@ -258,7 +269,7 @@ inline void run_block(int num_threads, size_t shared_bytes) {
   block.runnable.pop_back();
   state.from_host = true;
   switch_to(state.host, self().fiber);
-  for (auto& thread : block.threads) release(thread.fiber);
+  for (auto& thread : block.threads) retire(thread.fiber);
   if (!state.error.empty()) throw Failure(state.error);
   report_deadlock();
   check_canaries();

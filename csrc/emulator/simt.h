@@ -60,6 +60,7 @@ inline double shuffle_xor(double v, int mask) { return emulator::exchange(v, emu
 inline float shuffle(float v, int lane) { return emulator::exchange(v, lane); }
 inline float exp2_fast(float x) { return exp2f(x); }
 inline float reciprocal_fast(float x) { return 1.f / x; }
+inline float saturate(float x) { return x > 0.f ? (x < 1.f ? x : 1.f) : 0.f; }
 inline float rsqrt_accurate(float x) { return 1.f / sqrtf(x); }
 inline uint32_t float_bits(float x) { return emulator::float_word(x); }
 inline float bits_float(uint32_t x) { return emulator::word_float(x); }
