@@ -26,7 +26,7 @@
 
 #include "runtime.h"
 
-// The emulated build registers the same functions for CPU tensors, in a namespace of its own: both builds may be loaded.
+// The emulated build registers the same functions for CPU tensors, in a namespace of its own: both may be loaded.
 #ifdef D2V_EMULATE
 #define D2V_SCHEMAS(m) STABLE_TORCH_LIBRARY_FRAGMENT(d2v_fast_emulated, m)
 #define D2V_KERNELS(m) STABLE_TORCH_LIBRARY_IMPL(d2v_fast_emulated, CPU, m)

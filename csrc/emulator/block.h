@@ -239,7 +239,7 @@ inline void report_deadlock() {
                 " threads wait, the others have ended)");
 }
 
-// The identity of a fiber in ThreadSanitizer is given back late: a later block with the same one would not race with it.
+// A fiber keeps its identity in ThreadSanitizer for a while: a later block that took it over could not race with it.
 inline void retire(const Fiber& fiber) {
   state.retired.push_back(fiber);
   if (state.retired.size() > RETIRED) {

@@ -103,7 +103,7 @@ inline void prepare(Fiber& fiber, Stack& stack, void (*entry)()) {
 #endif
 }
 
-// The first thing on a new stack, and the first after a switch back. `from`: who switched, where its stack is not known.
+// The first thing on a new stack, and the first after a switch back. `from`: who switched, if its stack is not known.
 D2V_UNOBSERVED void arrived(Fiber& here, Fiber* from) {
 #if defined(__SANITIZE_ADDRESS__)
   const void* bottom = nullptr;

@@ -1,4 +1,4 @@
-// Runs a kernel on the CPU: every thread of a block is a fiber, and barriers, shuffles and warp-wide matrix instructions
+// Runs a kernel on the CPU: every thread of a block is a fiber; barriers, shuffles and warp-wide matrix instructions
 // wait for their group as the hardware does. Same names as kernels/simt.cuh.
 #pragma once
 #include <cmath>
