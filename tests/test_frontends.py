@@ -5,7 +5,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from tiny import tiny_batch, tiny_config
 
 from d2v_fast.nn import Data2VecConfig, PatchEmbed, SpeechFrontEnd, TextEmbedding, make_batch
@@ -17,7 +16,6 @@ from d2v_fast.nn.config import (
     TargetConfig,
     TextFrontEndConfig,
 )
-from d2v_fast.nn.frontends.speech import strided_conv
 
 
 def front(modality, **changes):
@@ -43,21 +41,6 @@ def test_speech_lengths(samples, frames):
     assert config.min_samples == 400
     if 0 < samples <= 16_000:
         assert front("speech").features(torch.randn(1, max(samples, 400))).shape[1] == max(frames, 1)
-
-
-@pytest.mark.parametrize(("kernel", "stride"), [(10, 5), (3, 2), (2, 2), (1, 1), (3, 1), (7, 3), (2, 4)])
-def test_strided_conv_is_conv1d(kernel, stride):
-    """Forward and both gradients in float64, for lengths that leave every remainder."""
-    for length in range(kernel + 8, kernel + 8 + stride):
-        x = torch.randn(2, length, 3, dtype=torch.float64, requires_grad=True)
-        weight = torch.randn(4, 3, kernel, dtype=torch.float64, requires_grad=True)
-        bias = torch.randn(4, dtype=torch.float64, requires_grad=True)
-        got = strided_conv(x, weight, bias, stride)
-        want = F.conv1d(x.mT, weight, bias, stride).mT
-        torch.testing.assert_close(got, want)
-        upstream = torch.randn_like(want)
-        for a, b in zip(*(torch.autograd.grad(y, (x, weight, bias), upstream) for y in (got, want)), strict=True):
-            torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("norm", ["layer", "group"])

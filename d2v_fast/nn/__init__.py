@@ -4,7 +4,14 @@ from d2v_fast.nn.batch import Batch, make_batch
 from d2v_fast.nn.config import Data2VecConfig
 from d2v_fast.nn.data2vec import Data2Vec, LossOutput
 from d2v_fast.nn.encoder import TransformerEncoder
-from d2v_fast.nn.frontends import PatchEmbed, SpeechFrontEnd, TextEmbedding
+from d2v_fast.nn.frontends import (
+    PackedWaveforms,
+    PatchEmbed,
+    SpeechFrontEnd,
+    TextEmbedding,
+    normalise,
+    pack_waveforms,
+)
 from d2v_fast.nn.teacher import EMATeacher
 
 __all__ = [
@@ -13,9 +20,12 @@ __all__ = [
     "Data2VecConfig",
     "EMATeacher",
     "LossOutput",
+    "PackedWaveforms",
     "PatchEmbed",
     "SpeechFrontEnd",
     "TextEmbedding",
     "TransformerEncoder",
     "make_batch",
+    "normalise",
+    "pack_waveforms",
 ]

@@ -3,6 +3,7 @@
 The presets' values are those of the published recipes (Baevski et al. 2022 and the configurations released with it).
 """
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -59,6 +60,11 @@ class SpeechFrontEndConfig:
         for _, kernel, stride in reversed(self.conv_layers):
             samples = (samples - 1) * stride + kernel
         return samples
+
+    @property
+    def total_stride(self) -> int:
+        """Samples from one frame to the next (320 for the published stack)."""
+        return math.prod(stride for _, _, stride in self.conv_layers)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,10 +4,20 @@ from torch import nn
 
 from d2v_fast.nn.config import Data2VecConfig
 from d2v_fast.nn.frontends.image import PatchEmbed
+from d2v_fast.nn.frontends.lattice import PackedWaveforms, pack_waveforms
 from d2v_fast.nn.frontends.speech import SpeechFrontEnd
 from d2v_fast.nn.frontends.text import TextEmbedding
+from d2v_fast.nn.frontends.waveforms import normalise
 
-__all__ = ["PatchEmbed", "SpeechFrontEnd", "TextEmbedding", "build_frontend"]
+__all__ = [
+    "PackedWaveforms",
+    "PatchEmbed",
+    "SpeechFrontEnd",
+    "TextEmbedding",
+    "build_frontend",
+    "normalise",
+    "pack_waveforms",
+]
 
 
 def build_frontend(config: Data2VecConfig) -> nn.Module:

@@ -4,34 +4,17 @@ fairseq: ``ConvFeatureExtractionModel``, and ``layer_norm``, ``post_extract_proj
 ``Data2VecAudioModel``.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_fast.nn.config import EncoderConfig, SpeechFrontEndConfig
 from d2v_fast.nn.frontends.checks import check_dtype
-from d2v_fast.ops import bias_gelu, layer_norm_gelu
-
-
-def strided_conv(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
-    """``conv1d`` without padding on channels-last x [B, S, C], weight [D, C, kernel]: [B, T, D].
-
-    A group of ``stride`` taps is one matrix product on a view of ``x`` in which a row is ``stride`` steps side by side;
-    each tap that is left over is one on every ``stride``-th step. No im2col, and no transposed activations.
-    """
-    B, S, C = x.shape
-    D, _, kernel = weight.shape
-    T = (S - kernel) // stride + 1
-    whole = kernel - kernel % stride
-    y = None
-    for tap in range(0, whole, stride):
-        rows = x[:, tap : tap + T * stride].reshape(B, T, stride * C)
-        part = F.linear(rows, weight[:, :, tap : tap + stride].transpose(1, 2).reshape(D, stride * C))
-        y = part if y is None else y + part
-    for tap in range(whole, kernel):
-        part = F.linear(x[:, tap : tap + (T - 1) * stride + 1 : stride], weight[:, :, tap])
-        y = part if y is None else y + part
-    return y if bias is None else y + bias
+from d2v_fast.nn.frontends.lattice import PackedWaveforms, lay_rows, pack_waveforms
+from d2v_fast.nn.frontends.waveforms import Lengths, check_finite
+from d2v_fast.ops import bias_gelu, conv0_norm_gelu, layer_norm_gelu, strided_conv
 
 
 class ConvLayer(nn.Module):
@@ -44,24 +27,57 @@ class ConvLayer(nn.Module):
         norms = {"layer": nn.LayerNorm, "group": lambda dim: nn.GroupNorm(dim, dim), "none": lambda dim: None}
         self.norm = norms[norm](out_dim)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, S_in, C_in] -> [B, S_out, C_out]."""
-        bias = self.conv.bias if self.norm is not None else None
-        x = strided_conv(x, self.conv.weight, bias, self.conv.stride[0])
-        if isinstance(self.norm, nn.LayerNorm):
-            return layer_norm_gelu(x, self.norm.weight, self.norm.bias, eps=self.norm.eps)
-        if self.norm is None:
-            return bias_gelu(x, self.conv.bias)
-        return bias_gelu(self.norm(x.transpose(1, 2)).transpose(1, 2))
+    def forward(self, x: Tensor, segments: Tensor | None = None) -> Tensor:
+        """x [B, S_in, C_in], in the first layer waveforms [B, S], to [B, S_out, C_out].
+
+        ``segments`` [U, 2]: the frames that a group norm takes together, as in :func:`conv0_norm_gelu`.
+        """
+        weight, bias, stride, norm = self.conv.weight, self.conv.bias, self.conv.stride[0], self.norm
+        if x.dim() == 2:
+            kind = "layer" if isinstance(norm, nn.LayerNorm) else "group"
+            return conv0_norm_gelu(
+                x, weight, bias, norm.weight, norm.bias, stride=stride, norm=kind, eps=norm.eps, segments=segments
+            )
+        if norm is None:
+            return bias_gelu(strided_conv(x, weight, stride=stride), bias)
+        return layer_norm_gelu(strided_conv(x, weight, bias, stride=stride), norm.weight, norm.bias, eps=norm.eps)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.factor, None
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """x unchanged, its gradient multiplied by ``factor`` (fairseq ``GradMultiply``)."""
-    return x if factor == 1 else x.detach() + (x - x.detach()) * factor
+    return x if factor == 1 else _ScaleGradient.apply(x, factor)
 
 
 class SpeechFrontEnd(nn.Module):
-    """Waveforms [B, S] to frames [B, T, C]; student and teacher share the result."""
+    """Waveforms [B, S] to frames [B, T, C]; student and teacher share the result.
+
+    All waveforms of a batch lie in one row, at multiples of the convolutions' total stride
+    (:mod:`d2v_fast.nn.frontends.lattice`), so that every convolution is one or two matrix products. With lengths, or
+    as :class:`PackedWaveforms`, they may differ in length: no padding is computed, and each has the frames that it
+    would have alone.
+
+    Memory for backward, for a row of L samples, T_l frames and C_l channels behind convolution l = 0 .. n, elements of
+    e bytes (2 under bfloat16 autocast), layer norm: the waveforms and 1 / deviation of convolution 0; the output of
+    every convolution but the last, which is the next one's input; from convolution 1 on, what its norm reads, and mean
+    and 1 / deviation of the frames::
+
+        4 L + 4 T_0  +  sum_{l < n} e C_l T_l  +  sum_{l > 0} (e C_l + 8) T_l
+
+    bytes, besides parameters. With a group norm, 8 U (k + k k) bytes of statistics for U waveforms and kernel k take
+    the place of 4 T_0, and there are none in later layers. On the CPU, a norm of less than 2^17 elements keeps its
+    result as well. ``feature_grad_mult = 0`` keeps nothing.
+    """
 
     def __init__(self, config: SpeechFrontEndConfig, encoder: EncoderConfig) -> None:
         super().__init__()
@@ -81,24 +97,97 @@ class SpeechFrontEnd(nn.Module):
         """Frames that :meth:`features` gives for these waveforms [B, S]."""
         return self.config.num_frames(waveforms.shape[-1])
 
-    def features(self, waveforms: Tensor) -> Tensor:
-        """Waveforms [B, S], normalised to zero mean and unit variance each, to frames [B, T, C] before masking.
+    def output_lengths(self, lengths: Tensor | Sequence[int]) -> Tensor:
+        """Frames [B] int64 of waveforms of ``lengths`` [B] samples, on the device of ``lengths``; 0 if too short.
 
         Raises:
-            TypeError: not of the weights' dtype (with autocast: not float32, bfloat16 or float16).
-            ValueError: not [B, S], or fewer samples than one frame needs.
+            TypeError: ``lengths`` are no integers.
         """
+        frames = torch.as_tensor(lengths)
+        if frames.is_floating_point() or frames.is_complex() or frames.dtype == torch.bool:
+            raise TypeError(f"lengths must be integers, got {frames.dtype}")
+        frames = frames.long()
+        for _, kernel, stride in self.config.conv_layers:
+            frames = (frames - kernel).div(stride, rounding_mode="floor") + 1
+        return frames.clamp(min=0)
+
+    def features(
+        self,
+        waveforms: Tensor,  # [B, S]
+        lengths: Lengths | None = None,  # [B]
+        *,
+        sample_rate: int | None = None,
+        check: bool = False,
+    ) -> Tensor:
+        """Waveforms [B, S], normalised to zero mean and unit variance each, to frames [B, T, C] before masking.
+
+        Args:
+            waveforms: [B, S] in the weights' dtype (with autocast: float32, bfloat16 or float16); see
+                :func:`~d2v_fast.nn.frontends.waveforms.normalise`.
+            lengths: [B] samples of each, known on the host. What lies behind them is not looked at; frames behind a
+                waveform's own are 0, and T is that of the longest. By default all of S. On a GPU, small tables are
+                copied there; :meth:`packed_features` takes what a data loader has prepared.
+            sample_rate: of the waveforms in Hz, where it is known, to be checked.
+            check: look for samples that are not finite on a GPU as well, which has to be waited for.
+
+        Raises:
+            TypeError: waveforms of another dtype, or ``lengths`` no integers.
+            ValueError: waveforms not [B, S] with a row, fewer samples than one frame needs, samples that are not
+                finite (on the CPU, or with ``check``), lengths not [B] or beyond S, or another sample rate.
+        """
+        self._check(waveforms, sample_rate)
+        if lengths is not None:
+            packed = pack_waveforms(waveforms, self.config, lengths)
+            return packed.padded(self.packed_features(packed, check=check))
+        check_finite("waveforms", waveforms, check)
+        B, S = waveforms.shape
+        if B == 1:
+            return self._project(self._convolve(waveforms, None))
+        x = self._convolve(lay_rows(waveforms, self.config), self._even_segments(waveforms))  # [1, B slots, 512]
+        x = x.view(B, -1, x.shape[2])[:, : self.config.num_frames(S)]
+        return self._project(x)
+
+    def packed_features(
+        self, packed: PackedWaveforms, *, sample_rate: int | None = None, check: bool = False
+    ) -> Tensor:
+        """Frames [1, M, C] of waveforms in one row, guard frames included: ``packed.valid`` or ``packed.padded`` sorts
+        them out. Arguments and errors are those of :meth:`features`."""
+        self._check(packed.samples, sample_rate)
+        check_finite("samples", packed.samples, check)
+        return self._project(self._convolve(packed.samples, packed.conv_segments))
+
+    def _check(self, waveforms: Tensor, sample_rate: int | None) -> None:
         check_dtype("waveforms", waveforms, self.proj.weight)
-        if waveforms.ndim != 2:
-            raise ValueError(f"waveforms must be [B, S], got {tuple(waveforms.shape)}")
+        if waveforms.ndim != 2 or waveforms.shape[0] == 0:
+            raise ValueError(f"waveforms must be [B, S] with at least one row, got {tuple(waveforms.shape)}")
         if waveforms.shape[1] < self.config.min_samples:
             raise ValueError(
                 f"waveforms must have at least {self.config.min_samples} samples, got {waveforms.shape[1]}"
             )
+        if sample_rate is not None and sample_rate != self.config.sample_rate:
+            raise ValueError(f"sample_rate must be the model's {self.config.sample_rate} Hz, got {sample_rate}")
+
+    def _even_segments(self, waveforms: Tensor) -> Tensor | None:
+        """``PackedWaveforms.conv_segments`` of waveforms [B, S] of one length, made where they are."""
+        if self.config.conv_norm != "group":
+            return None
+        (B, S), (_, kernel, stride) = waveforms.shape, self.config.conv_layers[0]
+        apart = -(-S // self.config.total_stride) * self.config.total_stride // stride
+        first = torch.arange(B, device=waveforms.device) * apart
+        return torch.stack([first, torch.full_like(first, (S - kernel) // stride + 1)], 1)
+
+    def _convolve(self, samples: Tensor, segments: Tensor | None) -> Tensor:
+        """A row of samples [1, L] to frames [1, M, 512]."""
         factor = self.config.feature_grad_mult
         with torch.set_grad_enabled(torch.is_grad_enabled() and factor > 0):
-            x = self.convs(waveforms[:, :, None])  # [B, T, 512]
-        x = scale_gradient(x, factor) if factor > 0 else x
+            first, *rest = self.convs
+            x = first(samples, segments)
+            for layer in rest:
+                x = layer(x)
+        return scale_gradient(x, factor) if factor > 0 else x
+
+    def _project(self, x: Tensor) -> Tensor:
+        """Frames [.., 512] to [.., C]."""
         return self.proj(self.norm(x))
 
     def apply_mask(self, features: Tensor, mask: Tensor) -> Tensor:
