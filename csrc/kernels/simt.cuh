@@ -47,6 +47,7 @@ D2V_DEVICE float reciprocal_fast(float x) {
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(x));
   return r;
 }
+D2V_DEVICE float saturate(float x) { return __saturatef(x); }  // into [0, 1]; NaN becomes 0
 D2V_DEVICE float rsqrt_accurate(float x) { return 1.f / __fsqrt_rn(x); }
 D2V_DEVICE uint32_t float_bits(float x) { return __float_as_uint(x); }
 D2V_DEVICE float bits_float(uint32_t x) { return __uint_as_float(x); }

@@ -5,13 +5,14 @@ fairseq: the first block of ``ConvFeatureExtractionModel``, in extractor mode "l
 the waveform, so backward keeps the waveform and recomputes the rest.
 """
 
+from collections.abc import Sequence
 from numbers import Integral
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2v_fast.ops import _conv0_blocks, _rows
+from d2v_fast.ops import _conv0_blocks, _conv0_extension, _rows
 from d2v_fast.ops._dispatch import check_device, check_float, check_index
 
 NORMS = ("layer", "group")
@@ -56,12 +57,15 @@ def _frames(waveforms: Tensor, weight: Tensor, stride: int) -> int:
     return (waveforms.shape[1] - weight.shape[2]) // stride + 1
 
 
-def _stats_shape(waveforms: Tensor, weight: Tensor, segments: Tensor | None, stride: int, norm: str) -> list[int]:
-    """Layer norm: 1 / deviation of each frame. Group norm: mean and covariance of the taps in each segment."""
+def _empty_stats(tensors: Sequence[Tensor | None], stride: int, norm: str) -> Tensor:
+    """Layer norm: 1 / deviation of each frame. Group norm: mean and covariance of the taps in each segment, float64."""
+    waveforms, weight, *_, segments = tensors
     if norm == "layer":
-        return [waveforms.shape[0] * _frames(waveforms, weight, stride)]
+        shape = (waveforms.shape[0] * _frames(waveforms, weight, stride),)
+        return waveforms.new_empty(shape, dtype=_rows.accumulation(*tensors[:-1]))
     k = weight.shape[2]
-    return [waveforms.shape[0] if segments is None else segments.shape[0], k + k * k]
+    count = waveforms.shape[0] if segments is None else segments.shape[0]
+    return waveforms.new_empty((count, k + k * k), dtype=torch.float64)
 
 
 @torch.library.custom_op("d2v_fast::conv0_norm_gelu_fwd", mutates_args=(), device_types=("cpu", "cuda"))
@@ -77,13 +81,16 @@ def _fwd(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
+    tensors = (waveforms, weight, bias, norm_weight, norm_bias, segments)
     shape = (waveforms.shape[0], _frames(waveforms, weight, stride), weight.shape[0])
     y = torch.empty(shape, device=waveforms.device, dtype=dtype)
-    vectors = (bias, norm_weight, norm_bias)
+    if _conv0_extension.fits(waveforms, weight, dtype):
+        stats = _empty_stats(tensors, stride, norm)
+        _conv0_extension.forward(y, stats, *tensors, stride, norm, eps)
+        return y, stats
     with torch.autocast(waveforms.device.type, enabled=False):
-        problem = _conv0_blocks.Problem.of(waveforms, weight, *vectors, segments, stride, eps)
         forward = _conv0_blocks.layer_forward if norm == "layer" else _conv0_blocks.group_forward
-        return y, forward(problem, y.flatten(0, 1))
+        return y, forward(_conv0_blocks.Problem.of(*tensors, stride, eps), y.flatten(0, 1))
 
 
 @torch.library.custom_op("d2v_fast::conv0_norm_gelu_bwd", mutates_args=(), device_types=("cpu", "cuda"))
@@ -100,21 +107,21 @@ def _bwd(
     norm: str,
     eps: float,
 ) -> Tensor:
-    vectors = (bias, norm_weight, norm_bias)
+    tensors = (waveforms, weight, bias, norm_weight, norm_bias, segments)
+    if _conv0_extension.fits(waveforms, weight, grad.dtype):
+        return _conv0_extension.backward(grad.contiguous(), stats, *tensors, stride, norm, eps)
     with torch.autocast(waveforms.device.type, enabled=False):
-        problem = _conv0_blocks.Problem.of(waveforms, weight, *vectors, segments, stride, eps)
         backward = _conv0_blocks.layer_backward if norm == "layer" else _conv0_blocks.group_backward
-        grad_weight, *grads = backward(problem, grad.flatten(0, 1), stats)
-        return torch.cat([grad_weight, torch.stack(grads, 1)], 1)
+        problem = _conv0_blocks.Problem.of(*tensors, stride, eps)
+        grad_weight, *vectors = backward(problem, grad.flatten(0, 1), stats)
+        return torch.cat([grad_weight, torch.stack(vectors, 1)], 1)
 
 
 @_fwd.register_fake
 def _(waveforms, weight, bias, norm_weight, norm_bias, segments, stride, norm, eps, dtype):
-    T = _frames(waveforms, weight, stride)
-    y = torch.empty((waveforms.shape[0], T, weight.shape[0]), device=waveforms.device, dtype=dtype)
-    wide = _rows.accumulation(waveforms, weight, bias, norm_weight, norm_bias)
-    shape = _stats_shape(waveforms, weight, segments, stride, norm)
-    return y, y.new_empty(shape, dtype=wide if norm == "layer" else torch.float64)
+    shape = (waveforms.shape[0], _frames(waveforms, weight, stride), weight.shape[0])
+    tensors = (waveforms, weight, bias, norm_weight, norm_bias, segments)
+    return waveforms.new_empty(shape, dtype=dtype), _empty_stats(tensors, stride, norm)
 
 
 @_bwd.register_fake
@@ -178,8 +185,9 @@ def conv0_norm_gelu(
         8 U (k + k * k) bytes (group norm), against 2 B T C and more for separate operators. NaN and inf in a waveform
         make the frames that see it NaN (layer norm), or its segment (group norm).
 
-        The frames go through PyTorch's operators block by block; ``waveforms.requires_grad`` takes PyTorch's autograd,
-        with its memory, and segments read on the host.
+        On a GPU with the extension, bfloat16 and float16 results with C a multiple of 64 and k up to 16 come from one
+        CUDA kernel each way. Other cases, and the CPU, take blocks of frames through PyTorch's operators; so does
+        ``waveforms.requires_grad``, with PyTorch's autograd, its memory, and segments read on the host.
 
     Raises:
         ValueError: shapes do not fit, the batch is empty, S is below k, ``norm`` is unknown, ``stride`` or ``eps`` is
