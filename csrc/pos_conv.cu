@@ -1,5 +1,6 @@
 #include "pos_conv.h"
 
+#include <algorithm>
 #include <type_traits>
 
 #include "kernels/pos_conv.cuh"
@@ -28,7 +29,7 @@ int for_shape(const D2vPosConvShape& shape, F run) {
   return shape.bf16 ? with_width(Bf16{}) : with_width(F16{});
 }
 
-Tiles tiles_of(const D2vPosConvShape& shape) { return {shape.tiles, shape.frames, shape.num_tiles}; }
+Tiles tiles_of(const D2vPosConvShape& shape) { return {shape.tiles, int(shape.frames), int(shape.num_tiles)}; }
 
 int run_conv(ConvArgs args, const D2vPosConvShape& shape, void* stream) {
   args.tiles = tiles_of(shape);
@@ -50,7 +51,9 @@ uint16_t* elements(void* p) { return static_cast<uint16_t*>(p); }
 size_t d2v_pos_conv_shared_bytes(int64_t width, int64_t taps) {
   D2vPosConvShape shape{};
   shape.width = width;
-  return size_t(for_shape(shape, [&](auto, auto width) { return int(conv_shared_bytes<width()>(int(taps))); }));
+  return size_t(for_shape(shape, [&](auto, auto width) {
+    return int(std::max(conv_shared_bytes<width()>(int(taps)), wgrad_shared_bytes<width()>(WGRAD_MAX_WARPS)));
+  }));
 }
 
 int d2v_pos_conv_fwd(const void* x, const float* sums, float* stats, const void* weight, const float* bias, void* z,
@@ -101,7 +104,7 @@ int d2v_pos_conv_wgrad(const void* grad, const void* x, float* grad_weight, floa
                        elements(x),      grad_weight,        grad_bias};
   return for_shape(*shape, [&](auto type, auto width) {
     const auto kernel = pos_conv_wgrad_kernel<decltype(type), width()>;
-    const size_t shared = 2 * wgrad_stage_bytes<width()>(warps);
+    const size_t shared = wgrad_shared_bytes<width()>(warps);
     return launch(kernel, {blocks, shape->groups, splits}, 32 * warps, shared, stream, args);
   });
 }

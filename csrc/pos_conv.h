@@ -19,7 +19,7 @@ struct D2vPosConvShape {
   const int64_t* tiles;
 };
 
-// Shared memory of a block in bytes.
+// Shared memory in bytes of the kernel that needs most.
 size_t d2v_pos_conv_shared_bytes(int64_t width, int64_t taps);
 
 // z = conv(in) + bias. `activate`: in = gelu(norm(x)), where `sums` [rows, groups, 2] fp32 are what the layer below left

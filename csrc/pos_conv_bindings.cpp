@@ -38,6 +38,7 @@ D2vPosConvShape shape_of(const Call& call, const Tensor& x, const Maybe& tiles, 
   call.require(width == 32 || width == 48 || width == 64 || width == 80, "groups",
                "must leave 32, 48, 64 or 80 channels each, got " + std::to_string(width));
   call.require(taps > 0, "taps", "must be positive");
+  call.require(frames <= INT32_MAX, "frames", "must fit in 32 bits");
   int64_t num_tiles = 0;
   if (tiles.has_value()) {
     call.check("tiles", *tiles, {ScalarType::Long}, {d2v::kAny, 3});
@@ -66,6 +67,7 @@ void forward(const Tensor& x, const Maybe& sums, const Maybe& stats, const Tenso
   check_floats(call, "stats", stats, {2, shape.rows});
   check_floats(call, "z_sums", z_sums, {shape.rows, shape.groups, 2});
   check_floats(call, "bias", bias, {x.size(1)});
+  if (bias.has_value()) call.check_aligned("bias", *bias, 16);
   call.require(sums.has_value() == stats.has_value(), "stats", "must come with sums");
   call.launched(d2v_pos_conv_fwd(x.data_ptr(), ptr<const float>(sums), ptr<float>(stats), weight.data_ptr(),
                                  ptr<const float>(bias), z.data_ptr(), ptr<float>(z_sums), activate, eps, &shape,

@@ -50,10 +50,10 @@ struct ConvArgs {
 };
 
 template <int D>
-constexpr int TAPS_AT_ONCE = 10240 / (D * D);  // 20 KB of weights
+constexpr int TAPS_AT_ONCE = 8192 / (D * D);  // 16 KB of weights
 
 template <int D>
-D2V_DEVICE constexpr size_t conv_shared_bytes(int taps) {
+constexpr size_t conv_shared_bytes(int taps) {
   const size_t frames = TILE + taps - 1;
   return frames * (sizeof(float) * 4 + PITCH<D>) + 2 * size_t(TAPS_AT_ONCE<D>) * D * PITCH<D>;
 }
@@ -63,17 +63,30 @@ struct alignas(16) RowTerms {
   float mean, rstd, grad, product;  // the last two: means of the gradient, and of its product with the normalised row
 };
 
-// Mean and 1 / deviation of a row from those of its groups of D channels (Chan et al. 1979).
+struct Sums {
+  float first, second;
+};
+D2V_DEVICE Sums sums_of_group(const float* sums, int group) {
+  const Words2 v = load_words<Words2>(sums + 2 * group);
+  return {bits_float(v.x), bits_float(v.y)};
+}
+
+// Mean and 1 / deviation of a row from those of its groups of D channels (Chan et al. 1979), as seen from the first.
 template <int D>
 D2V_DEVICE RowTerms combine_groups(const float* sums, int groups, float eps) {
-  float mean = 0.f, spread = 0.f;
-  for (int g = 0; g < groups; ++g) mean += sums[2 * g];
-  mean /= groups;
+  const float base = sums_of_group(sums, 0).first;
+  float shift = 0.f, squares = 0.f, spread = 0.f;
+#pragma unroll 8
   for (int g = 0; g < groups; ++g) {
-    const float d = sums[2 * g] - mean;
-    spread += fmaf(D * d, d, sums[2 * g + 1]);
+    const Sums of = sums_of_group(sums, g);
+    const float d = of.first - base;
+    shift += d;
+    squares = fmaf(d, d, squares);
+    spread += of.second;
   }
-  return {mean, rsqrt_accurate(spread / (groups * D) + eps), 0.f, 0.f};
+  shift /= groups;
+  spread = fmaf(float(D), fmaxf(squares - groups * shift * shift, 0.f), spread);
+  return {base + shift, rsqrt_accurate(spread / (groups * D) + eps), 0.f, 0.f};
 }
 
 template <int D>
@@ -89,62 +102,71 @@ D2V_DEVICE RowTerms row_terms(const ConvArgs& args, const Tile& tile, int64_t ro
     return terms;
   }
   float grad = 0.f, product = 0.f;
+#pragma unroll 8
   for (int g = 0; g < args.groups; ++g) {
-    grad += sums[2 * g];
-    product += sums[2 * g + 1];
+    const Sums of = sums_of_group(sums, g);
+    grad += of.first;
+    product += of.second;
   }
   const float channels = float(args.groups * D);
   return {args.stats[row], args.stats[args.rows + row], grad / channels, product / channels};
 }
 
 template <class T>
-D2V_DEVICE uint32_t activate(uint32_t x, const RowTerms& row) {
-  return T::pack(gelu((T::first(x) - row.mean) * row.rstd), gelu((T::second(x) - row.mean) * row.rstd));
+D2V_DEVICE Words4 activate(const Words4& x, const RowTerms& row) {
+  const auto one = [&row](float x) { return gelu((x - row.mean) * row.rstd); };
+  const auto two = [&one](uint32_t x) { return T::pack(one(T::first(x)), one(T::second(x))); };
+  return {two(x.x), two(x.y), two(x.z), two(x.w)};
 }
 
 template <class T>
-D2V_DEVICE uint32_t norm_grad(uint32_t grad, uint32_t z, const RowTerms& row) {
+D2V_DEVICE Words4 norm_grad(const Words4& grad, const Words4& z, const RowTerms& row) {
   const auto one = [&row](float grad, float z) {
     return row.rstd * (grad - row.grad - (z - row.mean) * row.rstd * row.product);
   };
-  return T::pack(one(T::first(grad), T::first(z)), one(T::second(grad), T::second(z)));
+  const auto two = [&one](uint32_t grad, uint32_t z) {
+    return T::pack(one(T::first(grad), T::first(z)), one(T::second(grad), T::second(z)));
+  };
+  return {two(grad.x, z.x), two(grad.y, z.y), two(grad.z, z.z), two(grad.w, z.w)};
 }
 
 // Brings rows tile.first - padding ... of one group into shared memory, 0 outside the segment.
 template <class T, int D>
 D2V_DEVICE void load_frames(const ConvArgs& args, const Tile& tile, int rows, RowTerms* terms, unsigned char* frames) {
   const int64_t start = tile.first - args.padding;
-  const int64_t channels = int64_t(args.groups) * D;
-  const int64_t column = int64_t(block_y()) * D;
-  if (args.input != AS_IT_IS) {
-    for (int r = thread_id(); r < rows; r += CONV_THREADS)
-      if (tile.inside(start + r)) terms[r] = row_terms<D>(args, tile, start + r);
-    block_barrier();
+  const int64_t channels = int64_t(args.groups) * D, column = int64_t(block_y()) * D;
+  if (args.input == AS_IT_IS) {
+    copy_rows<D>(frames, args.x + column, channels, start, rows, tile.begin, tile.end);
+    return;
   }
-  for (int i = thread_id(); i < rows * (D / 8); i += CONV_THREADS) {
-    const int r = i / (D / 8), chunk = i % (D / 8);
-    const int64_t row = start + r;
-    const bool inside = tile.inside(row);
-    const int64_t offset = inside ? row * channels + column + chunk * 8 : 0;
-    unsigned char* to = frames + r * PITCH<D> + chunk * 16;
-    if (args.input == AS_IT_IS) {
-      async_copy16(to, args.x + offset, inside);
-      continue;
+  for (int r = thread_id(); r < rows; r += CONV_THREADS)
+    if (tile.inside(start + r)) terms[r] = row_terms<D>(args, tile, start + r);
+  block_barrier();
+  constexpr int BATCH = 4;  // loads of a thread on their way at once
+  const int count = rows * (D / 8);
+  for (int first = thread_id(); first < count; first += BATCH * CONV_THREADS) {
+    Words4 v[BATCH] = {}, z[BATCH] = {};
+#pragma unroll
+    for (int b = 0; b < BATCH; ++b) {
+      const int i = first + b * CONV_THREADS;
+      const int64_t row = start + i / (D / 8);
+      if (i >= count || !tile.inside(row)) continue;
+      const int64_t offset = row * channels + column + i % (D / 8) * 8;
+      v[b] = load_words<Words4>(args.x + offset);
+      if (args.input == NORM_GRAD) z[b] = load_words<Words4>(args.z + offset);
     }
-    Words4 v{0, 0, 0, 0};
-    if (inside) {
-      const RowTerms row_of = terms[r];
-      v = load_words<Words4>(args.x + offset);
-      if (args.input == ACTIVATION) {
-        v = {activate<T>(v.x, row_of), activate<T>(v.y, row_of), activate<T>(v.z, row_of), activate<T>(v.w, row_of)};
-      } else {
-        const Words4 z = load_words<Words4>(args.z + offset);
-        v = {norm_grad<T>(v.x, z.x, row_of), norm_grad<T>(v.y, z.y, row_of), norm_grad<T>(v.z, z.z, row_of),
-             norm_grad<T>(v.w, z.w, row_of)};
-        if (row >= tile.first && row < tile.first + tile.frames()) store_words(args.in_copy + offset, v);
+#pragma unroll
+    for (int b = 0; b < BATCH; ++b) {
+      const int i = first + b * CONV_THREADS, r = i / (D / 8), chunk = i % (D / 8);
+      if (i >= count) continue;
+      const int64_t row = start + r;
+      if (tile.inside(row)) {
+        v[b] = args.input == ACTIVATION ? activate<T>(v[b], terms[r]) : norm_grad<T>(v[b], z[b], terms[r]);
+        if (args.input == NORM_GRAD && row >= tile.first && row < tile.first + tile.frames())
+          store_words(args.in_copy + row * channels + column + chunk * 8, v[b]);
       }
+      store_words(frames + r * PITCH<D> + chunk * 16, v[b]);
     }
-    store_words(to, v);
   }
 }
 
@@ -217,9 +239,9 @@ struct ConvRow {
 #pragma unroll
     for (int p = 0; p < D / 16; ++p) {
       if (args.bias != nullptr) {
-        const float* bias = args.bias + block_y() * D + p * 16 + thread_id() % 4 * 4;
-#pragma unroll
-        for (int e = 0; e < 4; ++e) v[4 * p + e] += bias[e];
+        const Words4 bias = load_words<Words4>(args.bias + block_y() * D + p * 16 + thread_id() % 4 * 4);
+        v[4 * p] += bits_float(bias.x), v[4 * p + 1] += bits_float(bias.y);
+        v[4 * p + 2] += bits_float(bias.z), v[4 * p + 3] += bits_float(bias.w);
       }
       const uint32_t low = T::pack(v[4 * p], v[4 * p + 1]), high = T::pack(v[4 * p + 2], v[4 * p + 3]);
       write(args.out, p, low, high);
@@ -282,7 +304,7 @@ D2V_DEVICE void write_frames(const ConvArgs& args, const Tile& tile, int first, 
 }
 
 template <class T, int D>
-D2V_KERNEL void D2V_BOUNDS(CONV_THREADS, 2) pos_conv_kernel(const ConvArgs args) {
+D2V_KERNEL void D2V_BOUNDS(CONV_THREADS, D <= 48 ? 3 : 2) pos_conv_kernel(const ConvArgs args) {
   const Tile tile = args.tiles.at(block_x());
   if (tile.frames() <= 0) return;  // the table may have room to spare
   RowTerms* terms = reinterpret_cast<RowTerms*>(shared_memory());

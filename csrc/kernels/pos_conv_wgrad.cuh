@@ -1,13 +1,13 @@
 // Gradient of the weights of a grouped convolution over frames, channels last:
 //   grad_weight[tap][o][i] = sum over rows of grad[row, o] x[row + tap - padding, i]
 // A block takes some taps (one to a warp), one group and a share of the tiles, whose frames pass through shared memory
-// 64 at a time; sums stay in registers and are written once, for a second stage to add up in order.
+// 128 at a time; sums stay in registers and are written once, for a second stage to add up in order.
 #pragma once
 #include "pos_conv_tiles.cuh"
 
 namespace d2v {
 
-constexpr int WGRAD_FRAMES = 64;    // at once
+constexpr int WGRAD_FRAMES = 128;   // at once
 constexpr int WGRAD_MAX_WARPS = 8;  // taps of a block
 
 struct WgradArgs {
@@ -19,65 +19,60 @@ struct WgradArgs {
   float* grad_bias;      // [grid_z, C] or null
 };
 
+// Two stages of rows, and a row of sums for each warp.
 template <int D>
-D2V_DEVICE constexpr size_t wgrad_stage_bytes(int warps) {
-  return size_t(2 * WGRAD_FRAMES + warps - 1) * PITCH<D>;
+constexpr size_t wgrad_shared_bytes(int warps) {
+  return 2 * size_t(2 * WGRAD_FRAMES + warps - 1) * PITCH<D> + sizeof(float) * warps * D;
 }
 
-// Where a block is in its share of the tiles.
+// Where a block is in its share of the tiles: at row `frame` of tile `index`. The tile itself is looked up again when
+// needed: the registers are for sums.
 struct WgradPlace {
-  int64_t index;
-  int frame;
-  Tile tile;
-  bool valid;
+  int index, frame;
+
+  D2V_DEVICE bool valid(const Tiles& tiles) const { return index < tiles.count; }
+  D2V_DEVICE void skip_empty(const Tiles& tiles) {
+    while (index < tiles.count && tiles.at(index).frames() <= 0) index += grid_z();
+  }
+  D2V_DEVICE void advance(const Tiles& tiles) {
+    frame += WGRAD_FRAMES;
+    if (frame < tiles.at(index).frames()) return;
+    frame = 0;
+    index += grid_z();
+    skip_empty(tiles);
+  }
 };
 
-D2V_DEVICE WgradPlace wgrad_place(const Tiles& tiles, int64_t index) {
-  for (; index < tiles.count; index += grid_z()) {
-    const Tile tile = tiles.at(index);
-    if (tile.frames() > 0) return {index, 0, tile, true};
-  }
-  return {index, 0, {0, 0, 0}, false};
-}
-
-D2V_DEVICE WgradPlace wgrad_next(const Tiles& tiles, const WgradPlace& place) {
-  WgradPlace next = place;
-  next.frame += WGRAD_FRAMES;
-  return next.frame < place.tile.frames() ? next : wgrad_place(tiles, place.index + grid_z());
-}
-
-// 64 rows of the gradient, 0 behind the tile; below them those of x that the block's taps meet, 0 outside the segment
+// Rows of the gradient, 0 behind the tile; below them those of x that the block's taps meet, 0 outside the segment.
+// Returns how many rows of the gradient there are.
 template <int D>
-D2V_DEVICE void wgrad_load(const WgradArgs& args, const WgradPlace& place, int first_tap, unsigned char* stage) {
-  const int rows = 2 * WGRAD_FRAMES + num_threads() / 32 - 1;
-  const int64_t channels = int64_t(args.groups) * D;
-  const int64_t column = int64_t(block_y()) * D;
-  const int64_t start = place.tile.first + place.frame;
-  for (int i = thread_id(); i < rows * (D / 8); i += num_threads()) {
-    const int r = i / (D / 8), chunk = i % (D / 8);
-    const bool of_grad = r < WGRAD_FRAMES;
-    const int64_t row = of_grad ? start + r : start + r - WGRAD_FRAMES + first_tap - args.padding;
-    const bool inside = of_grad ? place.frame + r < place.tile.frames() : place.tile.inside(row);
-    const uint16_t* from = (of_grad ? args.grad : args.x) + (inside ? row * channels + column + chunk * 8 : 0);
-    async_copy16(stage + r * PITCH<D> + chunk * 16, from, inside);
-  }
+D2V_DEVICE int wgrad_load(const WgradArgs& args, const WgradPlace& place, int first_tap, unsigned char* stage) {
+  const int64_t channels = int64_t(args.groups) * D, column = int64_t(block_y()) * D;
+  const Tile tile = args.tiles.at(place.index);
+  const int64_t start = tile.first + place.frame;
+  const int left = tile.frames() - place.frame, rows = left < WGRAD_FRAMES ? left : WGRAD_FRAMES;
+  copy_rows<D>(stage, args.grad + column, channels, start, WGRAD_FRAMES, start, start + rows);
+  copy_rows<D>(stage + WGRAD_FRAMES * PITCH<D>, args.x + column, channels, start + first_tap - args.padding,
+               WGRAD_FRAMES + num_threads() / 32 - 1, tile.begin, tile.end);
+  return rows;
 }
 
-// acc [o, i] += 64 rows of grad, transposed, times those of x
+// acc [o, i] += rows of grad, transposed, times those of x
 template <class T, int D>
-D2V_DEVICE void wgrad_multiply(const unsigned char* grad, const unsigned char* x, float (&acc)[D / 16][D / 8][4]) {
+D2V_DEVICE void wgrad_multiply(const unsigned char* grad, const unsigned char* x, int rows,
+                               float (&acc)[D / 16][D / 8][4]) {
   const int lane = thread_id() % 32;
   const unsigned char* a_row = grad + (lane / 16 * 8 + lane % 8) * PITCH<D> + lane / 8 % 2 * 16;
   const unsigned char* b_row = x + lane % 16 * PITCH<D> + lane / 16 * 16;
-#pragma unroll
-  for (int k = 0; k < WGRAD_FRAMES; k += 16) {
+#pragma unroll 1
+  for (int k = 0; k < rows; k += 16, a_row += 16 * PITCH<D>, b_row += 16 * PITCH<D>) {
     uint32_t a[D / 16][4];
 #pragma unroll
-    for (int m = 0; m < D / 16; ++m) load_matrices_transposed(a[m], a_row + k * PITCH<D> + m * 32);
+    for (int m = 0; m < D / 16; ++m) load_matrices_transposed(a[m], a_row + m * 32);
 #pragma unroll
     for (int pair = 0; pair < D / 16; ++pair) {
       uint32_t b[4];
-      load_matrices_transposed(b, b_row + k * PITCH<D> + pair * 32);
+      load_matrices_transposed(b, b_row + pair * 32);
 #pragma unroll
       for (int m = 0; m < D / 16; ++m) {
         mma<T>(acc[m][2 * pair], a[m], {b[0], b[1]});
@@ -87,64 +82,59 @@ D2V_DEVICE void wgrad_multiply(const unsigned char* grad, const unsigned char* x
   }
 }
 
-// Sums over rows of two neighbouring channels at a time: a lane has pairs lane and lane + 32, a warp every n-th row.
+// Sums over rows, [warps, D] in shared memory: a warp has every n-th row, a lane the same pairs of channels throughout.
 template <class T, int D>
-D2V_DEVICE void wgrad_add_bias(const unsigned char* grad, float (&sums)[2][2]) {
-  const int warps = num_threads() / 32;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int pair = thread_id() % 32 + 32 * i;
-    if (pair >= D / 2) continue;
-    for (int r = thread_id() / 32; r < WGRAD_FRAMES; r += warps) {
+D2V_DEVICE void wgrad_add_bias(const unsigned char* grad, int rows, float* sums) {
+  const int warp = thread_id() / 32, warps = num_threads() / 32;
+  for (int pair = thread_id() % 32; pair < D / 2; pair += 32) {
+    float first = 0.f, second = 0.f;
+    for (int r = warp; r < rows; r += warps) {
       const uint32_t v = *reinterpret_cast<const uint32_t*>(grad + r * PITCH<D> + pair * 4);
-      sums[i][0] += T::first(v);
-      sums[i][1] += T::second(v);
+      first += T::first(v);
+      second += T::second(v);
     }
+    sums[warp * D + 2 * pair] += first;
+    sums[warp * D + 2 * pair + 1] += second;
   }
 }
 
 template <int D>
-D2V_DEVICE void wgrad_write_bias(const WgradArgs& args, const float (&sums)[2][2], float* shared) {
-  const int warps = num_threads() / 32;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const int pair = thread_id() % 32 + 32 * i;
-    if (pair >= D / 2) continue;
-    shared[thread_id() / 32 * D + 2 * pair] = sums[i][0];
-    shared[thread_id() / 32 * D + 2 * pair + 1] = sums[i][1];
-  }
+D2V_DEVICE void wgrad_write_bias(const WgradArgs& args, const float* sums) {
   block_barrier();
   for (int c = thread_id(); c < D; c += num_threads()) {
     float sum = 0.f;
-    for (int w = 0; w < warps; ++w) sum += shared[w * D + c];
+    for (int w = 0; w < num_threads() / 32; ++w) sum += sums[w * D + c];
     args.grad_bias[(int64_t(block_z()) * args.groups + block_y()) * D + c] = sum;
   }
 }
 
 template <class T, int D>
-D2V_KERNEL void D2V_BOUNDS(32 * WGRAD_MAX_WARPS, 1) pos_conv_wgrad_kernel(const WgradArgs args) {
+D2V_KERNEL void D2V_BOUNDS(32 * WGRAD_MAX_WARPS, D <= 48 ? 2 : 1) pos_conv_wgrad_kernel(const WgradArgs args) {
   const int warps = num_threads() / 32, warp = thread_id() / 32, lane = thread_id() % 32;
   const int first_tap = block_x() * warps, tap = first_tap + warp;
   const bool sums_bias = args.grad_bias != nullptr && block_x() == 0;
-  const auto stage = [&](int buffer) { return shared_memory() + buffer * wgrad_stage_bytes<D>(warps); };
+  const auto stage = [&](int buffer) { return shared_memory() + buffer * (2 * WGRAD_FRAMES + warps - 1) * PITCH<D>; };
+  float* bias = reinterpret_cast<float*>(stage(2));
 
-  float acc[D / 16][D / 8][4] = {}, bias[2][2] = {};
-  WgradPlace place = wgrad_place(args.tiles, block_z());
-  if (place.valid) wgrad_load<D>(args, place, first_tap, stage(0));
+  float acc[D / 16][D / 8][4] = {};
+  for (int c = lane; c < D; c += 32) bias[warp * D + c] = 0.f;
+  WgradPlace place{block_z(), 0};
+  place.skip_empty(args.tiles);
+  int rows = place.valid(args.tiles) ? wgrad_load<D>(args, place, first_tap, stage(0)) : 0;
   async_commit();
-  for (int buffer = 0; place.valid; buffer ^= 1) {
-    const WgradPlace next = wgrad_next(args.tiles, place);
-    if (next.valid) wgrad_load<D>(args, next, first_tap, stage(buffer ^ 1));
+  for (int buffer = 0; rows > 0; buffer ^= 1) {
+    place.advance(args.tiles);
+    const int next_rows = place.valid(args.tiles) ? wgrad_load<D>(args, place, first_tap, stage(buffer ^ 1)) : 0;
     async_commit();
     async_wait<1>();
     block_barrier();
     const unsigned char* grad = stage(buffer);
-    if (tap < args.taps) wgrad_multiply<T, D>(grad, grad + (WGRAD_FRAMES + warp) * PITCH<D>, acc);
-    if (sums_bias) wgrad_add_bias<T, D>(grad, bias);
+    if (tap < args.taps) wgrad_multiply<T, D>(grad, grad + (WGRAD_FRAMES + warp) * PITCH<D>, rows, acc);
+    if (sums_bias) wgrad_add_bias<T, D>(grad, rows, bias);
     block_barrier();
-    place = next;
+    rows = next_rows;
   }
-  if (sums_bias) wgrad_write_bias<D>(args, bias, reinterpret_cast<float*>(shared_memory()));
+  if (sums_bias) wgrad_write_bias<D>(args, bias);
   if (tap >= args.taps) return;
   float* out = args.grad_weight + ((int64_t(block_z()) * args.groups + block_y()) * args.taps + tap) * D * D;
 #pragma unroll
