@@ -39,6 +39,30 @@ def parser(bench: Bench) -> argparse.ArgumentParser:
     return result
 
 
+def main_parts(parts: dict[str, Bench], argv: list[str] | None = None) -> None:
+    """:func:`main` of several benches, one after the other: those that ``--parts`` names, or all."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--parts", nargs="+", choices=list(parts), default=list(parts), help="what to run")
+    first.add_argument("--budget", type=float, default=math.inf)
+    chosen, rest = first.parse_known_args(argv)
+    if {"-h", "--help"} & set(rest):
+        first.print_help()
+    deadline = time.monotonic() + chosen.budget
+    if len(chosen.parts) > 1 and any(argument.startswith("--json") for argument in rest):
+        first.error("--json names the file of one part: give --out, or one of --parts")
+    refused = []
+    for i, name in enumerate(chosen.parts):
+        share = max(deadline - time.monotonic(), 0) / (len(chosen.parts) - i)
+        try:
+            main(parts[name], [*rest, "--budget", str(share)])
+        except SystemExit as stop:
+            if not isinstance(stop.code, str):  # bad arguments, or help
+                raise
+            refused.append(f"{name}: {stop.code}")
+    if refused:
+        sys.exit("; ".join(refused))
+
+
 def main(bench: Bench, argv: list[str] | None = None) -> None:
     """Run ``bench``; exit 1 when a provider other than a peer library is wrong or fails, 2 on bad arguments."""
     arguments = parser(bench)

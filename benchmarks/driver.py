@@ -217,8 +217,8 @@ def _tensors(x: Any) -> list[Tensor]:
     if isinstance(x, Tensor):
         return [x]
     if isinstance(x, Mapping):
-        x = x.values()
-    return [] if x is None or isinstance(x, int | float) else [t for y in x for t in _tensors(y)]
+        x = list(x.values())
+    return [t for y in x for t in _tensors(y)] if isinstance(x, list | tuple) else []
 
 
 def ready(bench: Bench, case: Case, mode: str, names: Sequence[str], deadline: float) -> tuple[list[dict], dict]:

@@ -153,8 +153,11 @@ def command(part: Part, out: Path, commit: str, seconds: float, resume: bool) ->
         start = [sys.executable, str(part.file), "--commit", commit]
         if part.name == "bench_train_step":
             return [*start, "--batch", "8", "--seconds", "15", "--json", str(out / "train_step.json")]
-        start += ["--parts", "whole"] if part.name == "bench_conv_encoder" else []  # the others have their own part
-        start += ["--json", str(out / f"{part.name.removeprefix('bench_')}.json"), "--budget", f"{seconds:.0f}"]
+        if part.name == "bench_conv_encoder":  # its other parts are files of their own
+            start += ["--parts", "whole", "lengths", "--out", str(out.parent)]
+        else:
+            start += ["--json", str(out / f"{part.name.removeprefix('bench_')}.json")]
+        start += ["--budget", f"{seconds:.0f}"]
         return [*start, "--resume"] if resume else start
     # the project's addopts name a plugin that may be missing
     options = ["-q", "-o", "addopts=", "--strict-markers", "--tb=short", "-rfE", "-p", "no:cacheprovider"]

@@ -62,6 +62,37 @@ def test_smoke(op, tmp_path, capsys):
     assert "not installed" in capsys.readouterr().out or not any(r["peer"] for r in rows)
 
 
+def test_parts_of_the_front_end(tmp_path, capsys):
+    """One command for all parts; clips of different lengths give the same frames padded and packed."""
+    import bench_conv_encoder
+
+    none = ["--smoke", "--providers", OURS, "eager", "--out", str(tmp_path), "--budget", "0"]
+    cli.main_parts(bench_conv_encoder.PARTS, none)
+    files = {file.stem: json.loads(file.read_text()) for file in (tmp_path / "cpu-smoke").glob("*.json")}
+    assert set(files) == {"conv_encoder", "conv_encoder_lengths", "conv0", "strided_conv", "pos_conv"}
+    assert {row["status"] for record in files.values() for row in record["results"]} == {"skipped: out of time"}
+    providers = plain(bench_conv_encoder.LENGTHS)
+    one = ["--smoke", "--parts", "lengths", "--json", str(tmp_path / "x.json"), "--providers", *providers]
+    cli.main_parts(bench_conv_encoder.PARTS, one)
+    rows = json.loads((tmp_path / "x.json").read_text())["results"]
+    assert {"d2v_fast padded", "eager packed"} < {row["provider"] for row in rows}
+    assert {row["status"] for row in rows} == {"ok"}
+    with pytest.raises(SystemExit):
+        cli.main_parts(bench_conv_encoder.PARTS, ["--smoke", "--json", str(tmp_path / "x.json")])
+    assert "--json names the file of one part" in capsys.readouterr().err
+
+
+def test_wrong_part_does_not_keep_the_others_from_running(tmp_path):
+    right = bench_of("l2_norm")
+    wrong = with_wrong(bench_of("masked_smooth_l1"), lambda r: {"loss": r["loss"] * 2})
+    wrong = replace(wrong, providers={OURS: wrong.providers[OURS], "eager": wrong.providers["wrong"]})
+    with pytest.raises(SystemExit, match=r"first: .* measurements were refused"):
+        cli.main_parts(
+            {"first": wrong, "second": right}, ["--smoke", "--providers", OURS, "eager", "--out", str(tmp_path)]
+        )
+    assert (tmp_path / "cpu-smoke" / "l2_norm.json").exists()
+
+
 @pytest.mark.parametrize("op", OPS)
 def test_cases_are_distinct_and_their_bytes_positive(op):
     bench = bench_of(op)

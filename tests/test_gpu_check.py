@@ -68,6 +68,16 @@ def test_extension_parts_need_the_toolkit(monkeypatch):
     assert needs["extension"] == ["nvcc"] and needs["memcheck"] == ["nvcc", "compute-sanitizer"]
 
 
+def test_commands_of_benchmarks(tmp_path):
+    """Every file is written to the folder of the device; the front-end's parts are run once."""
+    out = tmp_path / "some-gpu"
+    parts = {part.name: part for part in gpu_check.find_parts()}
+    whole = gpu_check.command(parts["bench_conv_encoder"], out, "abc", 10.0, resume=True)
+    assert whole[-8:] == ["--parts", "whole", "lengths", "--out", str(tmp_path), "--budget", "10", "--resume"]
+    conv0 = gpu_check.command(parts["bench_conv0"], out, "abc", 10.0, resume=False)
+    assert conv0[-4:] == ["--json", str(out / "conv0.json"), "--budget", "10"]
+
+
 FAKE_SANITIZER = """#!/bin/sh
 case "$*" in
     *"--tool memcheck "*"extension_check.py run") echo "========= ERROR SUMMARY: 0 errors";;
