@@ -25,6 +25,7 @@ def _import_models():
 
 
 audio, text = _import_models()
+ConvFeatureExtractionModel = audio.ConvFeatureExtractionModel
 
 
 def _transformer_layer(state: dict[str, Tensor], theirs: str, ours: str) -> dict[str, Tensor]:

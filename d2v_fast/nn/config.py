@@ -64,7 +64,7 @@ class SpeechFrontEndConfig:
     @property
     def total_stride(self) -> int:
         """Samples from one frame to the next (320 for the published stack)."""
-        return math.prod(stride for _, _, stride in self.conv_layers)
+        return math.prod([stride for _, _, stride in self.conv_layers])  # a list: torch.compile reads no generator
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,8 +75,8 @@ class SpeechFrontEnd(nn.Module):
         4 L + 4 T_0  +  sum_{l < n} e C_l T_l  +  sum_{l > 0} (e C_l + 8) T_l
 
     bytes, besides parameters. With a group norm, 8 U (k + k k) bytes of statistics for U waveforms and kernel k take
-    the place of 4 T_0, and there are none in later layers. On the CPU, a norm of less than 2^17 elements keeps its
-    result as well. ``feature_grad_mult = 0`` keeps nothing.
+    the place of 4 T_0, and there are none in later layers. On the CPU small layers, and those without norm, go
+    through PyTorch's autograd and keep more. ``feature_grad_mult = 0`` keeps nothing.
     """
 
     def __init__(self, config: SpeechFrontEndConfig, encoder: EncoderConfig) -> None:
@@ -142,8 +142,8 @@ class SpeechFrontEnd(nn.Module):
         check_finite("waveforms", waveforms, check)
         B, S = waveforms.shape
         if B == 1:
-            return self._project(self._convolve(waveforms, None))
-        x = self._convolve(lay_rows(waveforms, self.config), self._even_segments(waveforms))  # [1, B slots, 512]
+            return self._project(self.convolve(waveforms, None))
+        x = self.convolve(lay_rows(waveforms, self.config), self._even_segments(waveforms))  # [1, B slots, 512]
         x = x.view(B, -1, x.shape[2])[:, : self.config.num_frames(S)]
         return self._project(x)
 
@@ -154,7 +154,7 @@ class SpeechFrontEnd(nn.Module):
         them out. Arguments and errors are those of :meth:`features`."""
         self._check(packed.samples, sample_rate)
         check_finite("samples", packed.samples, check)
-        return self._project(self._convolve(packed.samples, packed.conv_segments))
+        return self._project(self.convolve(packed.samples, packed.conv_segments))
 
     def _check(self, waveforms: Tensor, sample_rate: int | None) -> None:
         check_dtype("waveforms", waveforms, self.proj.weight)
@@ -176,8 +176,11 @@ class SpeechFrontEnd(nn.Module):
         first = torch.arange(B, device=waveforms.device) * apart
         return torch.stack([first, torch.full_like(first, (S - kernel) // stride + 1)], 1)
 
-    def _convolve(self, samples: Tensor, segments: Tensor | None) -> Tensor:
-        """A row of samples [1, L] to frames [1, M, 512]."""
+    def convolve(self, samples: Tensor, segments: Tensor | None = None) -> Tensor:
+        """A row of samples [1, L] to frames [1, M, 512]: what fairseq's ``ConvFeatureExtractionModel`` computes.
+
+        ``segments`` are a packed row's ``conv_segments``, for a group norm; by default all frames are one.
+        """
         factor = self.config.feature_grad_mult
         with torch.set_grad_enabled(torch.is_grad_enabled() and factor > 0):
             first, *rest = self.convs
