@@ -8,7 +8,8 @@ from typing import Any
 import cost_formulas
 import fairseq_eager
 import modern_eager
-import recorded_cases as ours
+import recorded_cases
+import recorded_convs
 import torch
 from recorded_cases import BASE, BF16, FP32, LAYER_SCALE, SPEECH, TEXT, VISION, Call, backward
 from torch import Tensor
@@ -36,7 +37,7 @@ class Cost:
         return f"{self.op} | {self.workload}"
 
     def ours(self, small: bool = False) -> Call:
-        return getattr(ours, self.build)(**self.arguments | (self.small if small else {}))
+        return OURS[self.build](**self.arguments | (self.small if small else {}))
 
     def formula(self, small: bool = False) -> int:
         return getattr(cost_formulas, self.build)(**self.arguments | (self.small if small else {}))
@@ -142,6 +143,7 @@ def _residual(
     return backward(call, *inputs) if grad else torch.no_grad()(call)
 
 
+OURS: dict[str, Callable[..., Call]] = {**vars(recorded_cases), **vars(recorded_convs)}
 EAGER: dict[str, Callable[..., Call]] = {
     "masked_smooth_l1": _masked,
     "layer_targets": _targets,
@@ -152,12 +154,16 @@ EAGER: dict[str, Callable[..., Call]] = {
     "bias_gelu": _bias_gelu,
     "layer_norm_gelu": _layer_norm_gelu,
     "residual_dropout_layer_norm": _residual,
+    "conv_encoder": recorded_convs.eager_conv_encoder,
+    "pos_conv": recorded_convs.eager_pos_conv,
 }
 MODULES = {"fairseq": fairseq_eager, "eager": modern_eager}
 
 FRAMES = {"shape": (2, 128, 128), "fraction": 0.5}
 SIZES = {"sizes": [(96, 1024), (1024,)]}
 ROWS = {"rows": 128, "width": 256}
+CLIPS = {"B": 15, "S": 249_600, "C": 512}  # of speech base, 15.6 s each
+FEW_CLIPS = {"B": 1, "S": 4005, "C": 64, "device": "cpu"}
 TABLE = ("eager launches", "eager GB", "ours launches", "ours GB")
 
 
@@ -202,5 +208,31 @@ COSTS = [
     Cost(
         "residual_dropout_layer_norm", "vision, LayerScale, DropPath", "residual_dropout_layer_norm",
         {"shape": (128, 197, 768), **LAYER_SCALE}, {"shape": (2, 64, 256)}, _predicted(18, 2.44, 3, 0.58),
+    ),
+    Cost(
+        "conv0_norm_gelu", "speech base, layer norm", "conv_encoder",
+        CLIPS | {"first": 0, "last": 0}, FEW_CLIPS, _predicted(22, 33.03, 2, 1.56),
+    ),
+    Cost(
+        "conv0_norm_gelu", "speech base, group norm", "conv_encoder",
+        CLIPS | {"first": 0, "last": 0, "norm": "group"}, FEW_CLIPS,
+    ),
+    Cost("strided_conv", "speech conv 1, norm and GELU", "conv_encoder", CLIPS | {"first": 1, "last": 1}, FEW_CLIPS),
+    Cost(
+        "strided_conv", "speech conv 1-6, norm and GELU", "conv_encoder",
+        CLIPS | {"first": 1, "last": 6}, FEW_CLIPS, _predicted(156, 57.42, 44, 12.07),
+    ),
+    Cost("conv_encoder", "speech base, layer norm", "conv_encoder", CLIPS | {"first": 0, "last": 6}, FEW_CLIPS),
+    Cost(
+        "conv_encoder", "speech base, group norm", "conv_encoder",
+        CLIPS | {"first": 0, "last": 6, "norm": "group"}, FEW_CLIPS,
+    ),
+    Cost(
+        "pos_conv", "speech base, 5 x k19", "pos_conv",
+        {"B": 15, "T": 780, "C": 768, "kernel": 19, "depth": 5}, {"B": 2, "T": 70, "C": 512, "device": "cpu"},
+    ),
+    Cost(
+        "pos_conv", "speech base, k128", "pos_conv",
+        {"B": 15, "T": 780, "C": 768, "kernel": 128, "depth": 1}, {"B": 2, "T": 70, "C": 512, "device": "cpu"},
     ),
 ]  # fmt: skip

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 import torch
+from conv_shapes import steps
 
 FP32, BF16 = torch.float32, torch.bfloat16
 FLOAT = INDEX32 = 4
@@ -93,3 +94,15 @@ def residual_dropout_layer_norm(
     x = (4 + column_scale) * dtype.itemsize
     h = (4 + return_residual) * residual.itemsize
     return prod(shape) * (x + h) + 4 * prod(shape[:2]) * FLOAT
+
+
+def conv_encoder(B: int, S: int, C: int, first: int, last: int, norm="layer", dtype=BF16, **_: Any) -> int:
+    """Norm and GELU, or GELU, of all layers but the first, which the extension computes; no bias."""
+    after = steps(B * steps(S, 0, first - 1)[-1], first, last)[1:]
+    epilogue = layer_norm_gelu if norm == "layer" else bias_gelu
+    return sum(epilogue(rows, C, dtype) for rows in (after if first > 0 else after[1:]))
+
+
+def pos_conv(B: int, T: int, C: int, depth: int, dtype=BF16, **_: Any) -> int:
+    """Norm and GELU of the last layer; those of the others are part of the extension's kernels."""
+    return layer_norm_gelu(B * T, C, dtype) if depth > 1 else 0

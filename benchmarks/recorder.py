@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 import triton
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.backends.compiler import GPUTarget
@@ -23,14 +24,11 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 from d2v_fast.kernels import launch, rows
-from d2v_fast.ops import _dispatch, _extension, _pos_conv_extension
+from d2v_fast.ops import _conv0_extension, _dispatch, _extension, _pos_conv_extension
 
 NAMESPACE = "d2v_fast"
 NUM_SMS = 132  # of an H100, for launchers that fill the device with persistent programs
 CUDA_KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-
-# Kernels that a function of the extension starts, where it is more than one
-EXTENSION_LAUNCHES: dict[str, int] = {}
 
 ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 FREE = ALLOCATIONS | {"_unsafe_view", "resize_", "set_", "detach_", "lift_fresh", "is_same_size"}
@@ -93,19 +91,22 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.recording = Recording()
         self.num_masked = num_masked  # rows that a boolean index keeps: meta tensors cannot say
-        self.inside = False  # one of our ops
-        self.made: set[int] = set()  # storages of the tensors made inside
-        self.kept: set[int] = set()  # of those that autograd keeps
+        self.depth = 0  # of calls of our ops
+        self.given: set[StorageWeakRef] = set()  # storages that Triton kernels were given
+        # storages made inside, and of those the ones that autograd keeps; weak references keep an address from
+        # being given to another storage
+        self.made: set[StorageWeakRef] = set()
+        self.kept: set[StorageWeakRef] = set()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if func.namespace == NAMESPACE:
-            self.inside = True
+            self.depth += 1
             try:
                 with self:  # what the launcher itself asks of torch counts as well
                     return func.redispatch(CUDA_KEYS, *args, **kwargs)
             finally:
-                self.inside = False
+                self.depth -= 1
         name = func._schema.name.split("::")[1]
         indices = [x for x in args[1] if x is not None] if name in ("index", "index_put", "index_put_") else []
         if any(x.dtype == torch.bool for x in indices):
@@ -116,17 +117,18 @@ class Recorder(TorchDispatchMode):
 
     def keep(self, x: Tensor) -> Tensor:
         """Hook of autograd: ``x`` is kept for backward. A storage counts once, and not at all if it is an input's."""
-        storage = x.untyped_storage()
-        if storage._cdata in self.made and storage._cdata not in self.kept:
-            self.kept.add(storage._cdata)
-            self.recording.saved += storage.nbytes()
+        storage = StorageWeakRef(x.untyped_storage())
+        if storage in self.made and storage not in self.kept:
+            self.kept.add(storage)
+            self.recording.saved += x.untyped_storage().nbytes()
         return x
 
     def _count(self, func, name: str, args: tuple, kwargs: dict, out: Any) -> None:
         outputs = _tensors(out)
-        self.made.update(x.untyped_storage()._cdata for x in outputs)
         if name in ALLOCATIONS or (outputs and not func.is_view and not name.endswith("_")):
             self.recording.allocated += sum(dense_bytes(x) for x in outputs)
+            if name in ALLOCATIONS or name not in FREE:
+                self.made.update(StorageWeakRef(x.untyped_storage()) for x in outputs)
         self.recording.syncs += name in SYNCS
         if name in FREE or name in SYNCS or func.is_view:
             return
@@ -138,7 +140,7 @@ class Recorder(TorchDispatchMode):
             self._count_convolution(name, inputs, outputs)
             return
         self.recording.aten.append((name, _launches(name, args, inputs), _traffic(name, inputs, written)))
-        if self.inside and name == "sum":
+        if self.depth > 0 and name == "sum" and StorageWeakRef(inputs[0].untyped_storage()) in self.given:
             self.recording.partials += dense_bytes(inputs[0])
 
     def _count_convolution(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
@@ -236,6 +238,14 @@ def foreach_launches(sizes: list[int], num_lists: int) -> int:
     return launches + (blocks > 0)
 
 
+def extension_launches(name: str, args: tuple[Any, ...]) -> int:
+    """Kernels that a function of the extension starts; csrc/*.cu."""
+    if name == "conv0_fwd_cuda":
+        segments, layer = args[5], args[9]
+        return 2 if layer else 4 + (segments is not None)  # weights; for group norm two for the moments, and zeros
+    return 4 if name == "conv0_bwd_cuda" else 1  # weights, the pass, two to add up
+
+
 class _Extension:
     """Stands for the functions of the extension: launches are noted, questions are answered with 0."""
 
@@ -246,7 +256,7 @@ class _Extension:
         def call(*args: Any) -> int:
             if name.endswith("_cuda"):
                 nbytes = sum(map(dense_bytes, _tensors(args)))
-                self._launches.append((name, EXTENSION_LAUNCHES.get(name, 1), nbytes))
+                self._launches.append((name, extension_launches(name, args), nbytes))
             return 0
 
         return call
@@ -266,6 +276,7 @@ def gpu_launchers(num_sms: int, extension: list[tuple[str, int, int]] | None = N
         mock.patch.object(_extension, "takes", lambda x: True),
         mock.patch.object(_extension, "use_emulated", True),
         mock.patch.object(_extension, "ops", lambda x: stand_in),
+        mock.patch.object(_conv0_extension, "_EMULATED_SM_COUNT", num_sms),
         mock.patch.object(_pos_conv_extension, "_EMULATED_SM_COUNT", num_sms),
         mock.patch.object(launch, "interpreted", lambda x: False),
         mock.patch.object(_dispatch, "INTERPRET", True),
@@ -281,6 +292,7 @@ def record(function: Callable[[], Any], num_masked: int | None = None, num_sms: 
 
     def run(kernel, *args, grid, warmup, **kwargs):
         recorder.recording.triton.append(Launch(kernel, tuple(grid), args, kwargs))
+        recorder.given.update(StorageWeakRef(x.untyped_storage()) for x in _tensors((args, kwargs)))
 
     saved = torch.autograd.graph.saved_tensors_hooks(recorder.keep, lambda x: x)
     launchers = gpu_launchers(num_sms, recorder.recording.extension)

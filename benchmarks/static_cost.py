@@ -46,6 +46,7 @@ def _entry(recording: Recording, nbytes: int) -> Row:
         "launches": recording.launches,
         "bytes": nbytes,
         "allocated": recording.allocated,
+        "saved": recording.saved,
         "syncs": recording.syncs,
     }
 
@@ -56,7 +57,7 @@ def count(cost: Cost) -> Row:
     row = {
         "op": cost.op,
         "workload": cost.workload,
-        "kernels": [launch.name for launch in ours.triton],
+        "kernels": ours.kernels,
         "ours": _entry(ours, cost.formula() + ours.partials + ours.bytes),
         "predicted": cost.predicted,
     }
@@ -91,7 +92,8 @@ def _interpreted() -> Iterator[Callable[[], dict[str, dict[str, int]]]]:
 
 def formula_error(cost: Cost, partials: int, seen: dict[str, int]) -> float:
     """How far the formula is off the bytes ``seen`` at the small shape; ValueError where that is too far."""
-    error = (cost.formula(small=True) + partials) / seen["distinct"] - 1
+    formula = cost.formula(small=True) + partials
+    error = formula / seen["distinct"] - 1 if seen["distinct"] else float(formula)  # 0 where Triton launches nothing
     if abs(error) > TOLERANCE:
         raise ValueError(f"{cost.name}: the formula is {error:+.1%} off the bytes counted in the interpreter")
     return round(error, 4)
@@ -106,7 +108,7 @@ def table() -> list[Row]:
     for cost, row, left in zip(COSTS, rows, partials, strict=True):
         seen = traffic_of[cost.name]
         row["formula_error"] = formula_error(cost, left, seen)
-        row["requested_per_distinct"] = round(seen["requested"] / seen["distinct"], 2)
+        row["requested_per_distinct"] = round(seen["requested"] / seen["distinct"], 2) if seen["distinct"] else None
     return rows
 
 
@@ -134,20 +136,24 @@ def markdown(rows: list[Row]) -> str:
         f"Counted with PyTorch {_torch_version()} by `python benchmarks/static_cost.py`; nothing was run on a GPU.",
         "Forward and backward where there is one. *fairseq*: the op as fairseq writes it; *eager*: idiomatic PyTorch.",
         "Bytes: ours from the formulas of `cost_formulas.py` (their error against the interpreter at a small shape is",
-        "in the last but one column) and the ATen operators around them; eager: inputs and outputs of every operator.",
-        "*Allocated*: all tensors made inside, results and gradients included. *Re-read*: bytes asked of the caches",
-        "over bytes asked of memory, at the small shape. *Model*: launches / GB of ours and of eager code, predicted.",
+        "in the last but one column) and the ATen operators around them; eager: inputs and outputs of every operator,",
+        "changes of layout inside of cuDNN left out; kernels of the extension: every tensor they are given, once.",
+        "*Allocated*: all tensors made inside, results and gradients included. *Saved*: those of them that autograd",
+        "keeps for backward. *Re-read*: bytes asked of the caches over bytes asked of memory, at the small shape.",
+        "*Model*: launches / GB of ours and of eager code, predicted.",
         "",
         "| op | workload | launches: ours | fairseq | eager | MB: ours | fairseq | eager | fewer bytes, × "
-        "| allocated MB: ours | fairseq | eager | syncs: fairseq | model: ours, eager | formula | re-read |",
-        "|" + "---|" * 16,
+        "| allocated MB: ours | fairseq | eager | saved MB: ours | fairseq | eager | syncs: fairseq "
+        "| model: ours, eager | formula | re-read |",
+        "|" + "---|" * 19,
     ]
     for row in rows:
         sides = [row["ours"], row["fairseq"], row["eager"]]
         cells = [row["op"], row["workload"], *(side["launches"] for side in sides), *(_mb(s["bytes"]) for s in sides)]
         cells.append(" / ".join(f"{side['bytes'] / sides[0]['bytes']:.1f}" for side in sides[1:]))
-        cells += [*(_mb(side["allocated"]) for side in sides), row["fairseq"]["syncs"], _prediction(row["predicted"])]
-        cells += [f"{row['formula_error']:+.1%}", row["requested_per_distinct"]]
+        cells += [_mb(side[name]) for name in ("allocated", "saved") for side in sides]
+        cells += [row["fairseq"]["syncs"], _prediction(row["predicted"])]
+        cells += [f"{row['formula_error']:+.1%}", row["requested_per_distinct"] or "–"]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
