@@ -8,7 +8,6 @@ from eager_frontend import relative, saved_bytes
 from torch import nn
 
 from d2v_fast.nn import Data2VecConfig, SpeechFrontEnd, pack_waveforms
-from d2v_fast.nn.frontends.lattice import lay_rows
 from d2v_fast.ops import _rows
 
 BF16 = torch.bfloat16
@@ -70,13 +69,6 @@ def pair(peer, norm, bias=False, width=32):
     return theirs, ours, [rename(name) for name, _ in theirs.named_parameters()]
 
 
-def convolve(frontend, waves):
-    """Frames [B, T, width] of waveforms [B, S] of one length."""
-    packed = pack_waveforms(waves, frontend.config)
-    frames = frontend.convolve(lay_rows(waves, frontend.config), packed.conv_segments)
-    return packed.padded(frames)
-
-
 def value_and_grads(module, function, upstream, names=None):
     """Frames, and gradients of the module's parameters, those of ``names`` in that order."""
     parameters = dict(module.named_parameters())
@@ -102,7 +94,7 @@ def test_frames_and_every_gradient(peer, norm, bias):
     waves = torch.randn(3, 4567)
     upstream = torch.randn(3, ours.config.num_frames(4567), 32)
     want = value_and_grads(theirs, lambda: theirs(waves).mT, upstream)
-    got = value_and_grads(ours, lambda: convolve(ours, waves), upstream, names)
+    got = value_and_grads(ours, lambda: ours.convolve(waves), upstream, names)
     assert max(errors(got, want)) <= 1e-5, errors(got, want)
 
 
@@ -128,9 +120,9 @@ def test_bfloat16(peer, norm, autocast):
         theirs, ours, waves = theirs.to(BF16), ours.to(BF16), waves.to(BF16)
     with torch.autocast("cpu", BF16, enabled=autocast):
         eager = value_and_grads(theirs, lambda: theirs(waves).mT, upstream)
-        got = value_and_grads(ours, lambda: convolve(ours, waves), upstream, names)
+        got = value_and_grads(ours, lambda: ours.convolve(waves), upstream, names)
     wide, waves = ours.double(), waves.double()
-    exact = value_and_grads(wide, lambda: convolve(wide, waves), upstream, names)  # as the tests above have shown
+    exact = value_and_grads(wide, lambda: wide.convolve(waves), upstream, names)  # as the tests above have shown
     assert got[0].dtype == BF16
     for mine, budget in zip(errors(got, exact), errors(eager, exact), strict=True):
         assert mine <= 2 * budget + 1e-6
@@ -144,9 +136,7 @@ def test_packed_clips_are_each_alone(norm, bias):
     packed = pack_waveforms(waves, ours.config)
     upstream = torch.randn(sum(packed.num_frames), 32)
     want = value_and_grads(theirs, lambda: torch.cat([theirs(w[None])[0].T for w in waves]), upstream)
-    got = value_and_grads(
-        ours, lambda: packed.valid(ours.convolve(packed.samples, packed.conv_segments)), upstream, names
-    )
+    got = value_and_grads(ours, lambda: packed.valid(ours.convolve(packed)), upstream, names)
     assert max(errors(got, want)) <= 1e-5, errors(got, want)
 
 
@@ -157,7 +147,7 @@ def test_keeps_at_most_60_percent(norm, autocast, monkeypatch):
     theirs, ours, _ = pair("fairseq", norm)
     waves = torch.randn(2, 16_000)
     with torch.autocast("cpu", BF16, enabled=autocast):
-        mine, _ = saved_bytes(ours, lambda: convolve(ours, waves))
+        mine, _ = saved_bytes(ours, lambda: ours.convolve(waves))
         other, _ = saved_bytes(theirs, lambda: theirs(waves))
     assert mine <= 0.6 * other, mine / other
 

@@ -208,7 +208,7 @@ def test_memory_is_what_the_docstring_says(norm, precision, monkeypatch):
     frontend = front(conv_norm=norm)
     waves = pack_waveforms(clips(), PUBLISHED)
     with torch.autocast(DEVICE, BF16, enabled=precision == BF16):
-        got, _ = saved_bytes(frontend, lambda: frontend.convolve(waves.samples, waves.conv_segments))
+        got, _ = saved_bytes(frontend, lambda: frontend.convolve(waves))
     L, U, k, element = waves.samples.shape[1], len(waves.lengths), 10, precision.itemsize
     T = [SpeechFrontEndConfig(conv_layers=NARROW[: i + 1]).num_frames(L) for i in range(7)]
     want = 4 * L + sum(element * WIDTH * t for t in T[:-1])
@@ -238,7 +238,7 @@ def test_keeps_at_most_60_percent_of_eager(norm, precision, monkeypatch):
         return x
 
     with torch.autocast(DEVICE, BF16, enabled=precision == BF16):
-        ours, _ = saved_bytes(frontend, lambda: frontend.convolve(pack_waveforms(waves, PUBLISHED).samples))
+        ours, _ = saved_bytes(frontend, lambda: frontend.convolve(waves))
         theirs, _ = saved_bytes(frontend, released)
     assert ours <= 0.6 * theirs, ours / theirs
 

@@ -140,12 +140,7 @@ class SpeechFrontEnd(nn.Module):
             packed = pack_waveforms(waveforms, self.config, lengths)
             return packed.padded(self.packed_features(packed, check=check))
         check_finite("waveforms", waveforms, check)
-        B, S = waveforms.shape
-        if B == 1:
-            return self._project(self.convolve(waveforms, None))
-        x = self.convolve(lay_rows(waveforms, self.config), self._even_segments(waveforms))  # [1, B slots, 512]
-        x = x.view(B, -1, x.shape[2])[:, : self.config.num_frames(S)]
-        return self._project(x)
+        return self._project(self.convolve(waveforms))
 
     def packed_features(
         self, packed: PackedWaveforms, *, sample_rate: int | None = None, check: bool = False
@@ -154,7 +149,7 @@ class SpeechFrontEnd(nn.Module):
         them out. Arguments and errors are those of :meth:`features`."""
         self._check(packed.samples, sample_rate)
         check_finite("samples", packed.samples, check)
-        return self._project(self.convolve(packed.samples, packed.conv_segments))
+        return self._project(self.convolve(packed))
 
     def _check(self, waveforms: Tensor, sample_rate: int | None) -> None:
         check_dtype("waveforms", waveforms, self.proj.weight)
@@ -176,11 +171,21 @@ class SpeechFrontEnd(nn.Module):
         first = torch.arange(B, device=waveforms.device) * apart
         return torch.stack([first, torch.full_like(first, (S - kernel) // stride + 1)], 1)
 
-    def convolve(self, samples: Tensor, segments: Tensor | None = None) -> Tensor:
-        """A row of samples [1, L] to frames [1, M, 512]: what fairseq's ``ConvFeatureExtractionModel`` computes.
+    def convolve(self, waveforms: Tensor | PackedWaveforms) -> Tensor:
+        """The convolutions alone, as fairseq's ``ConvFeatureExtractionModel``; arguments are not checked.
 
-        ``segments`` are a packed row's ``conv_segments``, for a group norm; by default all frames are one.
+        Waveforms [B, S] to frames [B, T, 512], or packed ones to the M frames [1, M, 512] of their row.
         """
+        if isinstance(waveforms, PackedWaveforms):
+            return self._run(waveforms.samples, waveforms.conv_segments)
+        B, S = waveforms.shape
+        if B == 1:
+            return self._run(waveforms, None)
+        x = self._run(lay_rows(waveforms, self.config), self._even_segments(waveforms))
+        return x.view(B, -1, x.shape[2])[:, : self.config.num_frames(S)]
+
+    def _run(self, samples: Tensor, segments: Tensor | None) -> Tensor:
+        """A row of samples [1, L] to frames [1, M, 512]."""
         factor = self.config.feature_grad_mult
         with torch.set_grad_enabled(torch.is_grad_enabled() and factor > 0):
             first, *rest = self.convs
