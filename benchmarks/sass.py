@@ -12,6 +12,7 @@ from triton.compiler import CompiledKernel
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 _INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*?);")
+_SECTION = re.compile(r"^\s*\.section\s+\.text\.(\S+?),.*$", flags=re.MULTILINE)
 _LABEL = re.compile(r"^(\.L\w+):")
 _TARGET = re.compile(r"`\((\.L\w+)\)")
 _BITS = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
@@ -64,8 +65,8 @@ def inspect(kernel: CompiledKernel) -> MachineCode:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        usage = _tool("cuobjdump", "-res-usage", file.name)
-        code, labels = _parse(_tool("nvdisasm", "-c", "-ndf", file.name))  # no data flow: a third faster
+        usage = tool("cuobjdump", "-res-usage", file.name)
+        code, labels = _parse(disassemble(Path(file.name)))
     names = [name for name, _ in code]
     return MachineCode(
         registers=int(re.search(r"REG:(\d+)", usage)[1]),
@@ -76,8 +77,24 @@ def inspect(kernel: CompiledKernel) -> MachineCode:
     )
 
 
-def _tool(name: str, *arguments: str) -> str:
+def tool(name: str, *arguments: str | Path) -> str:
+    """What one of NVIDIA's tools prints."""
     return subprocess.run([TOOLS / name, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def disassemble(cubin: Path) -> str:
+    """The machine code of all kernels in ``cubin``."""
+    return tool("nvdisasm", "-c", "-ndf", cubin)  # no data flow: a third faster
+
+
+def functions(cubin: Path) -> dict[str, tuple[list[str], list[tuple[int, int]]]]:
+    """Of every kernel in ``cubin``, by its mangled name: the instructions, and the first and last + 1 of each loop."""
+    parts = _SECTION.split(disassemble(cubin))
+    found = {}
+    for name, text in zip(parts[1::2], parts[2::2], strict=True):
+        code, labels = _parse(text)
+        found[name] = [instruction for instruction, _ in code], sorted(_loops(code, labels))
+    return found
 
 
 def _parse(text: str) -> tuple[list[tuple[str, str]], dict[str, int]]:
@@ -90,13 +107,19 @@ def _parse(text: str) -> tuple[list[tuple[str, str]], dict[str, int]]:
     return code, labels
 
 
-def _innermost_loops(code: list[tuple[str, str]], labels: dict[str, int]) -> list[tuple[int, int]]:
+def _loops(code: list[tuple[str, str]], labels: dict[str, int]) -> set[tuple[int, int]]:
     spans = set()
     for i, (name, operands) in enumerate(code):
         target = _TARGET.search(operands)
         if name.startswith("BRA") and target and labels[target[1]] <= i:
             spans.add((labels[target[1]], i + 1))
-    touching = [span for span in spans if any(name.startswith(("LDG", "STG")) for name, _ in code[slice(*span)])]
+    return spans
+
+
+def _innermost_loops(code: list[tuple[str, str]], labels: dict[str, int]) -> list[tuple[int, int]]:
+    touching = [
+        span for span in _loops(code, labels) if any(name.startswith(("LDG", "STG")) for name, _ in code[slice(*span)])
+    ]
     return sorted(a for a in touching if not any(b != a and a[0] <= b[0] and b[1] <= a[1] for b in touching))
 
 

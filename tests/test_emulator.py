@@ -132,3 +132,14 @@ def test_sanitizers_find(kind, name, argument, message):
 def test_sanitizers_are_content_with_good_kernels(kind, name, argument):
     done = emulator.run_sanitized(kind, [sys.executable, "-c", RUN, str(build(kind)), name, str(argument)])
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
+
+
+@pytest.mark.parametrize("kind", emulator.SANITIZERS)
+def test_every_launcher_of_csrc_is_clean(kind):
+    """Out of bounds, undefined behaviour and races, over the cases of emulated_cases_*.py."""
+    command = [sys.executable, str(TESTS / "emulated_cases.py"), str(emulator.sanitized(kind))]
+    done = emulator.run_sanitized(kind, command)
+    assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
+    text = "".join(path.read_text() for path in emulator.CSRC.glob("*.h"))
+    launchers = set(re.findall(r"^int (d2v_\w+)\(", text, flags=re.MULTILINE))
+    assert launchers <= set(done.stdout.splitlines()[-1].split()) and len(launchers) >= 4

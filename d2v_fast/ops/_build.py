@@ -188,7 +188,7 @@ def extension_steps(csrc: Path, folder: Path, tools: Toolchain, output: Path) ->
     objects = tuple(step.output for step in steps)
     link = [flag.replace("-Wl,", "-Xlinker=", 1) for flag in link_flags(tools.torch)]
     runtime = ["-cudart=static", "-ldl", "-lrt", "-lpthread"]
-    command = [tools.nvcc, "-shared", "-o", str(output), *map(str, objects), *link, *runtime]
+    command = [tools.nvcc, "-shared", "--no-device-link", "-o", str(output), *map(str, objects), *link, *runtime]
     return [*steps, Step(output, command, objects)]
 
 
