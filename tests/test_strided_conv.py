@@ -121,6 +121,16 @@ def test_views_and_strides():
     torch.testing.assert_close(got, value_and_grads(eager, upstream, views, stride=2))
 
 
+def test_ops_take_any_strides():
+    """A compiler may lay out the arguments of the registered ops as it likes."""
+    x, weight, bias = make_inputs(2, 21, 8, 6, 3)
+    y = eager(x, weight, bias, 2)
+    grad, strange = torch.randn_like(y), x.mT.contiguous().mT
+    torch.testing.assert_close(_fwd(strange, weight, bias, 2), y.contiguous())
+    want = _grad_weight(grad.contiguous(), x, weight, 2)
+    torch.testing.assert_close(_grad_weight(grad.mT.contiguous().mT, strange, weight, 2), want)
+
+
 def test_expanded_upstream_gradient():
     tensors = make_inputs(2, 21, 8, 6, 3)
     grads = [

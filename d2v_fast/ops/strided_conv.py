@@ -30,6 +30,11 @@ def _num_frames(size: int, kernel: int, stride: int) -> int:
     return (size - kernel) // stride + 1
 
 
+def _dense(x: Tensor) -> Tensor:
+    """x [B, S, C] where each frame's C values follow those of the frame before; otherwise a contiguous copy."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
+
+
 def _taps(kernel: int, stride: int) -> list[range]:
     """The taps of each matrix product: ``stride`` of them, the last may have fewer."""
     return [range(first, min(first + stride, kernel)) for first in range(0, kernel, stride)]
@@ -84,7 +89,7 @@ def _fwd(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
     if kernel > 2 * stride:
         return strided_conv_ref(x, weight, bias, stride)
     T = _num_frames(S, kernel, stride)
-    matrix = _by_tap(weight, x.dtype)
+    x, matrix = _dense(x), _by_tap(weight, x.dtype)
     y = torch.empty((B, T, D), device=x.device, dtype=x.dtype)
     (add,) = _rows.cast(x.dtype, bias)
     # shorter product first: a low-precision sum is rounded in between, in proportion to what it holds by then
@@ -120,7 +125,7 @@ def _grad_weight(grad: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor
     if kernel > 2 * stride:
         (_, grad_weight, _) = _convolution_backward(grad, x.mT, weight, stride, [False, True, False])
         return grad_weight.to(weight.dtype).contiguous()
-    grad = grad.contiguous()
+    x, grad = _dense(x), grad.contiguous()
     matrix = torch.empty((D, kernel * C), device=grad.device, dtype=grad.dtype)
     for taps in _taps(kernel, stride):
         frames, out = _frames(x, taps, T, stride), _of_taps(matrix, taps, C)
@@ -224,6 +229,4 @@ def strided_conv(
     _check(x, weight, bias, stride)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    if x.stride()[1:] != (x.shape[2], 1):
-        x = x.contiguous()
-    return _fwd(x, weight, bias, stride)
+    return _fwd(_dense(x), weight, bias, stride)
