@@ -16,8 +16,7 @@ constexpr int CLEAR_THREADS = 256, CLEAR_SHARES = 8;
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 Conv0Input input_of(const D2vConv0& p) {
-  return {p.waveforms,  p.row_stride,   p.frames_per_row, p.stride,
-          p.segments,   p.tile_start,   p.num_segments,   int(p.taps)};
+  return {p.waveforms, p.row_stride, p.frames_per_row, p.stride, p.segments, p.num_segments, int(p.taps)};
 }
 
 Conv0Parameters parameters_of(const D2vConv0& p) { return {p.weight, p.bias, p.gamma, p.beta, p.C, int(p.taps)}; }
@@ -37,7 +36,7 @@ template <class F>
 int for_problem(const D2vConv0& p, F run) {
   if (p.taps < 1 || p.taps > MAX_TAPS || p.C % CONV0_CHANNELS || p.programs < 1) return INVALID_ARGUMENT;
   const auto with_type = [&](auto shape) { return p.bf16 ? run(shape, Bf16{}) : run(shape, F16{}); };
-  return p.taps <= 10 ? with_type(Conv0Shape<10>{}) : with_type(Conv0Shape<MAX_TAPS>{});
+  return p.taps == 10 ? with_type(Conv0Shape<10>{}) : with_type(Conv0Shape<MAX_TAPS>{});
 }
 
 size_t pair_bytes(int columns, int threads) {
@@ -57,23 +56,23 @@ int find_moments(const D2vConv0& p, const D2vConv0Fold& fold, double* moments, v
 }
 
 template <class S>
-int fold_weights(const D2vConv0& p, const D2vConv0Fold& fold, const double* moments, void* stream) {
+int fold_weights(const D2vConv0& p, const D2vConv0Fold& fold, const double* moments, float scale, void* stream) {
   uint32_t* folded = static_cast<uint32_t*>(fold.folded);
   if (p.layer) {
     constexpr int N = S::TAPS + 1;
     const size_t shared = pair_bytes(N + 1, CONV0_PREPARE_THREADS) + sizeof(double) * (N * N + N);
-    return launch(conv0_layer_weights<S>, {1}, CONV0_PREPARE_THREADS, shared, stream, parameters_of(p), fold.scratch,
-                  fold.table, folded);
+    return launch(conv0_layer_weights<S>, {1}, CONV0_PREPARE_THREADS, shared, stream, parameters_of(p), scale,
+                  fold.scratch, fold.table, folded);
   }
   const Grid grid{p.num_segments, ceil_div(p.C, CONV0_PREPARE_THREADS / 32)};
   return launch(conv0_group_weights<S>, grid, CONV0_PREPARE_THREADS, 0, stream, parameters_of(p), moments, float(p.eps),
-                folded, fold.table);
+                scale, folded, fold.table);
 }
 
 template <class S, class T, bool LAYER>
 int run_forward(const D2vConv0& p, const D2vConv0Fold& fold, void* y, void* stats, void* stream) {
   const Channels channels(p.C, CONV0_MAX_WARPS);
-  size_t shared = 2 * Conv0Fragments<S>::SIZE * sizeof(Words4);
+  size_t shared = (2 * Conv0Fragments<S>::SIZE + size_t(channels.warps) * Conv0FwdWeights<S>::SIZE) * sizeof(Words4);
   if (LAYER) shared += 4 * S::FACTOR_SIZE * sizeof(float);
   float* rstd = LAYER ? static_cast<float*>(stats) : nullptr;
   return launch(conv0_fwd<S, T, LAYER>, {p.programs, channels.blocks}, int(32 * channels.warps), shared, stream,
@@ -131,7 +130,7 @@ int d2v_conv0_fwd(const D2vConv0* problem, const D2vConv0Fold* fold, void* y, vo
         if (error) return error;
       }
     }
-    if (const int error = fold_weights<S>(p, *fold, moments, stream)) return error;
+    if (const int error = fold_weights<S>(p, *fold, moments, 1.f, stream)) return error;
     return p.layer ? run_forward<S, T, true>(p, *fold, y, stats, stream)
                    : run_forward<S, T, false>(p, *fold, y, stats, stream);
   });
@@ -144,7 +143,7 @@ int d2v_conv0_bwd(const D2vConv0* problem, const D2vConv0Fold* fold, const D2vCo
     using S = decltype(shape);
     using T = decltype(type);
     const double* moments = p.layer ? nullptr : static_cast<const double*>(stats);
-    if (const int error = fold_weights<S>(p, *fold, moments, stream)) return error;
+    if (const int error = fold_weights<S>(p, *fold, moments, CONV0_BWD_SCALE, stream)) return error;
     const int error = p.layer ? run_backward<S, T, true>(p, *fold, *sums, dy, stats, stream)
                               : run_backward<S, T, false>(p, *fold, *sums, dy, stats, stream);
     return error ? error : finish<S>(p, *fold, *sums, stats, grads, stream);

@@ -13,8 +13,8 @@ using Maybe = std::optional<Tensor>;
 
 struct Sizes {
   int64_t taps, width, columns, factor;
-  explicit Sizes(int64_t k) : taps(k <= 10 ? 10 : 16), width(taps == 10 ? 16 : 32), columns(taps == 10 ? 16 : 24),
-                              factor(taps == 10 ? 21 : 45) {}
+  explicit Sizes(int64_t k) : taps(k == 10 ? 10 : 16), width(taps == 10 ? 16 : 32), columns(taps == 10 ? 16 : 24),
+                              factor(taps == 10 ? 24 : 60) {}
 };
 
 // Arguments that forward and backward share, checked.
@@ -26,7 +26,7 @@ struct Problem {
 };
 
 Problem problem_of(const Call& call, const Tensor& waveforms, const Tensor& weight, const Maybe& bias,
-                   const Maybe& gamma, const Maybe& beta, const Maybe& segments, const Maybe& tile_start,
+                   const Maybe& gamma, const Maybe& beta, const Maybe& segments,
                    int64_t stride, double eps, bool layer, int64_t programs, const Tensor& y, const Tensor& folded,
                    const Tensor& table, const Tensor& scratch) {
   call.check_rows("waveforms", waveforms, {ScalarType::Float}, {kAny, kAny});
@@ -41,16 +41,14 @@ Problem problem_of(const Call& call, const Tensor& waveforms, const Tensor& weig
     if (v->has_value()) call.check(name, **v, {ScalarType::Float}, {C});
   }
   const int64_t frames = (samples - k) / stride + 1;
+  call.require(frames <= INT32_MAX, "waveforms", "must give fewer than 2**31 frames a row");
   call.check("y", y, {ScalarType::BFloat16, ScalarType::Half}, {rows, frames, C});
   call.check_aligned("y", y, 16);
 
-  call.require(segments.has_value() == tile_start.has_value(), "tile_start", "must come with segments");
   call.require(!segments.has_value() || !layer, "segments", "are for group norm");
-  const int64_t count = segments.has_value() ? segments->size(0) : rows;
-  if (segments.has_value()) {
-    call.check("segments", *segments, {ScalarType::Long}, {count, 2});
-    call.check("tile_start", *tile_start, {ScalarType::Long}, {count + 1});
-  }
+  const int64_t count = segments.has_value() ? segments->size(0) - 1 : rows;
+  if (segments.has_value()) call.check("segments", *segments, {ScalarType::Long}, {count + 1, 4});
+  call.require(count > 0, "segments", "must have rows");
   const Sizes sizes(k);
   call.check("folded", folded, {ScalarType::BFloat16}, {layer ? 1 : count, 2, C, sizes.width});
   if (layer) {
@@ -62,8 +60,7 @@ Problem problem_of(const Call& call, const Tensor& waveforms, const Tensor& weig
   }
   const int64_t bf16 = y.scalar_type() == ScalarType::BFloat16;
   const int64_t row_stride = rows > 1 ? waveforms.stride(0) : samples;
-  return {{ptr<const float>(waveforms), row_stride, rows, frames, stride, ptr<const int64_t>(segments),
-           ptr<const int64_t>(tile_start), count, ptr<const float>(weight), ptr<const float>(bias),
+  return {{ptr<const float>(waveforms), row_stride, rows, frames, stride, ptr<const int64_t>(segments), count, ptr<const float>(weight), ptr<const float>(bias),
            ptr<const float>(gamma), ptr<const float>(beta), C, k, eps, layer, bf16, programs},
           {folded.data_ptr(), ptr<float>(table), ptr<double>(scratch), layer ? 1 : scratch.size(1)},
           sizes,
@@ -77,10 +74,10 @@ void check_stats(const Call& call, const Tensor& stats, const Problem& p) {
 }
 
 void forward(const Tensor& waveforms, const Tensor& weight, const Maybe& bias, const Maybe& gamma, const Maybe& beta,
-             const Maybe& segments, const Maybe& tile_start, int64_t stride, double eps, bool layer, int64_t programs,
+             const Maybe& segments, int64_t stride, double eps, bool layer, int64_t programs,
              const Tensor& y, const Tensor& stats, const Tensor& folded, const Tensor& table, const Tensor& scratch) {
   const Call call("conv0_fwd_cuda", waveforms);
-  const Problem p = problem_of(call, waveforms, weight, bias, gamma, beta, segments, tile_start, stride, eps, layer,
+  const Problem p = problem_of(call, waveforms, weight, bias, gamma, beta, segments, stride, eps, layer,
                                programs, y, folded, table, scratch);
   check_stats(call, stats, p);
   call.launched(d2v_conv0_fwd(&p.launch, &p.fold, y.data_ptr(), stats.data_ptr(), call.stream()));
@@ -88,11 +85,11 @@ void forward(const Tensor& waveforms, const Tensor& weight, const Maybe& bias, c
 
 void backward(const Tensor& grad, const Tensor& stats, const Tensor& waveforms, const Tensor& weight,
               const Maybe& bias, const Maybe& gamma, const Maybe& beta, const Maybe& segments,
-              const Maybe& tile_start, int64_t stride, double eps, bool layer, int64_t programs, const Tensor& grads,
+              int64_t stride, double eps, bool layer, int64_t programs, const Tensor& grads,
               const Tensor& folded, const Tensor& table, const Tensor& scratch, const Tensor& outer,
               const Tensor& outer_sum, const Tensor& inner, const Tensor& inner_sum) {
   const Call call("conv0_bwd_cuda", waveforms);
-  const Problem p = problem_of(call, waveforms, weight, bias, gamma, beta, segments, tile_start, stride, eps, layer,
+  const Problem p = problem_of(call, waveforms, weight, bias, gamma, beta, segments, stride, eps, layer,
                                programs, grad, folded, table, scratch);
   check_stats(call, stats, p);
   const int64_t C = p.launch.C, count = layer ? 1 : p.launch.num_segments;
@@ -112,11 +109,11 @@ void backward(const Tensor& grad, const Tensor& stats, const Tensor& waveforms, 
 D2V_SCHEMAS(m) {
   m.def(
       "conv0_fwd_cuda(Tensor waveforms, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? "
-      "segments, Tensor? tile_start, int stride, float eps, bool layer, int programs, Tensor(a!) y, Tensor(b!) stats, "
+      "segments, int stride, float eps, bool layer, int programs, Tensor(a!) y, Tensor(b!) stats, "
       "Tensor(c!) folded, Tensor(d!) table, Tensor(e!) scratch) -> ()");
   m.def(
       "conv0_bwd_cuda(Tensor grad, Tensor stats, Tensor waveforms, Tensor weight, Tensor? bias, Tensor? norm_weight, "
-      "Tensor? norm_bias, Tensor? segments, Tensor? tile_start, int stride, float eps, bool layer, int programs, "
+      "Tensor? norm_bias, Tensor? segments, int stride, float eps, bool layer, int programs, "
       "Tensor(a!) grads, Tensor(b!) folded, Tensor(c!) table, Tensor(d!) scratch, Tensor(e!) outer, "
       "Tensor(f!) outer_sum, Tensor(g!) inner, Tensor(h!) inner_sum) -> ()");
 }

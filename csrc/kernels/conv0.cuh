@@ -11,7 +11,7 @@
 
 namespace d2v {
 
-// Template parameter of the kernels; k up to 10 runs with TAPS = 10, up to 16 with TAPS = 16.
+// Template parameter of the kernels: 10 taps exactly, which is what the published models have, or up to 16.
 template <int MAX_TAPS>
 struct Conv0Shape {
   static constexpr int TAPS = MAX_TAPS;
@@ -20,10 +20,12 @@ struct Conv0Shape {
   static constexpr int WIDTH = 16 * STEPS;
   static constexpr int TILES = (SLOTS + 7) / 8;  // of 8 slots
   static constexpr int COLUMNS = 8 * TILES;
-  // Cholesky factor L for four threads a frame: thread q holds columns q, q + 4, ..., column 4 g + q from row 4 g on.
+  // Cholesky factor L for four threads a frame: thread q holds columns q, q + 4, ..., column 4 g + q from row 4 g on,
+  // filled up with zeros to a multiple of 4.
   static constexpr int FACTORS = (TAPS + 4) / 4;
-  static constexpr int FACTOR_SIZE = FACTORS * (TAPS + 1) - 2 * FACTORS * (FACTORS - 1);
-  D2V_DEVICE static int factor_offset(int g) { return g * (TAPS + 1) - 2 * g * (g - 1); }
+  static constexpr int FACTOR_SIZE = 2 * FACTORS * (FACTORS + 1);
+  D2V_DEVICE static int factor_offset(int g) { return 4 * g * FACTORS - 2 * g * (g - 1); }
+  D2V_DEVICE static int taps(int taps) { return TAPS == 10 ? TAPS : taps; }
 };
 
 constexpr int CONV0_FRAMES = 64;    // a tile
@@ -35,71 +37,63 @@ struct Conv0Input {
   const float* waveforms;  // rows of samples
   int64_t row_stride;
   int64_t frames_per_row;
-  int64_t stride;             // samples from frame to frame
-  const int64_t* segments;    // [count, 2] first frame, frames; null: every row is a segment
-  const int64_t* tile_start;  // [count + 1] tiles before each segment, with segments only
+  int64_t stride;        // samples from frame to frame
+  const int64_t* table;  // [count + 1, 4] of the segments; null: every row is one
   int64_t count;
   int taps;
 
-  D2V_DEVICE int64_t first(int64_t segment) const {
-    return segments ? segments[2 * segment] : segment * frames_per_row;
-  }
-  D2V_DEVICE int64_t size(int64_t segment) const { return segments ? segments[2 * segment + 1] : frames_per_row; }
+  D2V_DEVICE int64_t first(int64_t segment) const { return table ? table[4 * segment] : segment * frames_per_row; }
+  D2V_DEVICE int64_t size(int64_t segment) const { return table ? table[4 * segment + 1] : frames_per_row; }
   D2V_DEVICE int64_t tiles_per_row() const { return (frames_per_row + CONV0_FRAMES - 1) / CONV0_FRAMES; }
   D2V_DEVICE int64_t tiles_before(int64_t segment) const {
-    return segments ? tile_start[segment] : segment * tiles_per_row();
+    return table ? table[4 * segment + 2] : segment * tiles_per_row();
   }
-  D2V_DEVICE const float* samples(int64_t frame) const {
-    const int64_t row = frame / frames_per_row;
-    return waveforms + row * row_stride + (frame - row * frames_per_row) * stride;
+  D2V_DEVICE const float* samples(int64_t segment) const {  // of its first frame
+    return waveforms + (table ? table[4 * segment + 3] : segment * row_stride);
   }
   // the segment that holds tile `tile`; empty segments hold none
   D2V_DEVICE int64_t segment_of(int64_t tile) const {
-    if (!segments) return tile / tiles_per_row();
+    if (!table) return tile / tiles_per_row();
     int64_t low = 0, high = count;
     while (high - low > 1) {
       const int64_t middle = (low + high) / 2;
-      if (tile_start[middle] <= tile) low = middle;
+      if (tiles_before(middle) <= tile) low = middle;
       else high = middle;
     }
     return low;
   }
 };
 
-// Tiles in order, an equal share of them to each program: [begin, end).
+// Tiles in order, an equal share of them to each program.
 struct Conv0Share {
-  int64_t begin, end;
+  int64_t first;
+  int tiles;
   D2V_DEVICE static int64_t size(const Conv0Input& in, int64_t programs) {
     return (in.tiles_before(in.count) + programs - 1) / programs;
   }
   D2V_DEVICE static Conv0Share of(const Conv0Input& in, int64_t program, int64_t programs) {
-    const int64_t all = in.tiles_before(in.count), each = size(in, programs);
-    const int64_t begin = program * each, end = begin + each;
-    return {begin < all ? begin : all, end < all ? end : all};
+    const int64_t each = size(in, programs), first = program * each, left = in.tiles_before(in.count) - first;
+    return {first, int(left < 0 ? 0 : left < each ? left : each)};
   }
 };
 
-// One tile of frames: `frame` is its first one, the segment ends before `end`, `samples` is what the first frame reads.
+// One tile of frames, as two numbers: the rest is found again where it is needed, because registers are short.
 struct Conv0Tile {
-  int64_t segment, frame, end;
-  const float* samples;
-  D2V_DEVICE static Conv0Tile at(const Conv0Input& in, int64_t tile) {
-    const int64_t segment = in.segment_of(tile);
-    const int64_t frame = in.first(segment) + (tile - in.tiles_before(segment)) * CONV0_FRAMES;
-    return {segment, frame, in.first(segment) + in.size(segment), in.samples(frame)};
+  int segment, offset;  // frames of the segment before the tile
+  D2V_DEVICE void seek(const Conv0Input& in, int64_t tile) {
+    segment = int(in.segment_of(tile));
+    offset = int((tile - in.tiles_before(segment)) * CONV0_FRAMES);
   }
   D2V_DEVICE void advance(const Conv0Input& in) {
-    frame += CONV0_FRAMES;
-    samples += CONV0_FRAMES * in.stride;
-    if (frame < end) return;
-    do ++segment;
-    while (segment < in.count && in.size(segment) == 0);
-    if (segment == in.count) return;
-    frame = in.first(segment);
-    end = frame + in.size(segment);
-    samples = in.samples(frame);
+    offset += CONV0_FRAMES;
+    while (segment < in.count && offset >= in.size(segment)) {
+      ++segment;
+      offset = 0;
+    }
   }
-  D2V_DEVICE int frames() const { return end - frame < CONV0_FRAMES ? int(end - frame) : CONV0_FRAMES; }
+  D2V_DEVICE int64_t frame(const Conv0Input& in) const { return in.first(segment) + offset; }  // its first
+  D2V_DEVICE int left(const Conv0Input& in) const { return int(in.size(segment) - offset); }  // frames from there on
+  D2V_DEVICE const float* samples(const Conv0Input& in) const { return in.samples(segment) + offset * in.stride; }
 };
 
 // a and b as bfloat16, and what that leaves, as bfloat16
@@ -111,9 +105,9 @@ D2V_DEVICE SplitPair split(float a, float b) {
   return {high, Bf16::pack(a - Bf16::first(high), b - Bf16::second(high))};
 }
 
-// The X of a tile as fragments of matrix instructions: four words to a lane for 16 frames and 16 slots, in which
-// word h + 2 p holds frame lane / 4 + 8 h and slots 2 * (lane % 4) + 8 p and the next. Read as A [frames, slots] they
-// are in order, as B [slots, frames] of 8 frames h they are words h and h + 2.
+// The X of a tile as fragments of matrix instructions: four words to a lane for 16 frames and 16 slots. The word of
+// frame lane / 4 + 8 h, slots 2 * (lane % 4) + 8 p and the next is h + 2 p where X is the factor A [frames, slots], and
+// p + 2 h where its frames 8 h to 8 h + 7 are the factor B [slots, frames].
 template <class S>
 struct Conv0Fragments {
   static constexpr int PART = CONV0_FRAMES / 16 * S::STEPS * 32;  // of Words4: high, then low
@@ -121,19 +115,31 @@ struct Conv0Fragments {
   D2V_DEVICE static int index(int group, int step, int lane) { return (group * S::STEPS + step) * 32 + lane; }
 };
 
-// 1 / deviation over channels of a frame with these samples, shared by four threads q
+D2V_DEVICE void load_fragment(uint32_t (&words)[4], const Words4* from) {
+  const Words4 v = *from;
+  words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+}
+
+// 1 / deviation over channels of a frame with these samples, shared by four threads q; factor [4, FACTOR_SIZE]
 template <class S>
 D2V_DEVICE float frame_rstd(const float* samples, bool valid, int taps, int q, const float* factor, float eps) {
-  float x[S::TAPS + 1];
+  float x[4 * S::FACTORS] = {};
 #pragma unroll
   for (int i = 0; i < S::TAPS; ++i) x[i] = valid && i < taps ? samples[i] : 0.f;
   x[S::BIAS] = 1.f;
+  const Words4* mine = reinterpret_cast<const Words4*>(factor + q * S::FACTOR_SIZE);
   float variance = 0.f;
 #pragma unroll
   for (int g = 0; g < S::FACTORS; ++g) {
     float sum = 0.f;
 #pragma unroll
-    for (int i = 4 * g; i <= S::TAPS; ++i) sum = fmaf(factor[q * S::FACTOR_SIZE + S::factor_offset(g) + i - 4 * g], x[i], sum);
+    for (int i = g; i < S::FACTORS; ++i) {
+      uint32_t words[4];
+      load_fragment(words, mine + S::factor_offset(g) / 4 + i - g);
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (4 * i + e <= S::BIAS) sum = fmaf(bits_float(words[e]), x[4 * i + e], sum);
+    }
     variance = fmaf(sum, sum, variance);
   }
   variance += shuffle_xor(variance, 1);
@@ -151,44 +157,45 @@ struct Conv0Layout {
   float eps;
 };
 
-// All threads of the block lay out X of `tile`, each item four slots a step of one frame. KNOWN: rstd is read.
-template <class S, bool LAYER, bool KNOWN>
+// All threads of the block lay out X of `tile`, each item four slots a step of one frame: for forward as the factor A,
+// for backward, where rstd is known, as B.
+template <class S, bool LAYER, bool BACKWARD>
 D2V_DEVICE void lay_out(const Conv0Input& in, const Conv0Tile& tile, const Conv0Layout& layout, Words4* fragments) {
+  const int taps = S::taps(in.taps), left = tile.left(in);
+  const int64_t first = tile.frame(in);
+  const float* first_samples = tile.samples(in);
   for (int item = thread_id(); item < 4 * CONV0_FRAMES; item += num_threads()) {
     const int r = item / 4, q = item % 4;
-    const bool valid = r < tile.frames();
-    const float* samples = tile.samples + r * in.stride;
+    const bool valid = r < left;
+    const float* samples = first_samples + r * in.stride;
     float scale = 1.f;
-    if constexpr (LAYER && KNOWN) scale = valid ? layout.known_rstd[tile.frame + r] : 0.f;
-    if constexpr (LAYER && !KNOWN) {
-      scale = frame_rstd<S>(samples, valid, in.taps, q, layout.factor, layout.eps);
-      if (layout.rstd && block_y() == 0 && valid && q == 0) layout.rstd[tile.frame + r] = scale;
+    if constexpr (LAYER && BACKWARD) scale = valid ? layout.known_rstd[first + r] : 0.f;
+    if constexpr (LAYER && !BACKWARD) {
+      scale = frame_rstd<S>(samples, valid, taps, q, layout.factor, layout.eps);
+      if (layout.rstd && block_y() == 0 && valid && q == 0) layout.rstd[first + r] = scale;
     }
-    const float* means = LAYER ? nullptr : layout.means + tile.segment * S::TAPS;
+    const float* means = LAYER ? nullptr : layout.means + int64_t(tile.segment) * S::TAPS;
     const auto slot = [&](int s) {
       if (!valid) return 0.f;
-      if (s < in.taps) return LAYER ? samples[s] * scale : samples[s] - means[s];
+      if (s < taps) return LAYER ? samples[s] * scale : samples[s] - means[s];
       return s == S::ONE ? 1.f : LAYER && s == S::BIAS ? scale : 0.f;
     };
     const int group = r / 16, h = r / 8 % 2, lane = r % 8 * 4 + q;
 #pragma unroll
     for (int step = 0; step < S::STEPS; ++step) {
-      uint32_t* high = reinterpret_cast<uint32_t*>(fragments + Conv0Fragments<S>::index(group, step, lane)) + h;
+      uint32_t* high = reinterpret_cast<uint32_t*>(fragments + Conv0Fragments<S>::index(group, step, lane));
       uint32_t* low = high + 4 * Conv0Fragments<S>::PART;
-#pragma unroll
-      for (int p = 0; p < 2; ++p) {
-        const int s = 16 * step + 8 * p + 2 * q;
-        const SplitPair pair = split(slot(s), slot(s + 1));
-        high[2 * p] = pair.high;
-        low[2 * p] = pair.low;
+      const int s = 16 * step + 2 * q;
+      const SplitPair first = split(slot(s), slot(s + 1)), second = split(slot(s + 8), slot(s + 9));
+      if constexpr (BACKWARD) {
+        store_words(high + 2 * h, Words2{first.high, second.high});
+        store_words(low + 2 * h, Words2{first.low, second.low});
+      } else {
+        high[h] = first.high, high[h + 2] = second.high;
+        low[h] = first.low, low[h + 2] = second.low;
       }
     }
   }
-}
-
-D2V_DEVICE void load_fragment(uint32_t (&words)[4], const Words4* from) {
-  const Words4 v = *from;
-  words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
 }
 
 // c += a b with both factors split: three products, the smallest first; low times low is below the precision kept
@@ -204,8 +211,6 @@ D2V_DEVICE void mma_split(float (&c)[4], const uint32_t (&a_high)[4], const uint
 // tail's relative error. bfloat16: 5e-4; float16: 8e-5 (of values above -5; smaller ones are below 2e-6).
 template <class T>
 struct Conv0Gelu;
-
-D2V_DEVICE float bell_curve(float u) { return exp2_fast(u * -0.72134752f * u); }  // exp(-u^2 / 2)
 
 template <>
 struct Conv0Gelu<Bf16> {
@@ -254,15 +259,18 @@ struct Conv0Gelu<F16> {
 
 template <class T>
 D2V_DEVICE float conv0_gelu(float u) {
-  const float a = fabsf(u);
-  return fmaf(-(a * bell_curve(u)), Conv0Gelu<T>::tail(saturate(0.2f * a)), fmaxf(u, 0.f));
+  const float a = fabsf(u), bell = exp2_fast(u * -0.72134752f * u);
+  return fmaf(-(a * bell), Conv0Gelu<T>::tail(saturate(0.2f * a)), fmaxf(u, 0.f));
 }
 
-// Twice the gradient of u: 2 gelu'(u) = 1 + sign(u) (1 - e R), one instruction cheaper than gelu'(u)
+// Twice the gradient of u, from v = CONV0_BWD_SCALE * u: 2 gelu'(u) = 1 + sign(u) (1 - e R) takes one instruction less
+// than gelu'(u).
+constexpr float CONV0_BWD_SCALE = 0.84932180f;  // sqrt(log2(e) / 2): exp(-u^2 / 2) = 2^(-v^2)
 template <class T>
-D2V_DEVICE float conv0_gelu_twice_grad(float grad, float u) {
-  const float t = fmaf(-bell_curve(u), Conv0Gelu<T>::slope(saturate(0.2f * fabsf(u))), 1.f);
-  return fmaf(grad, bits_float(float_bits(t) ^ (float_bits(u) & 0x80000000u)), grad);
+D2V_DEVICE float conv0_gelu_twice_grad(float grad, float v) {
+  const float r = Conv0Gelu<T>::slope(saturate(0.2f / CONV0_BWD_SCALE * fabsf(v)));
+  const float t = fmaf(-exp2_fast(-v * v), r, 1.f);
+  return fmaf(grad, bits_float(float_bits(t) ^ (float_bits(v) & 0x80000000u)), grad);
 }
 
 }  // namespace d2v

@@ -1,6 +1,6 @@
-// Backward: one pass over the gradient of y, u computed again. With du the gradient of u (twice that: conv0.cuh)
+// Backward: one pass over the gradient of y, u computed again, times CONV0_BWD_SCALE. With du the gradient of u (twice that: conv0.cuh)
 //   outer [C, slots] = sum over frames of du X^T
-//   layer norm also: D = du [gamma * W''; gamma] (products over channels), m2 = sum of X D over all slots but ONE, and
+//   layer norm also: D = du [gamma * W''; gamma] (times CONV0_BWD_SCALE) (products over channels), m2 = sum of X D over all slots but ONE, and
 //   inner [slots, slots] = sum over frames of [m2 X; m1] X^T, where m1 = D[ONE] takes row ONE
 // from which conv0_finish.cuh makes the gradients. All of it is linear in the channels: a warp adds up what its 64
 // channels give, in registers, and writes it once. Only the fragments of X are shared, one barrier a tile.
@@ -29,10 +29,12 @@ struct Conv0BwdWeights {
     const uint16_t* halves = reinterpret_cast<const uint16_t*>(weights);
     const auto gradient_weight = [&](int part, int64_t c, int slot) -> uint32_t {
       if (slot != S::ONE) return slot < S::WIDTH ? halves[(part * C + c) * S::WIDTH + slot] : 0;
-      const SplitPair words = split(gamma ? gamma[c] : 1.f, 0.f);
+      const SplitPair words = split(CONV0_BWD_SCALE * (gamma ? gamma[c] : 1.f), 0.f);
       return (part ? words.low : words.high) & 0xffff;
     };
+#pragma unroll 1
     for (int i = 0; i < 4; ++i)
+#pragma unroll 1
       for (int part = 0; part < 2; ++part) {
         for (int step = 0; step < S::STEPS; ++step) {
           const auto word = [&](int r, int p) {
@@ -119,8 +121,8 @@ struct Conv0GroupInput {
     for (int n = 0; n < S::TILES; ++n)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        across[n][h] = transpose_8x8(high[n / 2][h + 2 * (n % 2)]);
-        if constexpr (WIDE) across_low[n][h] = transpose_8x8(low[n / 2][h + 2 * (n % 2)]);
+        across[n][h] = transpose_8x8(high[n / 2][n % 2 + 2 * h]);
+        if constexpr (WIDE) across_low[n][h] = transpose_8x8(low[n / 2][n % 2 + 2 * h]);
       }
   }
 };
@@ -141,8 +143,8 @@ D2V_DEVICE void conv0_du(const Conv0GroupInput<S, CONV0_WIDE<T>>& x, const Words
     float u[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
     for (int step = 0; step < S::STEPS; ++step)
-      mma_split(u, w_high[step], w_low[step], {x.high[step][n], x.high[step][n + 2]},
-                {x.low[step][n], x.low[step][n + 2]});
+      mma_split(u, w_high[step], w_low[step], {x.high[step][2 * n], x.high[step][2 * n + 1]},
+                {x.low[step][2 * n], x.low[step][2 * n + 1]});
     const float grad[4] = {T::first(dy[2 * n]), T::first(dy[2 * n + 1]), T::second(dy[2 * n]), T::second(dy[2 * n + 1])};
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
@@ -190,7 +192,7 @@ D2V_DEVICE void add_inner(float (&inner)[S::STEPS][S::TILES][4], const Conv0Grou
     float first[S::TILES], second[S::TILES], m2 = 0.f;
 #pragma unroll
     for (int n = 0; n < S::TILES; ++n) {
-      const uint32_t word = x.high[n / 2][h + 2 * (n % 2)];
+      const uint32_t word = x.high[n / 2][n % 2 + 2 * h];
       first[n] = Bf16::first(word);
       second[n] = n == S::ONE / 8 && holds_one ? 0.f : Bf16::second(word);
       m2 = fmaf(first[n], products[n][2 * h], fmaf(second[n], products[n][2 * h + 1], m2));
@@ -265,35 +267,37 @@ D2V_KERNEL void D2V_BOUNDS(32 * CONV0_BWD_WARPS<S>, S::STEPS == 1 && CONV0_WIDE<
   Words4* mine = fragments + 2 * Fragments::SIZE + warp * Weights::SIZE;
   const int64_t channel = (int64_t(block_y()) * (num_threads() / 32) + warp) * CONV0_CHANNELS;
   const Conv0Layout layout{nullptr, nullptr, rstd, means, 0.f};
+  if (LAYER) in.table = nullptr;  // as it is; now the compiler knows
   const Conv0Share share = Conv0Share::of(in, block_x(), grid_x());
-  if (share.begin >= share.end) return;
-  Conv0Tile tile = Conv0Tile::at(in, share.begin);
+  if (share.tiles == 0) return;
+  if (LAYER && channel < C) Weights::fill(mine, weights, gamma, C, channel);
+  Conv0Tile tile;
+  tile.seek(in, share.first);
   Conv0Sums<S, LAYER> sums;
   sums.clear();
-  int64_t loaded = -1;
-  int buffer = 0;
-  for (int64_t i = share.begin; i < share.end; ++i, tile.advance(in), buffer ^= 1) {
+  int loaded = LAYER ? 0 : -1;
+  for (int tiles = share.tiles; tiles > 0; --tiles, tile.advance(in)) {
     // The other buffer is read until the next barrier: one barrier a tile is enough.
-    lay_out<S, LAYER, true>(in, tile, layout, fragments + buffer * Fragments::SIZE);
-    const int64_t segment = LAYER ? 0 : tile.segment;
-    if (segment != loaded && channel < C) {
+    Words4* laid_out = fragments + tiles % 2 * Fragments::SIZE;
+    lay_out<S, LAYER, true>(in, tile, layout, laid_out);
+    if (!LAYER && tile.segment != loaded && channel < C) {
       if (loaded >= 0) {
-        sums.store_outer(outer + ((block_x() + loaded) * C + channel) * S::COLUMNS);
+        sums.store_outer(outer + (int64_t(block_x() + loaded) * C + channel) * S::COLUMNS);
         sums.clear();
       }
-      Weights::fill(mine, weights + segment * C * S::WIDTH, gamma, C, channel);
+      loaded = tile.segment;
+      Weights::fill(mine, weights + loaded * C * S::WIDTH, gamma, C, channel);
     }
-    loaded = segment;
     block_barrier();
     if (channel >= C) continue;
-    const uint16_t* grad = dy + tile.frame * C + channel + 8 * (lane / 4);
+    const uint16_t* grad = dy + tile.frame(in) * C + channel + 8 * (lane / 4);
 #pragma unroll 1
     for (int group = 0; group < CONV0_FRAMES / 16; ++group)
-      conv0_bwd_group<S, T, LAYER>(fragments + buffer * Fragments::SIZE, group, mine, grad + 16 * group * C, C,
-                                   tile.frames() - 16 * group, sums);
+      conv0_bwd_group<S, T, LAYER>(laid_out, group, mine, grad + 16 * group * C, C,
+                                   tile.left(in) - 16 * group, sums);
   }
   if (channel >= C) return;
-  sums.store_outer(outer + ((block_x() + loaded) * C + channel) * S::COLUMNS);
+  sums.store_outer(outer + (int64_t(block_x() + loaded) * C + channel) * S::COLUMNS);
   if constexpr (LAYER) {
     const int64_t row = int64_t(block_x()) * (C / CONV0_CHANNELS) + channel / CONV0_CHANNELS;
     sums.store_inner(inner + row * S::WIDTH * S::COLUMNS);

@@ -60,7 +60,7 @@ D2V_KERNEL void D2V_BOUNDS(CONV0_REDUCE_THREADS, 2)
     const int slot = column < k ? column : S::BIAS;
     double shared = inner[S::ONE * S::COLUMNS + slot];
     for (int l = 0; l <= S::BIAS; ++l) shared = fma(centred(l), double(inner[l * S::COLUMNS + slot]), shared);
-    value = double(p.scale(c)) * double(mine[slot]) - shared / double(p.C);
+    value = double(p.scale(c)) * double(mine[slot]) - shared / (double(CONV0_BWD_SCALE) * double(p.C));
   } else if (column == k + 1) {
     for (int l = 0; l <= S::BIAS; ++l) value = fma(centred(l), double(mine[l]), value);
   } else {

@@ -9,29 +9,27 @@ namespace d2v {
 // eight channels in a row of tiles 0 to 3, and eight of tiles 4 to 7.
 D2V_DEVICE int conv0_fwd_channel(int j, int n) { return j / 4 * 32 + n / 2 * 8 + j % 4 * 2 + n % 2; }
 
+// B fragments of a warp's 64 channels in shared memory: Words4 of a lane, two words high and two low.
 template <class S>
 struct Conv0FwdWeights {
-  uint32_t high[8][S::STEPS][2], low[8][S::STEPS][2];  // B fragments of 64 channels
-  // weights: [2 (high, low), C, WIDTH] bfloat16 of a segment; `channel`: the first of the warp
-  D2V_DEVICE void load(const uint32_t* weights, int64_t C, int64_t channel) {
+  static constexpr int SIZE = 8 * S::STEPS * 32;
+  D2V_DEVICE static int index(int j, int step) { return (j * S::STEPS + step) * 32 + thread_id() % 32; }
+  // weights [2 (high, low), C, WIDTH] bfloat16 of a segment; `channel`: the first of the warp
+  D2V_DEVICE static void fill(Words4* to, const uint32_t* weights, int64_t C, int64_t channel) {
     const int g = thread_id() % 32 / 4, q = thread_id() % 4;
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-      const uint32_t* row = weights + (channel + conv0_fwd_channel(j, g)) * (S::WIDTH / 2) + q;
-#pragma unroll
-      for (int step = 0; step < S::STEPS; ++step)
-#pragma unroll
-        for (int p = 0; p < 2; ++p) {
-          high[j][step][p] = row[8 * step + 4 * p];
-          low[j][step][p] = row[C * (S::WIDTH / 2) + 8 * step + 4 * p];
-        }
-    }
+#pragma unroll 1
+    for (int j = 0; j < 8; ++j)
+      for (int step = 0; step < S::STEPS; ++step) {
+        const uint32_t* high = weights + (channel + conv0_fwd_channel(j, g)) * (S::WIDTH / 2) + 8 * step + q;
+        const uint32_t* low = high + C * (S::WIDTH / 2);
+        to[index(j, step)] = Words4{high[0], high[4], low[0], low[4]};
+      }
   }
 };
 
 // 16 frames x 64 channels: y points at the warp's first channel of frame `lane / 4`; `left` frames of 16 exist
 template <class S, class T>
-D2V_DEVICE void conv0_fwd_group(const Words4* fragments, int group, const Conv0FwdWeights<S>& w, uint16_t* y, int64_t C,
+D2V_DEVICE void conv0_fwd_group(const Words4* fragments, int group, const Words4* weights, uint16_t* y, int64_t C,
                                 int left) {
   const int lane = thread_id() % 32, g = lane / 4, q = lane % 4;
   uint32_t high[S::STEPS][4], low[S::STEPS][4];
@@ -48,8 +46,10 @@ D2V_DEVICE void conv0_fwd_group(const Words4* fragments, int group, const Conv0F
     for (int j = 0; j < 4; ++j) {
       float u[4] = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-      for (int step = 0; step < S::STEPS; ++step)
-        mma_split(u, high[step], low[step], w.high[4 * half + j][step], w.low[4 * half + j][step]);
+      for (int step = 0; step < S::STEPS; ++step) {
+        const Words4 w = weights[Conv0FwdWeights<S>::index(4 * half + j, step)];
+        mma_split(u, high[step], low[step], {w.x, w.y}, {w.z, w.w});
+      }
       out[0][j] = T::pack(conv0_gelu<T>(u[0]), conv0_gelu<T>(u[1]));
       out[1][j] = T::pack(conv0_gelu<T>(u[2]), conv0_gelu<T>(u[3]));
     }
@@ -61,39 +61,44 @@ D2V_DEVICE void conv0_fwd_group(const Words4* fragments, int group, const Conv0F
 }
 
 // Grid: x programs that share the tiles, y blocks of channels, a warp for each 64.
-// Shared memory: fragments of two tiles, then (layer norm) the Cholesky factor.
+// Shared memory: fragments of two tiles, weights of each warp, (layer norm) the Cholesky factor.
 template <class S, class T, bool LAYER>
-D2V_KERNEL void D2V_BOUNDS(32 * CONV0_MAX_WARPS, S::STEPS == 1 ? 3 : 1)
+D2V_KERNEL void D2V_BOUNDS(32 * CONV0_MAX_WARPS, S::STEPS == 1 ? 3 : 2)
     conv0_fwd(Conv0Input in, const uint32_t* weights /*[segments or 1, 2, C, WIDTH]*/, const float* factor,
               const float* means, float eps, int64_t C, uint16_t* y /*[frames, C]*/, float* rstd) {
   using Fragments = Conv0Fragments<S>;
+  using Weights = Conv0FwdWeights<S>;
+  const int warp = thread_id() / 32, warps = num_threads() / 32;
   Words4* fragments = reinterpret_cast<Words4*>(shared_memory());
-  float* shared_factor = reinterpret_cast<float*>(fragments + 2 * Fragments::SIZE);
+  Words4* shared_weights = fragments + 2 * Fragments::SIZE + warp * Weights::SIZE;
+  float* shared_factor = reinterpret_cast<float*>(fragments + 2 * Fragments::SIZE + warps * Weights::SIZE);
   if constexpr (LAYER) {
     for (int i = thread_id(); i < 4 * S::FACTOR_SIZE; i += num_threads()) shared_factor[i] = factor[i];
     block_barrier();
   }
   const Conv0Layout layout{shared_factor, rstd, nullptr, means, eps};
-  const int64_t channel = (int64_t(block_y()) * (num_threads() / 32) + thread_id() / 32) * CONV0_CHANNELS;
+  const int64_t channel = (int64_t(block_y()) * warps + warp) * CONV0_CHANNELS;
+  if (LAYER) in.table = nullptr;  // as it is; now the compiler knows
   const Conv0Share share = Conv0Share::of(in, block_x(), grid_x());
-  if (share.begin >= share.end) return;
-  Conv0Tile tile = Conv0Tile::at(in, share.begin);
-  Conv0FwdWeights<S> w;
-  int64_t loaded = -1;
-  int buffer = 0;
-  for (int64_t i = share.begin; i < share.end; ++i, tile.advance(in), buffer ^= 1) {
+  if (share.tiles == 0) return;
+  Conv0Tile tile;
+  tile.seek(in, share.first);
+  if (LAYER && channel < C) Weights::fill(shared_weights, weights, C, channel);
+  int loaded = -1;
+  for (int tiles = share.tiles; tiles > 0; --tiles, tile.advance(in)) {
     // The other buffer is read until the next barrier: one barrier a tile is enough.
-    Words4* mine = fragments + buffer * Fragments::SIZE;
+    Words4* mine = fragments + tiles % 2 * Fragments::SIZE;
     lay_out<S, LAYER, false>(in, tile, layout, mine);
-    const int64_t segment = LAYER ? 0 : tile.segment;
-    if (segment != loaded && channel < C) w.load(weights + segment * C * S::WIDTH, C, channel);
-    loaded = segment;
+    if (!LAYER && tile.segment != loaded && channel < C) {
+      loaded = tile.segment;
+      Weights::fill(shared_weights, weights + loaded * C * S::WIDTH, C, channel);
+    }
     block_barrier();
     if (channel >= C) continue;
-    uint16_t* out = y + (tile.frame + thread_id() % 32 / 4) * C + channel;
+    uint16_t* out = y + (tile.frame(in) + thread_id() % 32 / 4) * C + channel;
 #pragma unroll 1
     for (int group = 0; group < CONV0_FRAMES / 16; ++group)
-      conv0_fwd_group<S, T>(mine, group, w, out + 16 * group * C, C, tile.frames() - 16 * group);
+      conv0_fwd_group<S, T>(mine, group, shared_weights, out + 16 * group * C, C, tile.left(in) - 16 * group);
   }
 }
 

@@ -44,7 +44,7 @@ D2V_KERNEL void D2V_BOUNDS(CONV0_PREPARE_THREADS, 2) conv0_products(Conv0Input i
   const int64_t segment = block_x(), size = in.size(segment);
   const int64_t begin = size * block_y() / grid_y(), end = size * (block_y() + 1) / grid_y();
   PairSums sums(n);
-  const float* samples = in.samples(in.first(segment));
+  const float* samples = in.samples(segment);
   for (int64_t frame = begin; frame < end; frame += CONV0_LAID_OUT_ROWS) {
     const int count = end - frame < CONV0_LAID_OUT_ROWS ? int(end - frame) : CONV0_LAID_OUT_ROWS;
     block_barrier();
@@ -124,11 +124,12 @@ struct GroupStatistics {
   }
 };
 
-// Group norm: weights [segments, 2, C, WIDTH] and means [segments, TAPS] in float32. Grid: segments x blocks of
+// Group norm: weights [segments, 2, C, WIDTH], times `scale`, and means [segments, TAPS] in float32. Grid: segments x blocks of
 // channels, a warp a channel.
 template <class S>
 D2V_KERNEL void D2V_BOUNDS(CONV0_PREPARE_THREADS, 2)
-    conv0_group_weights(Conv0Parameters p, const double* moments, float eps, uint32_t* weights, float* means) {
+    conv0_group_weights(Conv0Parameters p, const double* moments, float eps, float scale, uint32_t* weights,
+                        float* means) {
   const int k = p.taps, lane = thread_id() % 32;
   const int64_t segment = block_x();
   const double* mine = moments + segment * (k + k * k);
@@ -136,18 +137,18 @@ D2V_KERNEL void D2V_BOUNDS(CONV0_PREPARE_THREADS, 2)
     means[segment * S::TAPS + thread_id()] = thread_id() < k ? float(mine[thread_id()]) : 0.f;
   const int64_t c = (int64_t(block_y()) * num_threads() + thread_id()) / 32;
   if (c >= p.C) return;
-  const float scale = p.scale(c) * float(GroupStatistics::of(p, mine + k, c, eps).rstd);
+  const float factor = scale * p.scale(c) * float(GroupStatistics::of(p, mine + k, c, eps).rstd);
   const auto value = [&](int s) {
-    return s < k ? scale * p.weight[c * k + s] : s == S::ONE ? p.offset(c) : 0.f;
+    return s < k ? factor * p.weight[c * k + s] : s == S::ONE ? scale * p.offset(c) : 0.f;
   };
   if (lane < S::WIDTH / 2) store_weights<S>(weights + segment * p.C * S::WIDTH, p.C, c, lane, value);
 }
 
 // Layer norm, one block: centre [TAPS + 1] means of taps and bias over the channels; factor [4, FACTOR_SIZE], the
-// Cholesky factor of their covariance (Conv0Shape); weights [2, C, WIDTH].
+// Cholesky factor of their covariance (Conv0Shape); weights [2, C, WIDTH], times `scale`.
 template <class S>
 D2V_KERNEL void D2V_BOUNDS(CONV0_PREPARE_THREADS, 1)
-    conv0_layer_weights(Conv0Parameters p, double* centre, float* factor, uint32_t* weights) {
+    conv0_layer_weights(Conv0Parameters p, float scale, double* centre, float* factor, uint32_t* weights) {
   constexpr int N = S::TAPS + 1, ALL = N + 1;  // columns of the covariance; with 1, whose products are the sums
   double* rows = reinterpret_cast<double*>(shared_memory());  // [LAID_OUT_ROWS, ALL]
   double* covariance = rows + CONV0_LAID_OUT_ROWS * ALL;      // [N, N], then the factor in its lower half
@@ -183,20 +184,20 @@ D2V_KERNEL void D2V_BOUNDS(CONV0_PREPARE_THREADS, 1)
       covariance[sums.j * N + sums.i] -= covariance[sums.j * N + column] * covariance[sums.i * N + column];
   }
   block_barrier();
-  if (thread_id() < 4)
-    for (int g = 0; g < S::FACTORS; ++g)
-      for (int i = 4 * g; i < N; ++i) {
-        const int column = 4 * g + thread_id();
-        const double value = column < N && i >= column ? covariance[i * N + column] : 0.0;
-        factor[thread_id() * S::FACTOR_SIZE + S::factor_offset(g) + i - 4 * g] = float(value);
-      }
+  for (int e = thread_id(); e < 4 * S::FACTOR_SIZE; e += num_threads()) {
+    const int q = e / S::FACTOR_SIZE, place = e % S::FACTOR_SIZE;
+    int g = 0;
+    while (g + 1 < S::FACTORS && S::factor_offset(g + 1) <= place) ++g;
+    const int column = 4 * g + q, row = 4 * g + place - S::factor_offset(g);
+    factor[e] = column <= row && row < N ? float(covariance[row * N + column]) : 0.f;
+  }
   if (thread_id() < N) centre[thread_id()] = double(p.at<S>(0, thread_id())) + mean[thread_id()];
   for (int64_t e = thread_id(); e < p.C * (S::WIDTH / 2); e += num_threads()) {
     const int64_t c = e / (S::WIDTH / 2);
     const auto value = [&](int s) {
-      if (s >= N) return s == S::ONE ? p.offset(c) : 0.f;
+      if (s >= N) return s == S::ONE ? scale * p.offset(c) : 0.f;
       const double centred = double(p.at<S>(c, s)) - double(p.at<S>(0, s)) - mean[s];
-      return p.scale(c) * float(centred);
+      return scale * p.scale(c) * float(centred);
     };
     store_weights<S>(weights, p.C, c, int(e % (S::WIDTH / 2)), value);
   }
