@@ -148,7 +148,9 @@ def test_emulated_calls_reach_the_kernels(emulated, monkeypatch):
     """Otherwise the tests above would compare PyTorch with itself."""
     x, weights, biases = make_inputs(1, 9, 64, 2, [3], BF16)
     assert extension.fits(x, weights, 2)
-    assert not extension.fits(x.float(), weights, 2) and not extension.fits(x, weights, 1 + 3)
+    assert not extension.fits(x.float(), weights, 2) and not extension.fits(x, weights, 4)
+    assert extension.fits(x, make_inputs(1, 1, 64, 2, [128])[1], 2)
+    assert not extension.fits(x, make_inputs(1, 1, 64, 2, [3, 5000])[1], 2)  # too long for shared memory
     for path in (extension.forward, extension.backward):
         calls = []
         monkeypatch.setattr(extension, path.__name__, lambda *args, p=path, c=calls: c.append(1) or p(*args))
@@ -331,8 +333,11 @@ def test_compile_fullgraph(registered):
 def test_autocast(registered):
     x, weights, biases = make_inputs(2, 9, 64, 2, [3, 4])
     x = x.bfloat16().float()
+    compiled = torch.compile(pos_conv, fullgraph=True, backend="aot_eager")
+    upstream = torch.randn_like(x)
     with torch.autocast(DEVICE, BF16):
-        got = value_and_grads(pos_conv, torch.randn_like(x), x, weights, biases, groups=2)
+        got = value_and_grads(pos_conv, upstream, x, weights, biases, groups=2)
+        torch.testing.assert_close(value_and_grads(compiled, upstream, x, weights, biases, groups=2), got)
     assert got[0].dtype == BF16 and all(g.dtype == F32 for g in got[1:])
     torch.testing.assert_close(got[0], pos_conv(x.bfloat16(), weights, biases, groups=2), rtol=0, atol=0)
 
@@ -419,7 +424,6 @@ def test_bindings_check_their_arguments(emulated):
     ]:
         with pytest.raises(RuntimeError, match=message):
             forward(**bad)
-    assert extension.fits(x.view(1, 40, 64), [torch.zeros(64, 32, 3)], 2)
 
 
 def test_depth_1_is_a_convolution_with_weight_norm():
@@ -449,9 +453,96 @@ def test_depth_1_is_a_convolution_with_weight_norm():
     torch.testing.assert_close(got, 1.5 * before)
 
 
-def test_no_slower_name_for_today():
-    """ConvPositions on the CPU is PyTorch's convolution and the norm: nothing else is registered in between."""
+def test_on_the_cpu_nothing_is_registered_in_between():
+    """ConvPositions is PyTorch's convolution and the norm there: a registered op costs more than a small layer."""
     module = ConvPositions(EncoderConfig(dim=32, heads=2, pos_conv_depth=2, pos_conv_width=6, pos_conv_groups=2))
     x = torch.randn(2, 11, 32)
-    bias = torch.stack([conv.bias for conv in module.convs])
-    assert torch.equal(module(x), pos_conv_ref(x, [conv.weight for conv in module.convs], bias, 2))
+    with torch.profiler.profile() as profile:
+        got = module(x)
+    assert torch.equal(got, pos_conv_ref(x, [c.weight for c in module.convs], [c.bias for c in module.convs], 2))
+    assert not [event.name for event in profile.events() if "pos_conv" in event.name]
+
+
+@pytest.fixture
+def built():
+    if not _extension.available():
+        pytest.skip(f"needs the CUDA extension: {_extension.why_not()}")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize(
+    "B,T,C,groups,taps",
+    [
+        (3, 780, 768, 16, [19] * 5),
+        (2, 938, 1024, 16, [19] * 2),
+        (1, 300, 1280, 16, [19]),
+        (2, 499, 768, 16, [128]),
+        (1, 499, 1024, 16, [128]),
+        (1, 700, 512, 16, [3, 4]),
+    ],
+)
+def test_extension_matches_fp64(built, B, T, C, groups, taps, dtype, norm):
+    inputs = make_inputs(B, T, C, groups, taps, dtype)
+    assert extension.fits(*inputs[:2], groups)
+    check_against_fp64(*inputs, groups=groups, norm=norm)
+
+
+@pytest.mark.gpu
+def test_extension_matches_fp64_in_segments(built):
+    check_against_fp64(*make_inputs(2, 300, 768, 16, [19, 4, 19], BF16), groups=16, segments=RAGGED)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("segments", [None, RAGGED])
+@pytest.mark.parametrize("dtype", [BF16, F32])
+def test_does_not_wait_for_the_device(dtype, segments):
+    inputs = make_inputs(2, 300, 768, 16, [19, 19], dtype)
+    segments = None if segments is None else torch.tensor(segments, device=DEVICE)
+    upstream = torch.randn_like(inputs[0])
+    value_and_grads(pos_conv, upstream, *inputs, groups=16, segments=segments)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        value_and_grads(pos_conv, upstream, *inputs, groups=16, segments=segments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_captured_graph_reads_the_tensors_again(built):
+    x, weights, biases = make_inputs(2, 300, 768, 16, [19, 19], BF16)
+    bias, grad = torch.stack(biases), torch.randn_like(x)
+    segments = torch.tensor(RAGGED, device=DEVICE)
+
+    def step():
+        y, z, stats = _fwd(x, weights, bias, 16, True, 1e-5, segments, True)
+        grad_x, grad_weights, grad_bias = _bwd(grad, x, z, stats, weights, True, 16, True, segments)
+        return [y, grad_x, *grad_weights, grad_bias]
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    x.copy_(torch.randn_like(x))
+    segments[0, 1] = 5
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(got, step(), strict=True))
+
+
+@pytest.mark.gpu
+def test_is_deterministic(built):
+    inputs, upstream = make_inputs(3, 780, 768, 16, [19] * 2, BF16), torch.randn(3, 780, 768)
+    runs = [value_and_grads(pos_conv, upstream.to(DEVICE), *inputs, groups=16) for _ in range(2)]
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_elements(built):
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GB of GPU memory")
+    x = torch.zeros(2800, 1000, 768, dtype=BF16, device=DEVICE)
+    x[-1] = torch.randn(1000, 768)
+    _, weights, biases = make_inputs(1, 1, 768, 16, [19], BF16)
+    y = pos_conv(x, weights, biases, groups=16)
+    assert torch.equal(y[-1:], pos_conv(x[-1:], weights, biases, groups=16))

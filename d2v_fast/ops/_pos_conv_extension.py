@@ -13,7 +13,7 @@ from d2v_fast.ops.layer_norm_gelu import _fwd as norm_gelu_fwd
 TILE = 256  # frames, as in csrc/kernels/pos_conv_tiles.cuh
 WIDTHS = (32, 48, 64, 80)  # channels of a group that the kernels are compiled for
 _TAPS_PER_BLOCK = 8  # of the weights' gradient
-_EMULATED_SM_COUNT = 2
+_EMULATED_SM_COUNT, _EMULATED_SHARED_BYTES = 2, 163 * 1024
 
 
 def fits(x: Tensor, weights: Sequence[Tensor], groups: int) -> bool:
@@ -21,8 +21,9 @@ def fits(x: Tensor, weights: Sequence[Tensor], groups: int) -> bool:
     width = x.shape[-1] // groups
     if x.dtype not in (torch.bfloat16, torch.float16) or width not in WIDTHS or not _extension.takes(x):
         return False
-    most = max(_extension.ops(x).pos_conv_shared_bytes(width, w.shape[-1]) for w in weights)
-    return not x.is_cuda or most <= torch.cuda.get_device_properties(x.device).shared_memory_per_block_optin
+    properties = torch.cuda.get_device_properties(x.device) if x.is_cuda else None
+    limit = properties.shared_memory_per_block_optin if properties else _EMULATED_SHARED_BYTES
+    return all(_extension.ops(x).pos_conv_shared_bytes(width, w.shape[-1]) <= limit for w in weights)
 
 
 def tile_table(segments: Tensor, rows: int) -> Tensor:

@@ -55,7 +55,7 @@ def _conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int, spread: _
 def pos_conv_ref(
     x: Tensor,  # [B, T, C]
     weights: Sequence[Tensor],  # [C, C / groups, k] each
-    bias: Tensor | None,  # [L, C]
+    biases: Sequence[Tensor | None],  # [C] each
     groups: int,
     norm: bool = True,
     eps: float = 1e-5,
@@ -63,8 +63,8 @@ def pos_conv_ref(
 ) -> Tensor:
     """The op in plain PyTorch, differentiable."""
     spread = _spread(segments, x.shape[:2].numel(), max(w.shape[2] for w in weights))
-    for i, weight in enumerate(weights):
-        z = _conv(x, weight, None if bias is None else bias[i], groups, spread)
+    for weight, bias in zip(weights, biases, strict=True):
+        z = _conv(x, weight, bias, groups, spread)
         x = layer_norm_gelu(z, eps=eps) if norm else F.gelu(z).contiguous()
     return x if spread is None else torch.where(spread.inside.view(*x.shape[:2], 1), x, 0)
 
@@ -235,13 +235,14 @@ def pos_conv(
         TypeError: a tensor is missing or has another dtype, float64 is on a GPU, ``groups`` is no integer.
     """
     weights = _check(x, weights, groups, eps)
-    bias = _stack_biases(biases, weights, x)
+    biases = _check_biases(biases, weights, x)
     if segments is not None:
         _check_segments(segments, x)
     if x.dtype != torch.float64 and torch.is_autocast_enabled(x.device.type):
         x = x.to(torch.get_autocast_dtype(x.device.type))
     if x.device.type != "cuda" and not _extension.emulated():
-        return pos_conv_ref(x, weights, bias, groups, norm, eps, segments)
+        return pos_conv_ref(x, weights, biases, groups, norm, eps, segments)
+    bias = _stack(biases, x)
     keep = _rows.wants_grad(x, bias, *weights)
     return _fwd(x, weights, bias, groups, bool(norm), float(eps), segments, keep)[0]
 
@@ -268,15 +269,20 @@ def _check(x: Tensor, weights: Sequence[Tensor], groups: int, eps: float) -> lis
     return weights
 
 
-def _stack_biases(biases: Sequence[Tensor | None] | None, weights: list[Tensor], x: Tensor) -> Tensor | None:
-    """[L, C] in the dtype of accumulation, zeros for those that are not there; None if none is."""
+def _check_biases(biases: Sequence[Tensor | None] | None, weights: list[Tensor], x: Tensor) -> list[Tensor | None]:
+    """One [C] or None for each of the weights, or raise."""
     if biases is None:
-        return None
+        return [None] * len(weights)
     biases = _lists.tensor_list("biases", biases, optional=True)
     if len(biases) != len(weights):
         raise ValueError(f"biases must have one entry for each of the {len(weights)} weights, got {len(biases)}")
     for i, b in enumerate(biases):
         _rows.check_vector(f"biases[{i}]", b, x.shape[2], x.device)
+    return biases
+
+
+def _stack(biases: list[Tensor | None], x: Tensor) -> Tensor | None:
+    """[L, C] in the dtype of accumulation, zeros for those that are not there; None if none is."""
     if all(b is None for b in biases):
         return None
     acc = accumulation_dtype(x)
