@@ -1,4 +1,4 @@
-"""Runs every case of ``emulated_cases_*.py`` on a library of launchers: ``python emulated_cases.py LIBRARY [NAME ...]``.
+"""Runs all cases of ``emulated_cases_*.py`` on a library of launchers: ``python emulated_cases.py LIBRARY [NAME ...]``.
 
 Each of those files has ``cases(library)``, which yields (name, function); a function calls launchers through ctypes on
 NumPy arrays of exactly the right size and checks what they wrote. No torch: a sanitizer's runtime is loaded. Prints the

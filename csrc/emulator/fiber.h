@@ -28,7 +28,7 @@ extern "C" void AnnotateIgnoreWritesEnd(const char*, int);
 namespace d2v {
 namespace emulator {
 
-constexpr size_t STACK = 256 << 10;
+constexpr size_t STACK = 128 << 10;
 
 // Memory of one fiber; what lies below the stack cannot be touched.
 class Stack {
@@ -86,6 +86,9 @@ inline void prepare(Fiber& fiber, Stack& stack, void (*entry)()) {
   fiber.fake_stack = nullptr;
 #endif
 #if defined(__SANITIZE_THREAD__)
+  // new memory: on the same stack, threads of two blocks would seem to race
+  const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
+  if (mmap(stack.bottom(), STACK, PROT_READ | PROT_WRITE, flags, -1, 0) == MAP_FAILED) throw std::bad_alloc();
   fiber.thread = __tsan_create_fiber(0);
 #endif
 #if defined(__x86_64__)
