@@ -12,6 +12,7 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -87,29 +88,36 @@ class Call {
   void check(const char* name, const Tensor& x, std::initializer_list<ScalarType> dtypes,
              std::initializer_list<int64_t> shape) const {
     check_rows(name, x, dtypes, shape);
-    require(x.is_contiguous(), name, "must be contiguous");
+    if (!x.is_contiguous()) fail(name, "must be contiguous");
   }
 
   // The same, but only the last dimension need be contiguous.
   void check_rows(const char* name, const Tensor& x, std::initializer_list<ScalarType> dtypes,
                   std::initializer_list<int64_t> shape) const {
-    require(on_device(x), name, std::string("must be on the device of the first argument (") + kDevice + " " +
-                                    std::to_string(device_) + ")");
-    check_dtype(name, x, dtypes);
-    check_shape(name, x, shape);
+    if (!on_device(x)) {
+      fail(name, std::string("must be on the device of the first argument (") + kDevice + " " +
+                     std::to_string(device_) + ")");
+    }
+    if (!has_dtype(x, dtypes)) fail(name, expected(dtypes) + ", got " + name_of(x.scalar_type()));
+    if (!has_shape(x, shape)) fail(name, expected(shape) + ", got " + shape_of(x));
     const int64_t last = x.dim() - 1;
-    require(last < 0 || x.size(last) < 2 || x.stride(last) == 1, name, "must be contiguous in its last dimension");
+    if (last >= 0 && x.size(last) > 1 && x.stride(last) != 1) fail(name, "must be contiguous in its last dimension");
   }
 
   // Vector loads and stores of `bytes` bytes start at the first element of `x`.
   void check_aligned(const char* name, const Tensor& x, uintptr_t bytes) const {
-    require(reinterpret_cast<uintptr_t>(x.data_ptr()) % bytes == 0, name,
-            "must start at a multiple of " + std::to_string(bytes) + " bytes");
+    if (reinterpret_cast<uintptr_t>(x.data_ptr()) % bytes) {
+      fail(name, "must start at a multiple of " + std::to_string(bytes) + " bytes");
+    }
   }
 
   // For whatever is not about one dtype or shape: "scale_cuda: factor must be positive".
-  void require(bool good, const char* name, const std::string& what) const {
-    if (!good) throw std::runtime_error(std::string(op_) + ": " + name + " " + what);
+  template <class Text>
+  void require(bool good, const char* name, const Text& what) const {
+    if (!good) fail(name, what);
+  }
+  [[noreturn]] void fail(const char* name, const std::string& what) const {
+    throw std::runtime_error(std::string(op_) + ": " + name + " " + what);
   }
 
   // The return value of a launcher: 0, or the error of the launch.
@@ -150,24 +158,33 @@ class Call {
 
   bool on_device(const Tensor& x) const { return right_kind(x) && x.get_device_index() == device_; }
 
-  void check_dtype(const char* name, const Tensor& x, std::initializer_list<ScalarType> dtypes) const {
-    std::string expected;
-    for (const ScalarType dtype : dtypes) {
-      if (x.scalar_type() == dtype) return;
-      expected += (expected.empty() ? "" : " or ") + name_of(dtype);
-    }
-    require(false, name, "must be " + expected + ", got " + name_of(x.scalar_type()));
+  static bool has_dtype(const Tensor& x, std::initializer_list<ScalarType> dtypes) {
+    return std::find(dtypes.begin(), dtypes.end(), x.scalar_type()) != dtypes.end();
   }
 
-  void check_shape(const char* name, const Tensor& x, std::initializer_list<int64_t> shape) const {
-    bool same = x.dim() == static_cast<int64_t>(shape.size());
-    std::string expected;
+  static bool has_shape(const Tensor& x, std::initializer_list<int64_t> shape) {
+    if (x.dim() != static_cast<int64_t>(shape.size())) return false;
     int64_t i = 0;
     for (const int64_t size : shape) {
-      same = same && (size == kAny || x.size(i) == size);
-      expected += (i++ ? ", " : "") + (size == kAny ? std::string("*") : std::to_string(size));
+      if (x.size(i++) != size && size != kAny) return false;
     }
-    require(same, name, "must have shape [" + expected + "], got " + shape_of(x));
+    return true;
+  }
+
+  static std::string expected(std::initializer_list<ScalarType> dtypes) {
+    std::string text;
+    for (const ScalarType dtype : dtypes) text += (text.empty() ? "must be " : " or ") + name_of(dtype);
+    return text;
+  }
+
+  static std::string expected(std::initializer_list<int64_t> shape) {
+    std::string text = "must have shape [";
+    const char* separator = "";
+    for (const int64_t size : shape) {
+      text += separator + (size == kAny ? std::string("*") : std::to_string(size));
+      separator = ", ";
+    }
+    return text + "]";
   }
 
   const char* op_;
