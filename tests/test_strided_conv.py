@@ -65,11 +65,11 @@ def test_low_precision(kernel, stride, dtype, B):
 
 
 def test_low_precision_error_of_a_speech_layer():
-    """Root mean square over 512 channels: the partial sum's rounding does not double the error."""
+    """The partial sum of the shorter product is rounded: a third of the variance more, root 4/3 of the error."""
     x, weight, _ = make_inputs(1, 257, 512, 512, 3, BF16)
     exact = eager(x.double().cpu(), weight.double().cpu(), None, 2).to(DEVICE)
     error, budget = ((f(x, weight) - exact).norm() for f in (_two, lambda x, w: eager(x, w, None, 2)))
-    assert error <= 1.5 * budget
+    assert error <= 1.25 * budget
 
 
 def _two(x, weight):
@@ -155,6 +155,21 @@ def test_reads_views_of_the_activations(size, B, monkeypatch):
     calls.clear()
     grad_x = _grad_x(y, weight, size, 2)
     assert [call[-1].data_ptr() - grad_x.data_ptr() for call in calls] == [0, 64]
+
+
+@pytest.mark.parametrize(
+    ("B", "size", "kernel", "name"), [(1, 41, 3, "mm"), (1, 41, 2, "mm"), (3, 40, 2, "mm"), (3, 40, 3, "bmm")]
+)
+def test_one_product_over_the_whole_batch(B, size, kernel, name, monkeypatch):
+    """Where frames that belong to an output lie at one distance throughout the batch."""
+    x, weight, _ = make_inputs(B, size, 8, 6, kernel)
+    called = []
+    for op in ("mm", "bmm"):
+        real = getattr(torch, op)
+        monkeypatch.setattr(torch, op, lambda *a, f=real, op=op, **k: called.append(op) or f(*a, **k))
+    y = _fwd(x, weight, None, 2)
+    _grad_x(y, weight, size, 2), _grad_weight(y, x, weight, 2)
+    assert set(called) == {name}
 
 
 @pytest.mark.parametrize("frozen", ["x", "weight", "bias"])

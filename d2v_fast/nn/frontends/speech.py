@@ -126,7 +126,8 @@ class SpeechFrontEnd(nn.Module):
                 :func:`~d2v_fast.nn.frontends.waveforms.normalise`.
             lengths: [B] samples of each, known on the host. What lies behind them is not looked at; frames behind a
                 waveform's own are 0, and T is that of the longest. By default all of S. On a GPU, small tables are
-                copied there; :meth:`packed_features` takes what a data loader has prepared.
+                copied there, and ``torch.compile`` cannot read lengths: :meth:`packed_features` takes what a data
+                loader has prepared.
             sample_rate: of the waveforms in Hz, where it is known, to be checked.
             check: look for samples that are not finite on a GPU as well, which has to be waited for.
 
