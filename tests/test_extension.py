@@ -217,6 +217,29 @@ def test_emulated_library(emulated):
     assert not _extension.available() or torch.cuda.is_available()
 
 
+GARBAGE = {
+    "Tensor": torch.zeros(1, dtype=torch.uint8),
+    "List[Tensor]": [],
+    "Optional[Tensor]": None,
+    "int": 1,
+    "float": 1.0,
+    "bool": False,
+}
+
+
+def test_bindings_check_their_arguments(emulated):
+    """Every function of the extension names itself and the argument, instead of reading what is not there."""
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("d2v_fast_emulated::")]
+    functions = sorted(name.partition("::")[2] for name in names if name.endswith("_cuda"))
+    assert len(functions) >= 4
+    for name in functions:
+        function = getattr(torch.ops.d2v_fast_emulated, name)
+        arguments = function.default._schema.arguments
+        values = [GARBAGE[str(argument.type)] for argument in arguments]
+        with pytest.raises(RuntimeError, match=rf"^{name}: ({'|'.join(a.name for a in arguments)}) must "):
+            function(*values)
+
+
 def test_emulated_library_is_off_elsewhere():
     assert not _extension.takes(torch.ones(2))
 
