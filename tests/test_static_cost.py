@@ -1,5 +1,6 @@
 """The committed table of launches and bytes, and the counters it rests on."""
 
+import ctypes
 import json
 import os
 import re
@@ -7,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import emulator
 import pytest
 import torch
 from checks import INTERPRET
@@ -177,6 +179,39 @@ def test_recorder_notes_the_extension(recorder):
         assert 0 < recording.saved < y_bytes / 4 and recording.bytes > 2 * y_bytes
     assert {name: found[0][1] for name, found in kernels.items()} == {"layer": 2, "group": 4, "ranges": 5}
     assert {found[1] for found in kernels.values()} == {("conv0_bwd_cuda", 4)}
+
+
+def emulated_launches(function):
+    """Kernels that the functions of the emulated extension launch, without running them."""
+    library = ctypes.CDLL(str(emulator.library()))
+    library.d2v_emulator_launches.restype = ctypes.c_char_p
+    library.d2v_emulator_record(1)
+    try:
+        function()
+        return len(library.d2v_emulator_launches().decode().splitlines())
+    finally:
+        library.d2v_emulator_record(0)
+
+
+@pytest.mark.skipif(INTERPRET, reason="interpreted kernels cannot be recorded")
+def test_recorder_counts_as_many_kernels_as_csrc_launches(recorder, emulated):
+    from d2v_fast import ops
+
+    weight = torch.zeros(64, 1, 10, dtype=torch.bfloat16, requires_grad=True)
+    waves, one = torch.zeros(2, 325), torch.tensor([[0, 50]])
+    x = torch.zeros(1, 20, 64, dtype=torch.bfloat16, requires_grad=True)
+    weights = [torch.zeros(64, 32, 3, dtype=torch.bfloat16, requires_grad=True) for _ in range(2)]
+    calls = [
+        lambda: ops.conv0_norm_gelu(waves, weight, stride=5),
+        lambda: ops.conv0_norm_gelu(waves, weight, stride=5, norm="group"),
+        lambda: ops.conv0_norm_gelu(waves, weight, stride=5, norm="group", segments=one),
+        lambda: ops.pos_conv(x, weights, groups=2),
+        lambda: ops.pos_conv(x, weights[:1], groups=2, norm=False),
+    ]
+    for call in calls:
+        recording = recorder.record(lambda call=call: call().sum().backward())
+        noted = sum(launches for _, launches, _ in recording.extension)
+        assert noted == emulated_launches(lambda call=call: call().sum().backward()) > 0
 
 
 @pytest.mark.skipif(INTERPRET, reason="interpreted kernels cannot be recorded")
