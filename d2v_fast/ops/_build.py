@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -205,7 +206,7 @@ def run(steps: list[Step], folder: Path, verbose: bool = False) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for step in steps:
         step.output.parent.mkdir(parents=True, exist_ok=True)
-    ninja = shutil.which("ninja")
+    ninja = shutil.which("ninja") or shutil.which("ninja", path=str(Path(sys.executable).parent))
     if ninja:
         (folder / "build.ninja").write_text(_ninja_file(steps), encoding="utf-8")
         _call([ninja, "-C", str(folder), "-j", str(max_jobs()), *(["-v"] if verbose else [])], verbose)
