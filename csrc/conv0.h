@@ -3,7 +3,7 @@
 // waveforms: rows of float32 samples; frame t of row b reads `taps` samples from b * row_stride + t * stride on. Frames
 // of all rows in order make the rows of y [rows * frames_per_row, C], 16-bit (bf16 or fp16), on 16-byte boundaries.
 // Layer norm: over the C channels of a frame. Group norm: of each channel over the frames of each segment; frames outside
-// are 0. Segments are ascending, apart, each in one row. Their table [num_segments + 1, 4] int64 holds the first frame,
+// are 0. Segments are apart, each in one row. Their table [num_segments + 1, 4] int64 holds the first frame,
 // the number of frames, the tiles of 64 frames before it, and where its first sample is; in the last row only the tiles
 // are read. Null: every row is a segment.
 // Sizes TAPS, WIDTH, COLUMNS, FACTOR_SIZE: 10, 16, 16, 24 for 10 taps, otherwise 16, 32, 24, 60 (up to 16 taps).

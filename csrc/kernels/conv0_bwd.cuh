@@ -216,7 +216,7 @@ D2V_DEVICE void add_inner(float (&inner)[S::STEPS][S::TILES][4], const Conv0Grou
       mma<Bf16>(inner[i][n], {rows[0][2 * i], rows[0][2 * i + 1], rows[1][2 * i], rows[1][2 * i + 1]}, x.across[n]);
 }
 
-// Adds 16 frames x 64 channels to the sums. dy points at the lane's channels of the first frame; `left` frames exist.
+// Adds 16 frames x 64 channels to the sums. dy points at the lane's channels of the first frame, of which there are `left` > 0.
 template <class S, class T, bool LAYER>
 D2V_DEVICE void conv0_bwd_group(const Words4* fragments, int group, const Words4* weights, const uint16_t* dy, int64_t C,
                                 int left, Conv0Sums<S, LAYER>& sums) {
@@ -224,8 +224,9 @@ D2V_DEVICE void conv0_bwd_group(const Words4* fragments, int group, const Words4
   uint32_t words[4][4];  // [tile, frame]
 #pragma unroll
   for (int f = 0; f < 4; ++f) {
+    // Frames past the last have X = 0, so that any gradient does: that of the last.
     const int frame = 8 * (f / 2) + 2 * (thread_id() % 4) + f % 2;
-    const Words4 v = frame < left ? load_words<Words4>(dy + frame * C) : Words4{0, 0, 0, 0};
+    const Words4 v = load_words<Words4>(dy + (frame < left ? frame : left - 1) * C);
     words[0][f] = v.x, words[1][f] = v.y, words[2][f] = v.z, words[3][f] = v.w;
   }
   Conv0GroupInput<S, CONV0_WIDE<T>> x;
@@ -290,11 +291,11 @@ D2V_KERNEL void D2V_BOUNDS(32 * CONV0_BWD_WARPS<S>, S::STEPS == 1 && CONV0_WIDE<
     }
     block_barrier();
     if (channel >= C) continue;
-    const uint16_t* grad = dy + tile.frame(in) * C + channel + 8 * (lane / 4);
 #pragma unroll 1
-    for (int group = 0; group < CONV0_FRAMES / 16; ++group)
-      conv0_bwd_group<S, T, LAYER>(laid_out, group, mine, grad + 16 * group * C, C,
-                                   tile.left(in) - 16 * group, sums);
+    for (int group = 0; group < CONV0_FRAMES / 16 && 16 * group < tile.left(in); ++group) {
+      const uint16_t* grad = dy + (tile.frame(in) + 16 * group) * C + channel + 8 * (lane / 4);
+      conv0_bwd_group<S, T, LAYER>(laid_out, group, mine, grad, C, tile.left(in) - 16 * group, sums);
+    }
   }
   if (channel >= C) return;
   sums.store_outer(outer + (int64_t(block_x() + loaded) * C + channel) * S::COLUMNS);

@@ -96,9 +96,10 @@ D2V_KERNEL void D2V_BOUNDS(32 * CONV0_MAX_WARPS, S::STEPS == 1 ? 3 : 2)
     block_barrier();
     if (channel >= C) continue;
     uint16_t* out = y + (tile.frame(in) + thread_id() % 32 / 4) * C + channel;
+    const int left = tile.left(in);
 #pragma unroll 1
-    for (int group = 0; group < CONV0_FRAMES / 16; ++group)
-      conv0_fwd_group<S, T>(mine, group, shared_weights, out + 16 * group * C, C, tile.left(in) - 16 * group);
+    for (int group = 0; group < CONV0_FRAMES / 16 && 16 * group < left; ++group)
+      conv0_fwd_group<S, T>(mine, group, shared_weights, out + 16 * group * C, C, left - 16 * group);
   }
 }
 

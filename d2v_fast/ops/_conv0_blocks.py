@@ -56,8 +56,13 @@ class Problem:
     def beta(self) -> Tensor:
         return self.weight.new_zeros(self.weight.shape[0]) if self.norm_bias is None else self.norm_bias
 
+    @property
+    def on_host(self) -> bool:
+        """Whether the segments can be read without waiting for a device."""
+        return self.segments is None or not self.segments.is_cuda
+
     def ranges(self) -> list[tuple[int, int, int]]:
-        """(row, first frame, frames) of each segment. Read on the host: segments lie on the CPU, or are rows."""
+        """(row, first frame, frames) of each segment, if :attr:`on_host`."""
         B, T, _ = self.taps.shape
         if self.segments is None:
             return [(b, 0, T) for b in range(B)]
@@ -182,7 +187,7 @@ class _GroupFold:
 
 def group_moments(p: Problem) -> Tensor:
     """[U, k + k * k] float64: mean and covariance of the taps over the frames of each segment."""
-    if p.segments is not None and p.segments.is_cuda:
+    if not p.on_host:
         return _moments_on_device(p)
     k, ranges = p.weight.shape[1], p.ranges()
     moments = torch.zeros(len(ranges), k + k * k, dtype=torch.float64, device=p.weight.device)
@@ -212,8 +217,10 @@ def _moments_on_device(p: Problem) -> Tensor:
 def _segment_of_frames(p: Problem, first: int, count: int) -> tuple[Tensor, Tensor]:
     """For frames from ``first`` on: the last segment that starts before each, and whether the frame is inside it."""
     index = torch.arange(first, first + count, device=p.weight.device)
-    starts = p.segments[:, 0].contiguous()
-    segment = (torch.bucketize(index, starts, right=True) - 1).clamp_(min=0)
+    order = p.segments[:, 1].argsort()  # among those that start at the same frame, empty ones come first
+    order = order[p.segments[order, 0].argsort(stable=True)]
+    place = torch.bucketize(index, p.segments[order, 0], right=True) - 1
+    segment = order[place.clamp_(min=0)]
     start, size = p.segments[segment].unbind(1)
     return segment, (index >= start) & (index < start + size)
 
@@ -221,7 +228,7 @@ def _segment_of_frames(p: Problem, first: int, count: int) -> tuple[Tensor, Tens
 def _group_blocks(p: Problem, fold: _GroupFold) -> Iterator[tuple[slice, Tensor, int | Tensor, Tensor | None]]:
     """Frames [B * T], their centred taps [n, k], and their segment: a number, or [n] and whether inside it [n, 1]."""
     B, T, _ = p.taps.shape
-    if p.segments is not None and p.segments.is_cuda:
+    if not p.on_host:
         for b in range(B):
             for rows, taps in _blocks(p.taps[b], p.block()):
                 frames = slice(b * T + rows.start, b * T + rows.stop)

@@ -41,16 +41,14 @@ def conv0_norm_gelu_ref(
         rows = z.flatten(0, 1)
         whole_rows = [(b * z.shape[1], z.shape[1]) for b in range(z.shape[0])]
         ranges = whole_rows if segments is None else segments.tolist()
-        y, done = [], 0
+        y = torch.zeros_like(rows)
         for first, count in ranges:
             part = rows[first : first + count]
             d = part - part.mean(0)
             u = d * (d.square().mean(0) + eps).rsqrt()
             u = u if gamma is None else u * gamma
-            y += [rows.new_zeros(first - done, rows.shape[1]), F.gelu(u if beta is None else u + beta)]
-            done = first + count
-        y.append(rows.new_zeros(rows.shape[0] - done, rows.shape[1]))
-        return torch.cat(y).view(z.shape).to(dtype)
+            y = y.slice_scatter(F.gelu(u if beta is None else u + beta), 0, first, first + count)
+        return y.view(z.shape).to(dtype)
 
 
 def _frames(waveforms: Tensor, weight: Tensor, stride: int) -> int:
@@ -174,9 +172,9 @@ def conv0_norm_gelu(
         stride: samples from one frame to the next.
         norm: "layer", over the channels of a frame, or "group", over the frames of a segment for each channel.
         eps: added to the variance.
-        segments: for group norm: int32 or int64 [U, 2], (first, count) of ranges of the B * T frames, in ascending
-            order, apart, each in one row of the batch. Frames outside of all are 0 and get no gradient. By default each
-            row is a segment. Layer norm treats all frames alike and does not look at it.
+        segments: for group norm: int32 or int64 [U, 2], (first, count) of ranges of the B * T frames, apart, each in
+            one row of the batch. Frames outside of all are 0 and get no gradient. By default each row is a segment.
+            Layer norm treats all frames alike and does not look at it.
         dtype: of the result; by default that of autocast where it is on, else that of ``weight``.
 
     Returns:
@@ -191,7 +189,7 @@ def conv0_norm_gelu(
 
     Raises:
         ValueError: shapes do not fit, the batch is empty, S is below k, ``norm`` is unknown, ``stride`` or ``eps`` is
-            not positive, or (on the CPU) segments are out of order or out of range.
+            not positive, or (on the CPU) segments overlap or are out of range.
         TypeError: a tensor is no floating point tensor, or float64 on a GPU; ``dtype`` is not a floating point dtype.
     """
     _check_waveforms(waveforms, weight)
@@ -250,13 +248,13 @@ def _check_segments(segments: Tensor, waveforms: Tensor, T: int) -> None:
     if segments.device.type != "cpu":
         return
     first, count = segments.long().unbind(1)
-    last = first + count - 1
-    frames = waveforms.shape[0] * T
+    frames, last = waveforms.shape[0] * T, first + count - 1
     bad = (first < 0) | (count < 0) | (first + count > frames) | ((count > 0) & (first // T != last // T))
-    bad[1:] |= first[1:] < (first + count)[:-1]
     if bad.any():
-        index = int(bad.nonzero()[0])
-        raise ValueError(
-            f"segments must be ascending ranges (first, count) of the {frames} frames, apart, each in one row of {T}, "
-            f"got {segments[index].tolist()} at {index}"
-        )
+        pair = segments[int(bad.nonzero()[0])].tolist()
+        raise ValueError(f"segments must be ranges (first, count) in one of the rows of {T} frames, got {pair}")
+    order = first[count > 0].argsort()
+    first, last = first[count > 0][order], last[count > 0][order]
+    if (first[1:] <= last[:-1]).any():
+        index = int((first[1:] <= last[:-1]).nonzero()[0])
+        raise ValueError(f"segments must not overlap, got frame {int(first[index + 1])} in two")
