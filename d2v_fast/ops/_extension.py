@@ -34,8 +34,8 @@ def ops(x: Tensor):
 
 def takes(x: Tensor) -> bool:
     """Whether the extension has kernels for tensors on the device of ``x``."""
-    if x.is_cuda:
-        return available(x.device.index)
+    if x.is_cuda:  # asked at every call of an op: not as thorough as available()
+        return not _refused() and not _why_not(x.device.index)
     return use_emulated and x.device.type == "cpu"
 
 
@@ -51,13 +51,17 @@ def available(device: int | None = None) -> bool:
 
 def why_not(device: int | None = None) -> str:
     """Why :func:`available` is false, in one line; empty when it is true."""
-    if os.environ.get(REFUSED, "0") not in ("", "0"):
+    if _refused():
         return f"refused by {REFUSED}={os.environ[REFUSED]}"
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is built without CUDA"
     if not torch.cuda.is_available():
         return "torch finds no CUDA device"
     return _why_not(torch.cuda.current_device() if device is None else device)
+
+
+def _refused() -> bool:
+    return os.environ.get(REFUSED, "0") not in ("", "0")
 
 
 @cache
