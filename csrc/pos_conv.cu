@@ -52,7 +52,8 @@ size_t d2v_pos_conv_shared_bytes(int64_t width, int64_t taps) {
   D2vPosConvShape shape{};
   shape.width = width;
   return size_t(for_shape(shape, [&](auto, auto width) {
-    return int(std::max(conv_shared_bytes<width()>(int(taps)), wgrad_shared_bytes<width()>(WGRAD_MAX_WARPS)));
+    const size_t conv = conv_shared_bytes<width()>(int(taps)), wgrad = wgrad_shared_bytes<width()>(WGRAD_MAX_WARPS);
+    return int(std::max({conv, wgrad, wgrad_sum_shared_bytes(width(), int(taps))}));
   }));
 }
 
@@ -95,16 +96,20 @@ int d2v_pos_conv_dgrad(const void* grad, const void* z, const float* stats, cons
   return run_conv(args, *shape, stream);
 }
 
-int d2v_pos_conv_wgrad(const void* grad, const void* x, float* grad_weight, float* grad_bias, int64_t splits,
-                       const D2vPosConvShape* shape, void* stream) {
-  const int taps = int(shape->taps), padding = taps / 2;
+int d2v_pos_conv_wgrad(const void* grad, const void* x, float* weight_shares, float* bias_shares, float* grad_weight,
+                       float* grad_bias, int64_t shares, const D2vPosConvShape* shape, void* stream) {
+  const int groups = int(shape->groups), taps = int(shape->taps), width = int(shape->width);
   const int blocks = (taps + WGRAD_MAX_WARPS - 1) / WGRAD_MAX_WARPS;
   const int warps = (taps + blocks - 1) / blocks;
-  const WgradArgs args{tiles_of(*shape), int(shape->groups), taps,        padding, elements(grad),
-                       elements(x),      grad_weight,        grad_bias};
-  return for_shape(*shape, [&](auto type, auto width) {
+  const WgradArgs args{tiles_of(*shape), groups,        taps,       taps / 2, elements(grad),
+                       elements(x),      weight_shares, bias_shares};
+  const int code = for_shape(*shape, [&](auto type, auto width) {
     const auto kernel = pos_conv_wgrad_kernel<decltype(type), width()>;
     const size_t shared = wgrad_shared_bytes<width()>(warps);
-    return launch(kernel, {blocks, shape->groups, splits}, 32 * warps, shared, stream, args);
+    return launch(kernel, {blocks, groups, shares}, 32 * warps, shared, stream, args);
   });
+  if (code != 0) return code;
+  const WgradSumArgs sum{int(shares), groups, taps, width, weight_shares, bias_shares, grad_weight, grad_bias};
+  return launch(pos_conv_wgrad_sum_kernel, {shape->groups * width, 1, 1}, WGRAD_SUM_THREADS,
+                wgrad_sum_shared_bytes(width, taps), stream, sum);
 }

@@ -1,8 +1,8 @@
 // Grouped "same" convolutions over frames with what lies between them: forward and backward of one layer.
 //
 // Rows are frames, [rows, C] with C = groups * width channels, 16-bit (bf16 or fp16), on 16-byte boundaries.
-// A tile is up to 256 rows of one segment: `tiles` [num_tiles, 3] int64 holds its first row and the segment's first and
-// last + 1; null: segments of `frames` rows each, num_tiles = rows / frames * ceil(frames / 256).
+// A tile is up to 256 rows of one segment: `tiles` [num_tiles, 3] int64 holds its first row and the segment's first
+// and last + 1; null: segments of `frames` rows each, num_tiles = rows / frames * ceil(frames / 256).
 // Weights: [groups, taps, width, width] 16-bit, the convolution's output before its input channels. Outputs are stored
 // in an order of their own: place 8 j + 2 q + e of each 16 holds channel 4 q + 2 j + e (e, j < 2, q < 4).
 // Returns 0 or an error code of CUDA.
@@ -36,8 +36,9 @@ int d2v_pos_conv_dgrad(const void* grad, const void* z, const float* stats, cons
                        const void* weight, const void* below, const float* below_stats, void* out, float* out_sums,
                        void* below_y, const D2vPosConvShape* shape, void* stream);
 
-// Partial gradients of the weights [splits, groups, taps, width out, width in] and of the bias [splits, C] (or null),
-// from the gradient of z and the convolution's input.
-int d2v_pos_conv_wgrad(const void* grad, const void* x, float* grad_weight, float* grad_bias, int64_t splits,
-                       const D2vPosConvShape* shape, void* stream);
+// Gradients of the weights [C, width in, taps] and of the bias [C] (or null), from that of z and the convolution's
+// input. Tiles are dealt out to `shares` that are added up in the end: [shares, groups, taps, width out, width in] and
+// [shares, C] (or null) hold what each of them found.
+int d2v_pos_conv_wgrad(const void* grad, const void* x, float* weight_shares, float* bias_shares, float* grad_weight,
+                       float* grad_bias, int64_t shares, const D2vPosConvShape* shape, void* stream);
 }

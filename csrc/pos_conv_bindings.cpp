@@ -103,18 +103,21 @@ void dgrad(const Tensor& grad, const Maybe& z, const Maybe& stats, const Maybe& 
                                    ptr<void>(below_y), &shape, call.stream()));
 }
 
-void wgrad(const Tensor& grad, const Tensor& x, const Tensor& grad_weight, const Maybe& grad_bias, const Maybe& tiles,
-           int64_t frames) {
+void wgrad(const Tensor& grad, const Tensor& x, const Tensor& weight_shares, const Maybe& bias_shares,
+           const Tensor& grad_weight, const Maybe& grad_bias, const Maybe& tiles, int64_t frames) {
   const Call call("pos_conv_wgrad_cuda", grad);
   check_input(call, "grad", grad);
-  const D2vPosConvShape shape = shape_of(call, grad, tiles, frames, grad_weight.size(1), grad_weight.size(2));
-  const int64_t splits = grad_weight.size(0);
+  const int64_t shares = weight_shares.size(0), channels = grad.size(1);
+  const D2vPosConvShape shape = shape_of(call, grad, tiles, frames, weight_shares.size(1), weight_shares.size(2));
   check_rows(call, "x", x, grad);
-  call.check("grad_weight", grad_weight, {ScalarType::Float},
-             {splits, shape.groups, shape.taps, shape.width, shape.width});
-  check_floats(call, "grad_bias", grad_bias, {splits, grad.size(1)});
-  call.launched(d2v_pos_conv_wgrad(grad.data_ptr(), x.data_ptr(), ptr<float>(grad_weight), ptr<float>(grad_bias),
-                                   splits, &shape, call.stream()));
+  call.check("weight_shares", weight_shares, {ScalarType::Float},
+             {shares, shape.groups, shape.taps, shape.width, shape.width});
+  call.check("grad_weight", grad_weight, {ScalarType::Float}, {channels, shape.width, shape.taps});
+  check_floats(call, "bias_shares", bias_shares, {shares, channels});
+  check_floats(call, "grad_bias", grad_bias, {channels});
+  call.require(bias_shares.has_value() == grad_bias.has_value(), "grad_bias", "must come with bias_shares");
+  call.launched(d2v_pos_conv_wgrad(grad.data_ptr(), x.data_ptr(), ptr<float>(weight_shares), ptr<float>(bias_shares),
+                                   ptr<float>(grad_weight), ptr<float>(grad_bias), shares, &shape, call.stream()));
 }
 
 int64_t shared_bytes(int64_t width, int64_t taps) {
@@ -132,8 +135,8 @@ D2V_SCHEMAS(m) {
       "Tensor? below, Tensor? below_stats, Tensor(b!) out, Tensor(c!)? out_sums, Tensor(d!)? below_y, Tensor? tiles, "
       "int frames) -> ()");
   m.def(
-      "pos_conv_wgrad_cuda(Tensor grad, Tensor x, Tensor(a!) grad_weight, Tensor(b!)? grad_bias, Tensor? tiles, "
-      "int frames) -> ()");
+      "pos_conv_wgrad_cuda(Tensor grad, Tensor x, Tensor(a!) weight_shares, Tensor(b!)? bias_shares, "
+      "Tensor(c!) grad_weight, Tensor(d!)? grad_bias, Tensor? tiles, int frames) -> ()");
   m.def("pos_conv_shared_bytes(int width, int taps) -> int");
 }
 

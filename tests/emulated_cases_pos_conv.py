@@ -178,17 +178,19 @@ def dgrad(library, problem, through_norm, through_gelu):
     untouched(p, out)
 
 
-def wgrad(library, problem, splits):
+def wgrad(library, problem, shares):
     p = problem
-    grad_weight, grad_bias = nans(splits, GROUPS, p.taps, WIDTH, WIDTH), nans(splits, C)
+    weight_shares, bias_shares = nans(shares, GROUPS, p.taps, WIDTH, WIDTH), nans(shares, C)
+    grad_weight, grad_bias = nans(C, WIDTH, p.taps), nans(C)
     code = library.d2v_pos_conv_wgrad(
-        pointer(p.grad), pointer(p.x), pointer(grad_weight), pointer(grad_bias), ctypes.c_int64(splits),
-        ctypes.byref(p.shape), None,
+        pointer(p.grad), pointer(p.x), pointer(weight_shares), pointer(bias_shares), pointer(grad_weight),
+        pointer(grad_bias), ctypes.c_int64(shares), ctypes.byref(p.shape), None,
     )  # fmt: skip
     assert code == 0
     _, want = p.conv_grad(p.grad, p.x)
-    assert np.abs(grad_weight.sum(0) - want).max() < 1e-4
-    assert np.abs(grad_bias.sum(0) - p.inside(p.grad.astype(np.float64)).sum(0)).max() < 1e-4
+    want = want.transpose(0, 2, 3, 1).reshape(grad_weight.shape)
+    assert np.abs(grad_weight - want).max() < 1e-4
+    assert np.abs(grad_bias - p.inside(p.grad.astype(np.float64)).sum(0)).max() < 1e-4
 
 
 def bf16_in_whole_rows(library):
@@ -219,7 +221,7 @@ def cases(library):
         yield f"pos_conv_fwd-{taps}-{activate}", lambda p=problems[taps], a=activate: forward(library, p, a)
     for taps, norm, inner in ((1, False, False), (4, True, False), (12, False, True), (4, True, True)):
         yield f"pos_conv_dgrad-{taps}-{norm}-{inner}", lambda p=problems[taps], a=norm, b=inner: dgrad(library, p, a, b)
-    for taps, splits in ((1, 1), (12, 3)):
-        yield f"pos_conv_wgrad-{taps}-{splits}", lambda p=problems[taps], s=splits: wgrad(library, p, s)
+    for taps, shares in ((1, 1), (12, 3)):
+        yield f"pos_conv_wgrad-{taps}-{shares}", lambda p=problems[taps], s=shares: wgrad(library, p, s)
     yield "pos_conv-bf16", lambda: bf16_in_whole_rows(library)
     yield "pos_conv-unknown-width", lambda: unknown_width(library)

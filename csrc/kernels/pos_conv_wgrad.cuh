@@ -1,7 +1,7 @@
 // Gradient of the weights of a grouped convolution over frames, channels last:
 //   grad_weight[tap][o][i] = sum over rows of grad[row, o] x[row + tap - padding, i]
 // A block takes some taps (one to a warp), one group and a share of the tiles, whose frames pass through shared memory
-// 128 at a time; sums stay in registers and are written once, for a second stage to add up in order.
+// 128 at a time; sums stay in registers and are written once. A second kernel adds up the shares in order.
 #pragma once
 #include "pos_conv_tiles.cuh"
 
@@ -15,8 +15,8 @@ struct WgradArgs {
   int groups, taps, padding;
   const uint16_t* grad;  // [rows, C]
   const uint16_t* x;     // [rows, C]
-  float* grad_weight;    // [grid_z, groups, taps, D, D]
-  float* grad_bias;      // [grid_z, C] or null
+  float* weight_shares;  // [grid_z, groups, taps, D, D]
+  float* bias_shares;    // [grid_z, C] or null
 };
 
 // Two stages of rows, and a row of sums for each warp.
@@ -104,7 +104,7 @@ D2V_DEVICE void wgrad_write_bias(const WgradArgs& args, const float* sums) {
   for (int c = thread_id(); c < D; c += num_threads()) {
     float sum = 0.f;
     for (int w = 0; w < num_threads() / 32; ++w) sum += sums[w * D + c];
-    args.grad_bias[(int64_t(block_z()) * args.groups + block_y()) * D + c] = sum;
+    args.bias_shares[(int64_t(block_z()) * args.groups + block_y()) * D + c] = sum;
   }
 }
 
@@ -112,7 +112,7 @@ template <class T, int D>
 D2V_KERNEL void D2V_BOUNDS(32 * WGRAD_MAX_WARPS, D <= 48 ? 2 : 1) pos_conv_wgrad_kernel(const WgradArgs args) {
   const int warps = num_threads() / 32, warp = thread_id() / 32, lane = thread_id() % 32;
   const int first_tap = block_x() * warps, tap = first_tap + warp;
-  const bool sums_bias = args.grad_bias != nullptr && block_x() == 0;
+  const bool sums_bias = args.bias_shares != nullptr && block_x() == 0;
   const auto stage = [&](int buffer) { return shared_memory() + buffer * (2 * WGRAD_FRAMES + warps - 1) * PITCH<D>; };
   float* bias = reinterpret_cast<float*>(stage(2));
 
@@ -136,7 +136,7 @@ D2V_KERNEL void D2V_BOUNDS(32 * WGRAD_MAX_WARPS, D <= 48 ? 2 : 1) pos_conv_wgrad
   }
   if (sums_bias) wgrad_write_bias<D>(args, bias);
   if (tap >= args.taps) return;
-  float* out = args.grad_weight + ((int64_t(block_z()) * args.groups + block_y()) * args.taps + tap) * D * D;
+  float* out = args.weight_shares + ((int64_t(block_z()) * args.groups + block_y()) * args.taps + tap) * D * D;
 #pragma unroll
   for (int m = 0; m < D / 16; ++m)
 #pragma unroll
@@ -146,6 +146,43 @@ D2V_KERNEL void D2V_BOUNDS(32 * WGRAD_MAX_WARPS, D <= 48 ? 2 : 1) pos_conv_wgrad
         const int o = m * 16 + half * 8 + lane / 4, i = n * 8 + lane % 4 * 2;
         store_words(out + o * D + i, Words2{float_bits(acc[m][n][2 * half]), float_bits(acc[m][n][2 * half + 1])});
       }
+}
+
+struct WgradSumArgs {
+  int shares, groups, taps, width;
+  const float* weight_shares;  // [shares, groups, taps, width, width]
+  const float* bias_shares;    // [shares, C] or null
+  float* grad_weight;          // [C, width, taps]
+  float* grad_bias;            // [C] or null
+};
+
+constexpr int WGRAD_SUM_THREADS = 128;
+
+constexpr size_t wgrad_sum_shared_bytes(int width, int taps) { return sizeof(float) * width * (taps | 1); }
+
+// A block has one output channel: [taps, width] in, [width, taps] out.
+static D2V_KERNEL void D2V_BOUNDS(WGRAD_SUM_THREADS, 8) pos_conv_wgrad_sum_kernel(const WgradSumArgs args) {
+  float* tile = reinterpret_cast<float*>(shared_memory());  // [width, pitch]
+  const int pitch = args.taps | 1;  // odd, so that neighbouring inputs lie in different banks
+  const int width = args.width, group = block_x() / width, o = block_x() % width;
+  const int64_t share = int64_t(args.groups) * args.taps * width * width;
+  for (int e = thread_id(); e < args.taps * width; e += WGRAD_SUM_THREADS) {
+    const int tap = e / width, i = e % width;
+    const float* from = args.weight_shares + ((int64_t(group) * args.taps + tap) * width + o) * width + i;
+    float sum = 0.f;
+#pragma unroll 4
+    for (int s = 0; s < args.shares; ++s) sum += from[s * share];
+    tile[i * pitch + tap] = sum;
+  }
+  if (args.grad_bias != nullptr && thread_id() == 0) {
+    float sum = 0.f;
+    for (int s = 0; s < args.shares; ++s) sum += args.bias_shares[int64_t(s) * args.groups * width + block_x()];
+    args.grad_bias[block_x()] = sum;
+  }
+  block_barrier();
+  float* out = args.grad_weight + int64_t(block_x()) * width * args.taps;
+  for (int e = thread_id(); e < width * args.taps; e += WGRAD_SUM_THREADS)
+    out[e] = tile[e / args.taps * pitch + e % args.taps];
 }
 
 }  // namespace d2v

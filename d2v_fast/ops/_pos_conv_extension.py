@@ -121,7 +121,8 @@ def backward(
     tiles = None if segments is None else tile_table(segments, len(rows))
     z = z.view(len(weights), *rows.shape)
     sums = rows.new_empty((2, len(rows), groups, 2), dtype=torch.float32) if norm and last else None
-    grad_weights, grad_biases = [], []
+    grad_weights = []
+    grad_biases = rows.new_empty((last + 1 if has_bias else 0, x.shape[2]), dtype=torch.float32)
     grad = _rows(grad)
     if norm:
         grad, _ = norm_gelu_bwd(grad, z[last], *stats[last], None, None)
@@ -147,30 +148,27 @@ def backward(
             tiles,
             x.shape[1],
         )
-        grad_weight, grad_bias = _wgrad(grad_z, source, weights[i], has_bias, groups, tiles, x.shape[1])
-        grad_weights.append(grad_weight)
-        grad_biases.append(grad_bias)
+        grad_bias = grad_biases[i] if has_bias else None
+        grad_weights.append(_wgrad(grad_z, source, weights[i], grad_bias, groups, tiles, x.shape[1]))
         grad = out
-    biases = torch.stack(grad_biases[::-1]) if has_bias else grad.new_empty((0, x.shape[2]), dtype=torch.float32)
-    return grad.view(x.shape), grad_weights[::-1], biases
+    return grad.view(x.shape), grad_weights[::-1], grad_biases
 
 
 def _wgrad(
-    grad: Tensor, x: Tensor, weight: Tensor, has_bias: bool, groups: int, tiles: Tensor | None, frames: int
-) -> tuple[Tensor, Tensor | None]:
-    """Gradient of one layer's weights, like them, and of its bias [C] fp32, from grad [N, C] and the input x [N, C]."""
+    grad: Tensor, x: Tensor, weight: Tensor, grad_bias: Tensor | None, groups: int, tiles: Tensor | None, frames: int
+) -> Tensor:
+    """Gradient of one layer's weights, like them, from grad [N, C] and the input x [N, C]; fills grad_bias [C] fp32."""
     C, D, k = weight.shape
-    splits = _splits(x, -(-k // _TAPS_PER_BLOCK) * groups)
-    partials = x.new_empty((splits, groups, k, D, D), dtype=torch.float32)
-    bias_partials = x.new_empty((splits, C), dtype=torch.float32) if has_bias else None
-    _extension.ops(x).pos_conv_wgrad_cuda(grad, x, partials, bias_partials, tiles, frames)
-    grad_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    grad_weight.view(groups, D, D, k).copy_(partials.sum(0).permute(0, 2, 3, 1))
-    return grad_weight, bias_partials.sum(0) if has_bias else None
+    shares = _shares(x, -(-k // _TAPS_PER_BLOCK) * groups)
+    partials = x.new_empty((shares, groups, k, D, D), dtype=torch.float32)
+    bias_partials = None if grad_bias is None else x.new_empty((shares, C), dtype=torch.float32)
+    grad_weight = x.new_empty(weight.shape, dtype=torch.float32)
+    _extension.ops(x).pos_conv_wgrad_cuda(grad, x, partials, bias_partials, grad_weight, grad_bias, tiles, frames)
+    return grad_weight.to(weight.dtype)
 
 
-def _splits(x: Tensor, blocks: int) -> int:
-    """Into how many shares the tiles are cut, so that ``blocks`` blocks a share fill the device twice."""
+def _shares(x: Tensor, blocks: int) -> int:
+    """Into how many shares the tiles are dealt, so that ``blocks`` blocks a share fill the device twice."""
     properties = torch.cuda.get_device_properties(x.device) if x.is_cuda else None
     count = properties.multi_processor_count if properties else _EMULATED_SM_COUNT
     return max(min(2 * count // blocks, len(x) // TILE), 1)
