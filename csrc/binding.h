@@ -2,7 +2,7 @@
 //
 //   void scale(const Tensor& x, Tensor y, double factor) {
 //     const d2v::Call call("scale_cuda", x);
-//     call.check("x", x, {ScalarType::Float}, {d2v::kAny, 64});
+//     call.check("x", x, {ScalarType::Float}, {d2v::ANY_SIZE, 64});
 //     call.check("y", y, {ScalarType::Float}, {x.size(0), 64});
 //     call.launched(d2v_scale(d2v::ptr<const float>(x), d2v::ptr<float>(y), x.numel(), factor, call.stream()));
 //   }
@@ -43,10 +43,10 @@ namespace d2v {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-constexpr int64_t kAny = -1;  // in a shape: any size
+constexpr int64_t ANY_SIZE = -1;  // in a shape: any size
 
 // Looked up by name: it lives in libtorch_cuda, without which the extension must still load.
-constexpr const char* kStreamFunction = "aoti_torch_get_current_cuda_stream";
+constexpr const char* STREAM_FUNCTION = "aoti_torch_get_current_cuda_stream";
 
 inline std::string name_of(ScalarType dtype) {
   switch (dtype) {
@@ -84,7 +84,7 @@ class Call {
 
   void* stream() const { return stream_; }
 
-  // `x` is contiguous on this device, with one of `dtypes` and the sizes `shape` (kAny: any size).
+  // `x` is contiguous on this device, with one of `dtypes` and the sizes `shape` (ANY_SIZE: any size).
   void check(const char* name, const Tensor& x, std::initializer_list<ScalarType> dtypes,
              std::initializer_list<int64_t> shape) const {
     check_rows(name, x, dtypes, shape);
@@ -95,7 +95,7 @@ class Call {
   void check_rows(const char* name, const Tensor& x, std::initializer_list<ScalarType> dtypes,
                   std::initializer_list<int64_t> shape) const {
     if (!on_device(x)) {
-      fail(name, std::string("must be on the device of the first argument (") + kDevice + " " +
+      fail(name, std::string("must be on the device of the first argument (") + DEVICE + " " +
                      std::to_string(device_) + ")");
     }
     if (!has_dtype(x, dtypes)) fail(name, expected(dtypes) + ", got " + name_of(x.scalar_type()));
@@ -127,20 +127,20 @@ class Call {
 
  private:
 #ifdef D2V_EMULATE
-  static constexpr const char* kDevice = "cpu";
+  static constexpr const char* DEVICE = "cpu";
   struct Guard {
     explicit Guard(int32_t) {}
   };
   static bool right_kind(const Tensor& x) { return x.is_cpu(); }
   static void* current_stream(const char*, int32_t) { return nullptr; }
 #else
-  static constexpr const char* kDevice = "cuda";
+  static constexpr const char* DEVICE = "cuda";
   using Guard = torch::stable::accelerator::DeviceGuard;
   static bool right_kind(const Tensor& x) { return x.is_cuda(); }
 
   static void* current_stream(const char* op, int32_t device) {
     using Function = AOTITorchError (*)(int32_t, void**);
-    static const auto get = reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, kStreamFunction));
+    static const auto get = reinterpret_cast<Function>(dlsym(RTLD_DEFAULT, STREAM_FUNCTION));
     void* stream = nullptr;
     if (get == nullptr || get(device, &stream) != AOTI_TORCH_SUCCESS) {
       throw std::runtime_error(std::string(op) + ": this torch gives no access to its current CUDA stream");
@@ -151,7 +151,7 @@ class Call {
 
   static int32_t device_of(const char* op, const Tensor& first) {
     if (!right_kind(first)) {
-      throw std::runtime_error(std::string(op) + ": the first argument must be a " + kDevice + " tensor");
+      throw std::runtime_error(std::string(op) + ": the first argument must be a " + DEVICE + " tensor");
     }
     return first.get_device_index();
   }
@@ -166,7 +166,7 @@ class Call {
     if (x.dim() != static_cast<int64_t>(shape.size())) return false;
     int64_t i = 0;
     for (const int64_t size : shape) {
-      if (x.size(i++) != size && size != kAny) return false;
+      if (x.size(i++) != size && size != ANY_SIZE) return false;
     }
     return true;
   }
@@ -181,7 +181,7 @@ class Call {
     std::string text = "must have shape [";
     const char* separator = "";
     for (const int64_t size : shape) {
-      text += separator + (size == kAny ? std::string("*") : std::to_string(size));
+      text += separator + (size == ANY_SIZE ? std::string("*") : std::to_string(size));
       separator = ", ";
     }
     return text + "]";

@@ -15,7 +15,7 @@ bool finds_stream() {
 #ifdef D2V_EMULATE
   return true;
 #else
-  return dlsym(RTLD_DEFAULT, d2v::kStreamFunction) != nullptr;
+  return dlsym(RTLD_DEFAULT, d2v::STREAM_FUNCTION) != nullptr;
 #endif
 }
 

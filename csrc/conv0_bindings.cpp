@@ -5,7 +5,7 @@
 namespace {
 
 using d2v::Call;
-using d2v::kAny;
+using d2v::ANY_SIZE;
 using d2v::ptr;
 using d2v::ScalarType;
 using d2v::Tensor;
@@ -29,8 +29,8 @@ Problem problem_of(const Call& call, const Tensor& waveforms, const Tensor& weig
                    const Maybe& gamma, const Maybe& beta, const Maybe& segments,
                    int64_t stride, double eps, bool layer, int64_t programs, const Tensor& y, const Tensor& folded,
                    const Tensor& table, const Tensor& scratch) {
-  call.check_rows("waveforms", waveforms, {ScalarType::Float}, {kAny, kAny});
-  call.check("weight", weight, {ScalarType::Float}, {kAny, kAny});
+  call.check_rows("waveforms", waveforms, {ScalarType::Float}, {ANY_SIZE, ANY_SIZE});
+  call.check("weight", weight, {ScalarType::Float}, {ANY_SIZE, ANY_SIZE});
   const int64_t C = weight.size(0), k = weight.size(1), rows = waveforms.size(0), samples = waveforms.size(1);
   call.require(C > 0 && C % 64 == 0, "weight", "must have a multiple of 64 channels, got " + std::to_string(C));
   call.require(k >= 1 && k <= 16, "weight", "must have 1 to 16 taps, got " + std::to_string(k));
@@ -56,7 +56,7 @@ Problem problem_of(const Call& call, const Tensor& waveforms, const Tensor& weig
     call.check("scratch", scratch, {ScalarType::Double}, {sizes.taps + 1});
   } else {
     call.check("table", table, {ScalarType::Float}, {count, sizes.taps});
-    call.check("scratch", scratch, {ScalarType::Double}, {count, kAny, (k + 1) * (k + 2) / 2});
+    call.check("scratch", scratch, {ScalarType::Double}, {count, ANY_SIZE, (k + 1) * (k + 2) / 2});
   }
   const int64_t bf16 = y.scalar_type() == ScalarType::BFloat16;
   const int64_t row_stride = rows > 1 ? waveforms.stride(0) : samples;

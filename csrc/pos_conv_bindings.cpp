@@ -26,7 +26,7 @@ void check_floats(const Call& call, const char* name, const Maybe& x, std::initi
 }
 
 void check_input(const Call& call, const char* name, const Tensor& x) {
-  call.check(name, x, {ScalarType::BFloat16, ScalarType::Half}, {d2v::kAny, d2v::kAny});
+  call.check(name, x, {ScalarType::BFloat16, ScalarType::Half}, {d2v::ANY_SIZE, d2v::ANY_SIZE});
   call.check_aligned(name, x, 16);
 }
 
@@ -41,7 +41,7 @@ D2vPosConvShape shape_of(const Call& call, const Tensor& x, const Maybe& tiles, 
   call.require(frames <= INT32_MAX, "frames", "must fit in 32 bits");
   int64_t num_tiles = 0;
   if (tiles.has_value()) {
-    call.check("tiles", *tiles, {ScalarType::Long}, {d2v::kAny, 3});
+    call.check("tiles", *tiles, {ScalarType::Long}, {d2v::ANY_SIZE, 3});
     num_tiles = tiles->size(0);
   } else {
     call.require(frames > 0 && rows % frames == 0, "frames", "must divide the number of rows");
