@@ -22,8 +22,8 @@ struct D2vPosConvShape {
 // Shared memory in bytes of the kernel that needs most.
 size_t d2v_pos_conv_shared_bytes(int64_t width, int64_t taps);
 
-// z = conv(in) + bias. `activate`: in = gelu(norm(x)), where `sums` [rows, groups, 2] fp32 are what the layer below left
-// (null: no norm), and `stats` [2, rows] fp32 gets mean and 1 / deviation; otherwise in = x.
+// z = conv(in) + bias. `activate`: in = gelu(norm(x)), where `sums` [rows, groups, 2] fp32 are what the layer below
+// left (null: no norm), and `stats` [2, rows] fp32 gets mean and 1 / deviation; otherwise in = x.
 // `z_sums` gets mean and sum of squared deviations of each frame and group of z; null: nobody needs them.
 int d2v_pos_conv_fwd(const void* x, const float* sums, float* stats, const void* weight, const float* bias, void* z,
                      float* z_sums, int64_t activate, double eps, const D2vPosConvShape* shape, void* stream);

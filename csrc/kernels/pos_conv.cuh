@@ -55,7 +55,9 @@ constexpr int TAPS_AT_ONCE = 8192 / (D * D);  // 16 KB of weights
 template <int D>
 constexpr size_t conv_shared_bytes(int taps) {
   const size_t frames = TILE + taps - 1;
-  return frames * (sizeof(float) * 4 + PITCH<D>) + 2 * size_t(TAPS_AT_ONCE<D>) * D * PITCH<D>;
+  const size_t inputs = frames * (sizeof(float) * 4 + PITCH<D>) + 2 * size_t(TAPS_AT_ONCE<D>) * D * PITCH<D>;
+  const size_t results = sizeof(float) * TILE * D;
+  return inputs > results ? inputs : results;
 }
 
 // What turns the elements of a row into the input of the convolution.
@@ -285,21 +287,28 @@ struct ConvRow {
   }
 };
 
+// Results go through shared memory, each thread's own to and fro, so that one piece of code serves all its rows:
+// registers cannot be counted through, and eight copies of what follows would crowd the instruction cache.
 template <class T, int D>
 D2V_DEVICE void write_frames(const ConvArgs& args, const Tile& tile, int first, float (&acc)[WARP_ROWS][D / 8][4]) {
+  float* own = reinterpret_cast<float*>(shared_memory()) + thread_id();  // [2 WARP_ROWS, D / 4, CONV_THREADS]
 #pragma unroll
-  for (int m = 0; m < WARP_ROWS; ++m) {
+  for (int m = 0; m < WARP_ROWS; ++m)
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int frame = first + m * 16 + half * 8 + thread_id() % 32 / 4;
-      const ConvRow<T, D> row{args, tile.first + frame, frame < tile.frames()};
-      float v[D / 4];
+    for (int n = 0; n < D / 8; ++n)
 #pragma unroll
-      for (int n = 0; n < D / 8; ++n) v[2 * n] = acc[m][n][2 * half], v[2 * n + 1] = acc[m][n][2 * half + 1];
-      if (args.output == RESULT) row.result(v);
-      else if (args.output == WITH_SUMS) row.with_sums(v);
-      else row.through_gelu(v);
-    }
+      for (int e = 0; e < 4; ++e)
+        own[((2 * m + e / 2) * (D / 4) + 2 * n + e % 2) * CONV_THREADS] = acc[m][n][e];
+#pragma unroll 2
+  for (int r = 0; r < 2 * WARP_ROWS; ++r) {
+    const int frame = first + r * 8 + thread_id() % 32 / 4;
+    const ConvRow<T, D> row{args, tile.first + frame, frame < tile.frames()};
+    float v[D / 4];
+#pragma unroll
+    for (int i = 0; i < D / 4; ++i) v[i] = own[(r * (D / 4) + i) * CONV_THREADS];
+    if (args.output == RESULT) row.result(v);
+    else if (args.output == WITH_SUMS) row.with_sums(v);
+    else row.through_gelu(v);
   }
 }
 
@@ -321,7 +330,8 @@ D2V_KERNEL void D2V_BOUNDS(CONV_THREADS, D <= 48 ? 3 : 2) pos_conv_kernel(const 
 
   float acc[WARP_ROWS][D / 8][4] = {};
   for (int tap = 0, buffer = 0; tap < args.taps; tap += TAPS_AT_ONCE<D>, buffer ^= 1) {
-    if (tap + TAPS_AT_ONCE<D> < args.taps) load_weights<D>(args, tap + TAPS_AT_ONCE<D>, weights + (buffer ^ 1) * BUFFER);
+    const int next = tap + TAPS_AT_ONCE<D>;
+    if (next < args.taps) load_weights<D>(args, next, weights + (buffer ^ 1) * BUFFER);
     async_commit();
     async_wait<1>();
     block_barrier();
