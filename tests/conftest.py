@@ -11,6 +11,7 @@ if INTERPRET:
     triton_interpreter.install()
 
 torch.set_num_threads(1)
+torch.backends.cudnn.allow_tf32 = False  # PyTorch's float32 convolutions are what ours are compared with
 
 
 def pytest_collection_modifyitems(items):
