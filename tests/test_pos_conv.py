@@ -18,6 +18,9 @@ from d2v_fast.ops.pos_conv import _bwd, _fwd, pos_conv_ref
 pytestmark = pytest.mark.usefixtures("poison")
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+EMULATES = DEVICE == "cpu" and not INTERPRET
+NO_EMULATOR = "kernels are emulated on the CPU, without Triton's interpreter"
+needs_emulator = pytest.mark.skipif(not EMULATES, reason=NO_EMULATOR)
 RAGGED = [(300, 7), (0, 257), (310, 1), (312, 0), (258, 40), (320, 256)]  # in 2 rows of 300; out of order, with gaps
 
 
@@ -25,8 +28,8 @@ RAGGED = [(300, 7), (0, 257), (310, 1), (312, 0), (258, 40), (320, 256)]  # in 2
 def registered(request):
     """The registered op: PyTorch's convolution, or the kernels."""
     if request.param == "emulated":
-        if INTERPRET or DEVICE != "cpu":
-            pytest.skip("emulated kernels are tested on the CPU, without Triton's interpreter")
+        if not EMULATES:
+            pytest.skip(NO_EMULATOR)
         request.getfixturevalue("emulated")
     return request.param
 
@@ -130,7 +133,7 @@ CASES = [
 
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("B,T,width,groups,taps,dtype", CASES)
-@pytest.mark.skipif(INTERPRET, reason="the emulator needs no Triton")
+@needs_emulator
 def test_kernels_match_fp64(emulated, B, T, width, groups, taps, dtype, norm):
     inputs = make_inputs(B, T, width * groups, groups, taps, dtype, bias=T != 129)
     check_against_fp64(*inputs, groups=groups, norm=norm)
@@ -138,12 +141,12 @@ def test_kernels_match_fp64(emulated, B, T, width, groups, taps, dtype, norm):
 
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("taps", [[3, 19, 4], [19]])
-@pytest.mark.skipif(INTERPRET, reason="the emulator needs no Triton")
+@needs_emulator
 def test_kernels_match_fp64_in_segments(emulated, taps, norm):
     check_against_fp64(*make_inputs(2, 300, 64, 2, taps, BF16), groups=2, norm=norm, segments=RAGGED)
 
 
-@pytest.mark.skipif(INTERPRET, reason="the emulator needs no Triton")
+@needs_emulator
 def test_emulated_calls_reach_the_kernels(emulated, monkeypatch):
     """Otherwise the tests above would compare PyTorch with itself."""
     x, weights, biases = make_inputs(1, 9, 64, 2, [3], BF16)
@@ -160,7 +163,7 @@ def test_emulated_calls_reach_the_kernels(emulated, monkeypatch):
     assert not extension.fits(x, weights, 2)
 
 
-@pytest.mark.skipif(INTERPRET, reason="the emulator needs no Triton")
+@needs_emulator
 def test_order_of_threads_does_not_matter(emulated):
     inputs, upstream = make_inputs(2, 130, 96, 2, [3, 5], BF16), torch.randn(2, 130, 96)
     runs = []
@@ -193,6 +196,12 @@ def test_constant_rows(registered):
     assert all(g.isfinite().all() for g in grads)
 
 
+def assert_same(got, want, registered):
+    """To the bit from our kernels; PyTorch may choose another algorithm for other sizes."""
+    tolerance = 0 if registered == "emulated" else 0.02
+    torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
 def test_nan_stays_where_it_is_seen(registered):
     """Two layers of 5 and 4 taps: frames t - 3 ... t + 4 see frame t."""
     x, weights, biases = make_inputs(2, 90, 64, 2, [5, 4], BF16)
@@ -203,10 +212,10 @@ def test_nan_stays_where_it_is_seen(registered):
     seen = torch.zeros(2, 90, dtype=torch.bool)
     seen[1, 30 - 3 : 30 + 5] = True
     assert broken[0][seen].isnan().all()
-    assert torch.equal(broken[0][~seen], clean[0][~seen])
+    assert_same(broken[0][~seen], clean[0][~seen], registered)
     seen[1, 30 - 8 : 30 + 9] = True  # of the gradient: whatever those frames see
     assert broken[1][1, 30].isnan().all()
-    assert torch.equal(broken[1][~seen], clean[1][~seen])
+    assert_same(broken[1][~seen], clean[1][~seen], registered)
 
 
 def test_nan_outside_of_segments_is_not_read(registered):
@@ -225,7 +234,7 @@ def test_packed_is_each_sequence_alone(registered):
     segments = torch.tensor([[0, 25], [25, 1], [26, 34]], device=DEVICE)
     packed = pos_conv(x, weights, biases, groups=2, segments=segments)
     alone = [pos_conv(x[:, a : a + n], weights, biases, groups=2) for a, n in segments.tolist()]
-    torch.testing.assert_close(packed, torch.cat(alone, 1), rtol=0, atol=1e-5 if registered == "op" else 0)
+    assert_same(packed, torch.cat(alone, 1), registered)
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 64), (2, 6, 64)])
@@ -245,7 +254,8 @@ def test_views(registered):
     flat = torch.empty(x.numel() + 1, dtype=BF16, device=DEVICE)
     for view in (x.mT.contiguous().mT, torch.cat([x, x], 2)[:, :, :64], flat[1:].view(x.shape).copy_(x)):
         got = pos_conv(view, [w.mT.contiguous().mT for w in weights], biases, groups=2)
-        assert torch.equal(got, want) and got.is_contiguous()
+        assert got.is_contiguous()
+        assert_same(got, want, registered)
     x.requires_grad_()
     grads = [torch.autograd.grad(f(x, weights, biases, groups=2).sum(), x)[0] for f in (pos_conv, by_segment_low)]
     torch.testing.assert_close(*grads, rtol=0.05, atol=0.05)
@@ -292,6 +302,7 @@ def test_tiles_stay_inside_whatever_the_segments_say():
     assert ((table >= 0) & (table <= 600)).all()
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="float64 is CPU-only")
 @pytest.mark.parametrize("norm,biased", [(True, True), (False, False)])
 def test_gradcheck(norm, biased):
     x, weights, biases = make_inputs(2, 5, 4, 2, [3, 4], F64, bias=biased)
@@ -396,7 +407,7 @@ def test_bad_inputs_raise(args, kwargs, error, match):
         pos_conv(*args, **{"groups": 2, **kwargs})
 
 
-@pytest.mark.skipif(INTERPRET, reason="the emulator needs no Triton")
+@needs_emulator
 def test_bindings_check_their_arguments(emulated):
     ops = torch.ops.d2v_fast_emulated
     x = torch.zeros(40, 64, dtype=BF16)
