@@ -36,17 +36,17 @@ struct ConvArgs {
   ConvInput input;
   ConvOutput output;
   const uint16_t* x;
-  const uint16_t* weight;   // [groups, taps, D out, D in]; in each 16 outputs those of d2v_pos_conv_fwd's order
-  const uint16_t* z;        // NORM_GRAD
-  const float* sums;        // of x: ACTIVATION with a norm, NORM_GRAD
-  float* stats;             // mean, 1 / deviation: ACTIVATION writes those of x, NORM_GRAD reads those of z
-  uint16_t* in_copy;        // NORM_GRAD
-  const float* bias;        // [C], WITH_SUMS
+  const uint16_t* weight;  // [groups, taps, D out, D in], outputs in the order that pos_conv.h describes
+  const uint16_t* z;       // NORM_GRAD
+  const float* sums;       // of x: ACTIVATION with a norm, NORM_GRAD
+  float* stats;            // mean, 1 / deviation: ACTIVATION writes those of x, NORM_GRAD reads those of z
+  uint16_t* in_copy;       // gets in: NORM_GRAD
+  const float* bias;       // [C]: WITH_SUMS
   uint16_t* out;
-  float* out_sums;          // WITH_SUMS and THROUGH_GELU with a norm
-  const uint16_t* below;    // z of the layer below: THROUGH_GELU
-  const float* below_stats; // with a norm
-  uint16_t* below_copy;     // gets gelu(norm(below))
+  float* out_sums;           // WITH_SUMS and THROUGH_GELU with a norm
+  const uint16_t* below;     // z of the layer below: THROUGH_GELU
+  const float* below_stats;  // likewise, with a norm
+  uint16_t* below_copy;      // gets gelu(norm(below))
 };
 
 template <int D>
