@@ -481,17 +481,16 @@ def built():
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("norm", [True, False])
-@pytest.mark.parametrize("dtype", [BF16, F16])
+@pytest.mark.parametrize("norm,dtype", [(True, BF16), (False, F16)])
 @pytest.mark.parametrize(
     "B,T,C,groups,taps",
     [
-        (3, 780, 768, 16, [19] * 5),
-        (2, 938, 1024, 16, [19] * 2),
+        (2, 300, 768, 16, [19] * 5),
+        (1, 300, 1024, 16, [19] * 2),
         (1, 300, 1280, 16, [19]),
-        (2, 499, 768, 16, [128]),
-        (1, 499, 1024, 16, [128]),
-        (1, 700, 512, 16, [3, 4]),
+        (2, 260, 768, 16, [128]),
+        (1, 150, 1024, 16, [128]),
+        (1, 300, 512, 16, [3, 4]),
     ],
 )
 def test_extension_matches_fp64(built, B, T, C, groups, taps, dtype, norm):
@@ -509,6 +508,7 @@ def test_extension_matches_fp64_in_segments(built):
 @pytest.mark.parametrize("segments", [None, RAGGED])
 @pytest.mark.parametrize("dtype", [BF16, F32])
 def test_does_not_wait_for_the_device(dtype, segments):
+    torch.use_deterministic_algorithms(False)  # PyTorch's index_copy may wait with them
     inputs = make_inputs(2, 300, 768, 16, [19, 19], dtype)
     segments = None if segments is None else torch.tensor(segments, device=DEVICE)
     upstream = torch.randn_like(inputs[0])
