@@ -60,8 +60,8 @@ int fold_weights(const D2vConv0& p, const D2vConv0Fold& fold, const double* mome
   uint32_t* folded = static_cast<uint32_t*>(fold.folded);
   if (p.layer) {
     constexpr int N = S::TAPS + 1;
-    const size_t shared = pair_bytes(N + 1, CONV0_PREPARE_THREADS) + sizeof(double) * (N * N + N);
-    return launch(conv0_layer_weights<S>, {1}, CONV0_PREPARE_THREADS, shared, stream, parameters_of(p), scale,
+    const size_t shared = pair_bytes(N + 1, CONV0_LAYER_THREADS) + sizeof(double) * (N * N + N);
+    return launch(conv0_layer_weights<S>, {1}, CONV0_LAYER_THREADS, shared, stream, parameters_of(p), scale,
                   fold.scratch, fold.table, folded);
   }
   const Grid grid{p.num_segments, ceil_div(p.C, CONV0_PREPARE_THREADS / 32)};
@@ -105,12 +105,13 @@ int finish(const D2vConv0& p, const D2vConv0Fold& fold, const D2vConv0Sums& sums
                            p.C / CONV0_CHANNELS, sums.outer_sum, sums.inner_sum);
   if (error) return error;
   if (p.layer) {
-    const Grid elements{ceil_div(p.C * (p.taps + 3), CONV0_REDUCE_THREADS)};
-    return launch(conv0_layer_grads<S>, elements, CONV0_REDUCE_THREADS, 0, stream, parameters_of(p), fold.scratch,
+    const Grid elements{ceil_div(p.C * (p.taps + 3), CONV0_GRADS_THREADS)};
+    return launch(conv0_layer_grads<S>, elements, CONV0_GRADS_THREADS, 0, stream, parameters_of(p), fold.scratch,
                   sums.outer_sum, sums.inner_sum, grads);
   }
-  return launch(conv0_group_grads<S>, {p.C}, CONV0_REDUCE_THREADS, scratch, stream, parameters_of(p),
-                static_cast<const double*>(stats), float(p.eps), p.num_segments, sums.outer_sum, grads);
+  return launch(conv0_group_grads<S>, {p.C}, CONV0_GRADS_THREADS, CONV0_GRADS_THREADS * sizeof(double), stream,
+                parameters_of(p), static_cast<const double*>(stats), float(p.eps), p.num_segments, sums.outer_sum,
+                grads);
 }
 
 }  // namespace

@@ -2,8 +2,8 @@
 //
 // waveforms: rows of float32 samples; frame t of row b reads `taps` samples from b * row_stride + t * stride on. Frames
 // of all rows in order make the rows of y [rows * frames_per_row, C], 16-bit (bf16 or fp16), on 16-byte boundaries.
-// Layer norm: over the C channels of a frame. Group norm: of each channel over the frames of each segment; frames outside
-// are 0. Segments are apart, each in one row. Their table [num_segments + 1, 4] int64 holds the first frame,
+// Layer norm: over the C channels of a frame. Group norm: of each channel over the frames of each segment; frames
+// outside are 0. Segments are apart, each in one row. Their table [num_segments + 1, 4] int64 holds the first frame,
 // the number of frames, the tiles of 64 frames before it, and where its first sample is; in the last row only the tiles
 // are read. Null: every row is a segment.
 // Sizes TAPS, WIDTH, COLUMNS, FACTOR_SIZE: 10, 16, 16, 24 for 10 taps, otherwise 16, 32, 24, 60 (up to 16 taps).
@@ -33,7 +33,7 @@ struct D2vConv0 {
 struct D2vConv0Fold {
   void* folded;     // [num_segments (layer norm: 1), 2, C, WIDTH] 16-bit
   float* table;     // layer norm: [4, FACTOR_SIZE]; group norm: [num_segments, TAPS]
-  double* scratch;  // layer norm: [TAPS + 1]; group norm, forward only: [num_segments, shares, (taps + 1) (taps + 2) / 2]
+  double* scratch;  // layer norm: [TAPS + 1]; group norm: [num_segments, shares, (taps + 1) (taps + 2) / 2], in forward
   int64_t shares;   // into how many the frames of a segment are cut for its moments
 };
 

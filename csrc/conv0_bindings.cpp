@@ -60,8 +60,9 @@ Problem problem_of(const Call& call, const Tensor& waveforms, const Tensor& weig
   }
   const int64_t bf16 = y.scalar_type() == ScalarType::BFloat16;
   const int64_t row_stride = rows > 1 ? waveforms.stride(0) : samples;
-  return {{ptr<const float>(waveforms), row_stride, rows, frames, stride, ptr<const int64_t>(segments), count, ptr<const float>(weight), ptr<const float>(bias),
-           ptr<const float>(gamma), ptr<const float>(beta), C, k, eps, layer, bf16, programs},
+  return {{ptr<const float>(waveforms), row_stride, rows, frames, stride, ptr<const int64_t>(segments), count,
+           ptr<const float>(weight), ptr<const float>(bias), ptr<const float>(gamma), ptr<const float>(beta),
+           C, k, eps, layer, bf16, programs},
           {folded.data_ptr(), ptr<float>(table), ptr<double>(scratch), layer ? 1 : scratch.size(1)},
           sizes,
           rows * frames};

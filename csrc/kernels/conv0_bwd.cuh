@@ -1,7 +1,9 @@
-// Backward: one pass over the gradient of y, u computed again, times CONV0_BWD_SCALE. With du the gradient of u (twice that: conv0.cuh)
+// Backward: one pass over the gradient of y, in which u is computed again, times CONV0_BWD_SCALE. With du the gradient
+// of u (twice that: conv0.cuh)
 //   outer [C, slots] = sum over frames of du X^T
-//   layer norm also: D = du [gamma * W''; gamma] (times CONV0_BWD_SCALE) (products over channels), m2 = sum of X D over all slots but ONE, and
-//   inner [slots, slots] = sum over frames of [m2 X; m1] X^T, where m1 = D[ONE] takes row ONE
+// and for layer norm, with D = du [gamma * W''; gamma] (over channels, times CONV0_BWD_SCALE as well), m2 = X . D
+// without slot ONE, m1 = D[ONE]:
+//   inner [slots, slots] = sum over frames of [m2 X; m1] X^T, where m1 is row ONE
 // from which conv0_finish.cuh makes the gradients. All of it is linear in the channels: a warp adds up what its 64
 // channels give, in registers, and writes it once. Only the fragments of X are shared, one barrier a tile.
 #pragma once
@@ -145,7 +147,8 @@ D2V_DEVICE void conv0_du(const Conv0GroupInput<S, CONV0_WIDE<T>>& x, const Words
     for (int step = 0; step < S::STEPS; ++step)
       mma_split(u, w_high[step], w_low[step], {x.high[step][2 * n], x.high[step][2 * n + 1]},
                 {x.low[step][2 * n], x.low[step][2 * n + 1]});
-    const float grad[4] = {T::first(dy[2 * n]), T::first(dy[2 * n + 1]), T::second(dy[2 * n]), T::second(dy[2 * n + 1])};
+    const uint32_t even = dy[2 * n], odd = dy[2 * n + 1];
+    const float grad[4] = {T::first(even), T::first(odd), T::second(even), T::second(odd)};
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const float a = conv0_gelu_twice_grad<T>(grad[2 * h], u[2 * h]);
@@ -216,10 +219,10 @@ D2V_DEVICE void add_inner(float (&inner)[S::STEPS][S::TILES][4], const Conv0Grou
       mma<Bf16>(inner[i][n], {rows[0][2 * i], rows[0][2 * i + 1], rows[1][2 * i], rows[1][2 * i + 1]}, x.across[n]);
 }
 
-// Adds 16 frames x 64 channels to the sums. dy points at the lane's channels of the first frame, of which there are `left` > 0.
+// Adds 16 frames x 64 channels to the sums. dy points at the lane's channels of the first frame; `left` > 0 are there.
 template <class S, class T, bool LAYER>
-D2V_DEVICE void conv0_bwd_group(const Words4* fragments, int group, const Words4* weights, const uint16_t* dy, int64_t C,
-                                int left, Conv0Sums<S, LAYER>& sums) {
+D2V_DEVICE void conv0_bwd_group(const Words4* fragments, int group, const Words4* weights, const uint16_t* dy,
+                                int64_t C, int left, Conv0Sums<S, LAYER>& sums) {
   using Weights = Conv0BwdWeights<S, LAYER>;
   uint32_t words[4][4];  // [tile, frame]
 #pragma unroll

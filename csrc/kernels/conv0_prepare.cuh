@@ -5,8 +5,8 @@
 namespace d2v {
 
 constexpr int CONV0_PREPARE_THREADS = 256;
-constexpr int CONV0_MAX_COLUMNS = 18;    // 16 taps, bias, 1
-constexpr int CONV0_LAID_OUT_ROWS = 64;  // in shared memory at a time
+constexpr int CONV0_LAYER_THREADS = 512;  // one block has to do it all
+constexpr int CONV0_LAID_OUT_ROWS = 256;  // in shared memory at a time
 
 // Products of all pairs i <= j of `n` columns, one thread a pair; with more threads, several share the rows.
 struct PairSums {
@@ -22,6 +22,7 @@ struct PairSums {
   D2V_DEVICE bool takes_part() const { return first_row < row_step; }
   D2V_DEVICE void add(const double* rows, int n, int count) {  // rows [count, n]
     if (!takes_part()) return;
+#pragma unroll 4
     for (int r = first_row; r < count; r += row_step) sum = fma(rows[r * n + i], rows[r * n + j], sum);
   }
   // The sums of all threads of a pair, in order, for the first of them. `scratch`: a number for each thread.
@@ -124,8 +125,8 @@ struct GroupStatistics {
   }
 };
 
-// Group norm: weights [segments, 2, C, WIDTH], times `scale`, and means [segments, TAPS] in float32. Grid: segments x blocks of
-// channels, a warp a channel.
+// Group norm: weights [segments, 2, C, WIDTH], times `scale`, and means [segments, TAPS] in float32. Grid: segments x
+// blocks of channels, a warp a channel.
 template <class S>
 D2V_KERNEL void D2V_BOUNDS(CONV0_PREPARE_THREADS, 2)
     conv0_group_weights(Conv0Parameters p, const double* moments, float eps, float scale, uint32_t* weights,
@@ -147,7 +148,7 @@ D2V_KERNEL void D2V_BOUNDS(CONV0_PREPARE_THREADS, 2)
 // Layer norm, one block: centre [TAPS + 1] means of taps and bias over the channels; factor [4, FACTOR_SIZE], the
 // Cholesky factor of their covariance (Conv0Shape); weights [2, C, WIDTH], times `scale`.
 template <class S>
-D2V_KERNEL void D2V_BOUNDS(CONV0_PREPARE_THREADS, 1)
+D2V_KERNEL void D2V_BOUNDS(CONV0_LAYER_THREADS, 1)
     conv0_layer_weights(Conv0Parameters p, float scale, double* centre, float* factor, uint32_t* weights) {
   constexpr int N = S::TAPS + 1, ALL = N + 1;  // columns of the covariance; with 1, whose products are the sums
   double* rows = reinterpret_cast<double*>(shared_memory());  // [LAID_OUT_ROWS, ALL]
@@ -192,6 +193,7 @@ D2V_KERNEL void D2V_BOUNDS(CONV0_PREPARE_THREADS, 1)
     factor[e] = column <= row && row < N ? float(covariance[row * N + column]) : 0.f;
   }
   if (thread_id() < N) centre[thread_id()] = double(p.at<S>(0, thread_id())) + mean[thread_id()];
+#pragma unroll 4
   for (int64_t e = thread_id(); e < p.C * (S::WIDTH / 2); e += num_threads()) {
     const int64_t c = e / (S::WIDTH / 2);
     const auto value = [&](int s) {
