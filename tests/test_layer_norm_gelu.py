@@ -14,7 +14,7 @@ F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 EPS = 1e-5
 # odd sizes, one row, no rows, one column, below / at / above a tile of the interpreter and of a GPU, several programs;
 # the last takes the CPU two blocks
-SHAPES = [(7, 5), (1, 512), (0, 64), (3, 1), (64, 64), (65, 130), (200, 96), (2, 1030), (700, 200)]
+SHAPES = [(7, 5), (1, 512), (0, 64), (3, 1), (64, 64), (65, 130), (200, 96), (2, 1030), (2700, 200)]
 
 
 def make_inputs(N, C, dtype=F32, vector_dtype=F32):

@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -74,6 +76,14 @@ def test_low_precision_error_of_a_speech_layer():
 
 def _two(x, weight):
     return strided_conv(x, weight, stride=2)
+
+
+@pytest.mark.parametrize("size", [65, 66, 401])
+def test_sum_over_rows_in_parts(size, monkeypatch):
+    """The gradient of the weights in low precision: 4 parts even and not, and 16."""
+    monkeypatch.setattr(sys.modules["d2v_fast.ops.strided_conv"], "_ROWS", 8)
+    check_against_fp64(*make_inputs(1, size, 64, 48, 3, BF16), 2)
+    check_against_fp64(*make_inputs(3, size - size % 2, 16, 8, 2, F16), 2)
 
 
 def test_mixed_dtypes():
@@ -331,6 +341,20 @@ def test_captured_graph_reads_the_tensors_again(B):
     x.copy_(torch.randn_like(x))
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(got, step(), strict=True))
+
+
+@pytest.mark.gpu
+def test_weights_gradient_of_real_size():
+    """Many rows: rounded partial sums would show."""
+    x, weight, _ = make_inputs(1, 100_001, 512, 512, 3, BF16)
+    grad = torch.randn(1, 50_000, 512, dtype=BF16, device=DEVICE)
+    frames = [x[0, tap : tap + 99_999 : 2].float() for tap in range(3)]
+    exact = torch.stack([grad[0].float().T @ v for v in frames], 2)
+    (_, eager_grad, _) = torch.ops.aten.convolution_backward(
+        grad.mT, x.mT, weight, None, [2], [0], [1], False, [0], 1, [False, True, False]
+    )
+    error, budget = ((v.float() - exact).norm() for v in (_grad_weight(grad, x, weight, 2), eager_grad))
+    assert error <= 2 * budget
 
 
 @pytest.mark.gpu

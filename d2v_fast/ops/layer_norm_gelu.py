@@ -12,7 +12,7 @@ from torch import Tensor
 from d2v_fast.ops import _rows
 from d2v_fast.ops._dispatch import cpu_runs_triton
 
-_BLOCK = 2**17  # elements that stay in the cache of a CPU; below it, the registered op costs more than it saves there
+_BLOCK = 2**17  # elements from which the registered op is faster on a CPU; four times as many stay in its cache
 
 
 def layer_norm_gelu_ref(
@@ -43,7 +43,7 @@ def layer_norm_gelu_grad_ref(
     w, b = _rows.cast(mean.dtype, weight, bias)
     wanted = [True, w is not None, b is not None]
     grad_x, total = x.new_empty(x.shape), _rows.empty_stack(x, mean.dtype, weight, bias).zero_()
-    size = max(_BLOCK // x.shape[1], 1)
+    size = max(4 * _BLOCK // x.shape[1], 1)
     for *block, out in zip(*(v.split(size) for v in (grad, x, mean, rstd, grad_x)), strict=True):
         g, wide, m, r = _rows.cast(mean.dtype, *block)
         u = (wide - m).mul_(r)

@@ -20,6 +20,8 @@ from torch import Tensor
 from d2v_fast.ops import _rows
 from d2v_fast.ops._dispatch import check_device, check_float
 
+_PARTS, _ROWS = 16, 1024  # a long low-precision sum is taken in at most so many parts, of at least so many rows
+
 
 def strided_conv_ref(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
     """The definition of the op in plain PyTorch; differentiable. Contiguous, in x's dtype."""
@@ -83,6 +85,30 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, add: Tensor | None) -> None:
         torch.baddbmm(add, a, batched, out=out)
 
 
+def _multiply_sum(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """``out = sum_bt a[b, t]^T b[b, t]`` for out [M, N], a [B, T, M], b [B, T, N].
+
+    In low precision over many rows as parts of its own, added up in float32: enough tiles for a GPU, each part rounded
+    once. A library that splits the sum by itself may add up rounded values.
+    """
+    matrices = _as_matrices(a, b)
+    if matrices is None:
+        out.copy_(torch.bmm(a.mT, b).sum(0))
+        return
+    rows = matrices[0].shape[0]
+    parts = min(rows // _ROWS, _PARTS)
+    if parts < 2 or a.element_size() > 2:
+        torch.mm(matrices[0].t(), matrices[1], out=out)
+        return
+    even = rows // parts * parts
+    a, b = (v[:even].unflatten(0, (parts, -1)) for v in matrices)
+    total = torch.bmm(a.mT, b).sum(0, dtype=torch.float32)
+    if even < rows:
+        a, b = (v[even:] for v in matrices)
+        total += torch.mm(a.t(), b)
+    out.copy_(total)
+
+
 @torch.library.custom_op("d2v_fast::strided_conv_fwd", mutates_args=())
 def _fwd(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
     (B, S, C), (D, _, kernel) = x.shape, weight.shape
@@ -128,12 +154,7 @@ def _grad_weight(grad: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor
     x, grad = _dense(x), grad.contiguous()
     matrix = torch.empty((D, kernel * C), device=grad.device, dtype=grad.dtype)
     for taps in _taps(kernel, stride):
-        frames, out = _frames(x, taps, T, stride), _of_taps(matrix, taps, C)
-        matrices = _as_matrices(grad, frames)
-        if matrices is not None:
-            torch.mm(matrices[0].t(), matrices[1], out=out)
-        else:
-            out.copy_(torch.bmm(grad.mT, frames).sum(0))
+        _multiply_sum(_of_taps(matrix, taps, C), grad, _frames(x, taps, T, stride))
     return matrix.view(D, kernel, C).mT.to(weight.dtype, memory_format=torch.contiguous_format, copy=True)
 
 
@@ -219,8 +240,9 @@ def strided_conv(
         [B, T, D] contiguous in x's dtype; under autocast x is cast as ``F.linear`` casts it. Differentiable in all
         tensors (frames that no output reads get 0), gradients in each tensor's dtype; backward keeps x and weight. With
         stride < kernel <= 2 stride in bfloat16 or float16, the sum of two products is rounded once more in between, the
-        first being that of the fewer taps: at most twice the error of PyTorch's convolution in that dtype. Precision
-        of float32 products on a GPU follows PyTorch's settings.
+        first being that of the fewer taps: at most twice the error of PyTorch's convolution in that dtype. float32 on a
+        GPU follows ``torch.backends.cuda.matmul``, which has TF32 off by default where ``torch.backends.cudnn``, which
+        PyTorch's convolution follows, has it on.
 
     Raises:
         ValueError: a shape is not as above, S < kernel, ``stride`` < 1, or devices differ.
