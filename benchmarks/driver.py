@@ -14,6 +14,8 @@ import torch
 from common import DEVICE, interleaved, ratios
 from torch import Tensor
 
+torch.backends.cudnn.allow_tf32 = False  # float32 means the same on all sides; products do without by default
+
 OURS = "d2v_fast"
 Results = dict[str, Any]  # name -> tensor or list of tensors
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}  # of low-precision results; others: Bench.tolerance

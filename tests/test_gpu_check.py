@@ -68,6 +68,40 @@ def test_extension_parts_need_the_toolkit(monkeypatch):
     assert needs["extension"] == ["nvcc"] and needs["memcheck"] == ["nvcc", "compute-sanitizer"]
 
 
+@pytest.mark.parametrize(
+    ("which", "names"),
+    [
+        ("bench_ema", {"extension", "bench_ema"}),
+        ("gpu-test_conv0", {"extension", "gpu-test_conv0"}),
+        ("memcheck", {"extension", "memcheck"}),
+        ("no such part", set()),
+    ],
+)
+def test_every_selection_is_run_with_the_extension(which, names):
+    assert {part.name for part in gpu_check.select(gpu_check.find_parts(), which)} == names
+
+
+def test_selection_of_kinds():
+    parts = gpu_check.find_parts()
+    assert gpu_check.select(parts, "all") == parts
+    assert {part.kind for part in gpu_check.select(parts, "tests")} == set(gpu_check.TEST_KINDS)
+    assert {part.kind for part in gpu_check.select(parts, "bench")} == {"build", "bench"}
+    tests = [part.name for part in parts if part.kind == "gpu tests"]
+    assert tests[:2] == ["gpu-test_conv0", "gpu-test_pos_conv"]
+
+
+def test_tests_without_the_extension_are_not_a_pass(tmp_path):
+    """And it is built again, whatever an earlier run on another machine left."""
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu: needs one\n")
+    skips = f"import pytest\ndef test_a(): pytest.skip({gpu_check.NO_EXTENSION!r})\ndef test_b(): pass\n"
+    tests = part(tmp_path, "test_skips", skips, kind="tests")
+    build = part(tmp_path, "extension", "print('built')", kind="build")
+    for _ in range(2):
+        outcomes = gpu_check.run_all([build, tests], tmp_path, "abc", budget=100, jobs=1, resume=True)
+        assert {o.name: o.status for o in outcomes} == {"extension": "passed", "test_skips": "incomplete"}
+        assert "1 passed, 1 skipped" in outcomes[1].detail and "no CUDA extension" in outcomes[1].detail
+
+
 def test_commands_of_benchmarks(tmp_path):
     """Every file is written to the folder of the device; the front-end's parts are run once."""
     out = tmp_path / "some-gpu"
