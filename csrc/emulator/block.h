@@ -23,7 +23,6 @@ constexpr int WARP = 32;
 constexpr int SLOT = 8;                      // words that a lane can hand to its warp at once
 constexpr int FAILED = 999;                  // returned by launch(); error_text() has the reason
 constexpr size_t MAX_SHARED = 163 * 1024;    // of a block on sm_80
-constexpr size_t RETIRED = 1024;             // ended fibers that are remembered
 constexpr size_t CANARY = 64;                // bytes around shared memory that nobody may change
 
 // Threads that meet: the last to arrive opens the way for all. Two generations of what they brought are kept.
@@ -71,7 +70,7 @@ struct State {
   bool from_host = false;  // the next fiber to start is started by the host
   char started = 0, ended = 0;  // order between host and threads, for ThreadSanitizer
   std::vector<std::unique_ptr<Stack>> stacks;
-  std::deque<Fiber> retired;
+  Identities identities;
   const std::function<void()>* body = nullptr;
   std::string kernel, error;
   bool recording = false;
@@ -187,7 +186,7 @@ D2V_UNOBSERVED void leave_thread() {
   self().at = nullptr;
   run_another(true);
 }
-inline void run_thread() {
+D2V_UNOBSERVED void run_thread() {
   const auto& body = enter_thread();
   wait(&state.started);
   try {
@@ -241,15 +240,6 @@ inline void report_deadlock() {
                 " threads wait, the others have ended)");
 }
 
-// A fiber keeps its identity in ThreadSanitizer for a while: a later block that took it over could not race with it.
-inline void retire(const Fiber& fiber) {
-  state.retired.push_back(fiber);
-  if (state.retired.size() > RETIRED) {
-    release(state.retired.front());
-    state.retired.pop_front();
-  }
-}
-
 inline void run_block(int num_threads, size_t shared_bytes) {
   const Unobserved quiet;  // nothing orders the blocks: what two of them do to the same address is a race
   Block& block = state.block;
@@ -264,14 +254,14 @@ inline void run_block(int num_threads, size_t shared_bytes) {
   std::iota(block.runnable.begin(), block.runnable.end(), 0);
   while (int(state.stacks.size()) < num_threads) state.stacks.emplace_back(new Stack);
   for (int t = 0; t < num_threads; ++t) {
-    prepare(block.threads[size_t(t)].fiber, *state.stacks[size_t(t)], run_thread);
+    prepare(block.threads[size_t(t)].fiber, *state.stacks[size_t(t)], run_thread, state.identities.next());
   }
   state.current = int(random_below(uint64_t(num_threads)));
   std::swap(block.runnable[size_t(state.current)], block.runnable.back());
   block.runnable.pop_back();
   state.from_host = true;
   switch_to(state.host, self().fiber);
-  for (auto& thread : block.threads) retire(thread.fiber);
+  for (auto& thread : block.threads) state.identities.take_back(thread.fiber, thread.at == nullptr);
   if (!state.error.empty()) throw Failure(state.error);
   report_deadlock();
   check_canaries();

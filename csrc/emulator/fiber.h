@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <deque>
 #include <new>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -28,7 +29,7 @@ extern "C" void AnnotateIgnoreWritesEnd(const char*, int);
 namespace d2v {
 namespace emulator {
 
-constexpr size_t STACK = 128 << 10;
+constexpr size_t STACK = 64 << 10;
 
 // Memory of one fiber; what lies below the stack cannot be touched.
 class Stack {
@@ -76,8 +77,8 @@ __attribute__((naked, noinline)) inline void swap_stacks(void** /*from*/, void* 
 }
 #endif
 
-// `entry` runs on the fiber's stack at the first switch to it, and never returns.
-inline void prepare(Fiber& fiber, Stack& stack, void (*entry)()) {
+// `entry` runs on the fiber's stack at the first switch to it, and never returns. `identity`: of a fiber that has ended, or null.
+inline void prepare(Fiber& fiber, Stack& stack, void (*entry)(), [[maybe_unused]] void* identity) {
   fiber.stack = &stack;
 #if defined(__SANITIZE_ADDRESS__)
   ASAN_UNPOISON_MEMORY_REGION(stack.bottom(), STACK);  // frames of the last fiber here may not have ended
@@ -89,7 +90,7 @@ inline void prepare(Fiber& fiber, Stack& stack, void (*entry)()) {
   // new memory: on the same stack, threads of two blocks would seem to race
   const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED;
   if (mmap(stack.bottom(), STACK, PROT_READ | PROT_WRITE, flags, -1, 0) == MAP_FAILED) throw std::bad_alloc();
-  fiber.thread = __tsan_create_fiber(0);
+  fiber.thread = identity ? identity : __tsan_create_fiber(0);
 #endif
 #if defined(__x86_64__)
   void** top = reinterpret_cast<void**>(stack.top());
@@ -137,13 +138,28 @@ D2V_UNOBSERVED void switch_to(Fiber& from, Fiber& to, bool last = false) {
   arrived(from, nullptr);
 }
 
-inline void release(Fiber& fiber) {
+// What ThreadSanitizer knows a fiber by. To make one takes long, so that they are used again, but late: threads of two
+// blocks with the same identity do not race.
+class Identities {
+ public:
+  void* next() {
+    if (free_.size() < KEPT) return nullptr;
+    void* oldest = free_.front();
+    free_.pop_front();
+    return oldest;
+  }
+  // `whole`: the fiber came to its end, and can start again.
+  void take_back([[maybe_unused]] const Fiber& fiber, [[maybe_unused]] bool whole) {
 #if defined(__SANITIZE_THREAD__)
-  __tsan_destroy_fiber(fiber.thread);
-#else
-  (void)fiber;
+    if (whole) free_.push_back(fiber.thread);
+    else __tsan_destroy_fiber(fiber.thread);
 #endif
-}
+  }
+
+ private:
+  static constexpr size_t KEPT = 1024;
+  std::deque<void*> free_;
+};
 
 // Order that ThreadSanitizer cannot see by itself: all that came before any `signal` comes before what follows `wait`.
 inline void signal(void* object) {
