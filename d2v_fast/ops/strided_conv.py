@@ -85,28 +85,33 @@ def _multiply(out: Tensor, a: Tensor, b: Tensor, add: Tensor | None) -> None:
         torch.baddbmm(add, a, batched, out=out)
 
 
-def _multiply_sum(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """``out = sum_bt a[b, t]^T b[b, t]`` for out [M, N], a [B, T, M], b [B, T, N].
+def _parts(rows: int, dtype: torch.dtype) -> int:
+    """How many products the sum over ``rows`` rows is made of.
 
-    In low precision over many rows as parts of its own, added up in float32: enough tiles for a GPU, each part rounded
-    once. A library that splits the sum by itself may add up rounded values.
+    One in float32. In low precision several for many rows, to be added up in float32: enough tiles for a GPU, and each
+    is rounded once, where a library that splits the sum by itself may add up rounded values.
     """
+    return min(max(rows // _ROWS, 1), _PARTS) if dtype.itemsize < 4 else 1
+
+
+def _multiply_sum(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """``out = sum_bt a[b, t]^T b[b, t]`` for out [M, N], a [B, T, M], b [B, T, N]; out is float32 where the sum has
+    several parts."""
     matrices = _as_matrices(a, b)
     if matrices is None:
-        out.copy_(torch.bmm(a.mT, b).sum(0))
+        torch.sum(torch.bmm(a.mT, b), 0, dtype=out.dtype, out=out)
         return
     rows = matrices[0].shape[0]
-    parts = min(rows // _ROWS, _PARTS)
-    if parts < 2 or a.element_size() > 2:
+    parts = _parts(rows, a.dtype)
+    if parts == 1:
         torch.mm(matrices[0].t(), matrices[1], out=out)
         return
     even = rows // parts * parts
     a, b = (v[:even].unflatten(0, (parts, -1)) for v in matrices)
-    total = torch.bmm(a.mT, b).sum(0, dtype=torch.float32)
+    torch.sum(torch.bmm(a.mT, b), 0, dtype=out.dtype, out=out)
     if even < rows:
         a, b = (v[even:] for v in matrices)
-        total += torch.mm(a.t(), b)
-    out.copy_(total)
+        out += torch.mm(a.t(), b)
 
 
 @torch.library.custom_op("d2v_fast::strided_conv_fwd", mutates_args=())
@@ -152,7 +157,9 @@ def _grad_weight(grad: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor
         (_, grad_weight, _) = _convolution_backward(grad, x.mT, weight, stride, [False, True, False])
         return grad_weight.to(weight.dtype).contiguous()
     x, grad = _dense(x), grad.contiguous()
-    matrix = torch.empty((D, kernel * C), device=grad.device, dtype=grad.dtype)
+    several = _parts(grad.shape[0] * T, grad.dtype) > 1
+    dtype = torch.float32 if several else grad.dtype
+    matrix = torch.empty((D, kernel * C), device=grad.device, dtype=dtype)
     for taps in _taps(kernel, stride):
         _multiply_sum(_of_taps(matrix, taps, C), grad, _frames(x, taps, T, stride))
     return matrix.view(D, kernel, C).mT.to(weight.dtype, memory_format=torch.contiguous_format, copy=True)
