@@ -15,6 +15,9 @@ constexpr int CLEAR_THREADS = 256, CLEAR_SHARES = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// Threads of a block: a warp a thing, at most `most`.
+int threads_for(int64_t things, int most) { return 32 * int(things < most ? things : most); }
+
 Conv0Input input_of(const D2vConv0& p) {
   return {p.waveforms, p.row_stride, p.frames_per_row, p.stride, p.segments, p.num_segments, int(p.taps)};
 }
@@ -99,19 +102,20 @@ int finish(const D2vConv0& p, const D2vConv0Fold& fold, const D2vConv0Sums& sums
   const int64_t outer_columns = p.C * S::COLUMNS, inner_columns = p.layer ? S::WIDTH * S::COLUMNS : 0;
   const int64_t outer_blocks = ceil_div(outer_columns, 32);
   const Grid grid{outer_blocks + ceil_div(inner_columns, 32), segments};
-  const size_t scratch = CONV0_REDUCE_THREADS * sizeof(double);
-  const int error = launch(conv0_reduce, grid, CONV0_REDUCE_THREADS, scratch, stream, input_of(p), p.programs,
+  const int64_t rows = p.layer ? p.programs * (p.C / CONV0_CHANNELS) : p.programs;
+  const int threads = threads_for(ceil_div(rows, CONV0_ROWS_AT_ONCE), CONV0_REDUCE_WARPS);
+  const int error = launch(conv0_reduce, grid, threads, threads * sizeof(double), stream, input_of(p), p.programs,
                            bool(p.layer), sums.outer, outer_columns, outer_blocks, sums.inner, inner_columns,
                            p.C / CONV0_CHANNELS, sums.outer_sum, sums.inner_sum);
   if (error) return error;
   if (p.layer) {
-    const Grid elements{ceil_div(p.C * (p.taps + 3), CONV0_GRADS_THREADS)};
-    return launch(conv0_layer_grads<S>, elements, CONV0_GRADS_THREADS, 0, stream, parameters_of(p), fold.scratch,
+    const Grid elements{ceil_div(p.C * (p.taps + 3), 32 * CONV0_GRADS_WARPS)};
+    return launch(conv0_layer_grads<S>, elements, 32 * CONV0_GRADS_WARPS, 0, stream, parameters_of(p), fold.scratch,
                   sums.outer_sum, sums.inner_sum, grads);
   }
-  return launch(conv0_group_grads<S>, {p.C}, CONV0_GRADS_THREADS, CONV0_GRADS_THREADS * sizeof(double), stream,
-                parameters_of(p), static_cast<const double*>(stats), float(p.eps), p.num_segments, sums.outer_sum,
-                grads);
+  const int group_threads = threads_for(p.num_segments, CONV0_GRADS_WARPS);
+  return launch(conv0_group_grads<S>, {p.C}, group_threads, group_threads * sizeof(double), stream, parameters_of(p),
+                static_cast<const double*>(stats), float(p.eps), p.num_segments, sums.outer_sum, grads);
 }
 
 }  // namespace

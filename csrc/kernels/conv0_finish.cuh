@@ -4,7 +4,7 @@
 
 namespace d2v {
 
-constexpr int CONV0_REDUCE_THREADS = 1024, CONV0_GRADS_THREADS = 256;
+constexpr int CONV0_REDUCE_WARPS = 32, CONV0_GRADS_WARPS = 8;  // at most
 constexpr int CONV0_ROWS_AT_ONCE = 8;  // loads of a thread under way
 
 // Sums over rows [begin, end) of `in` [rows, columns], 32 columns a block, always in the same order.
@@ -33,7 +33,7 @@ D2V_DEVICE void sum_rows(const float* in, int64_t begin, int64_t end, int64_t co
 
 // What the programs left, added up. Blocks x below `outer_blocks`: 32 columns of outer, of segment y (layer norm: of
 // all tiles); the others: 32 columns of inner. programs: grid x of conv0_bwd.
-D2V_KERNEL void D2V_BOUNDS(CONV0_REDUCE_THREADS, 1)
+D2V_KERNEL void D2V_BOUNDS(32 * CONV0_REDUCE_WARPS, 1)
     conv0_reduce(Conv0Input in, int64_t programs, bool layer, const float* outer, int64_t outer_columns,
                  int64_t outer_blocks, const float* inner, int64_t inner_columns, int64_t inner_per_program,
                  float* outer_sum /*[segments or 1, outer_columns]*/, float* inner_sum /*[inner_columns]*/) {
@@ -53,7 +53,7 @@ D2V_KERNEL void D2V_BOUNDS(CONV0_REDUCE_THREADS, 1)
 
 // Layer norm; a thread an element of grads.
 template <class S>
-D2V_KERNEL void D2V_BOUNDS(CONV0_GRADS_THREADS, 2)
+D2V_KERNEL void D2V_BOUNDS(32 * CONV0_GRADS_WARPS, 2)
     conv0_layer_grads(Conv0Parameters p, const double* centre, const float* outer /*[C, COLUMNS]*/,
                       const float* inner /*[WIDTH, COLUMNS]*/, float* grads) {
   const int k = p.taps;
@@ -81,7 +81,7 @@ D2V_KERNEL void D2V_BOUNDS(CONV0_GRADS_THREADS, 2)
 
 // Group norm; a block a channel, its warps take segments in turn. outer [segments, C, COLUMNS].
 template <class S>
-D2V_KERNEL void D2V_BOUNDS(CONV0_GRADS_THREADS, 2)
+D2V_KERNEL void D2V_BOUNDS(32 * CONV0_GRADS_WARPS, 2)
     conv0_group_grads(Conv0Parameters p, const double* moments, float eps, int64_t segments, const float* outer,
                       float* grads) {
   double* scratch = reinterpret_cast<double*>(shared_memory());  // [warps, 32]
