@@ -36,7 +36,7 @@ THREADS_PER_SM, REGISTERS_PER_SM = 2048, 65536
 REGISTERS = 8  # tolerated growth: the granularity in which an SM hands them out
 INSTRUCTIONS = 1.05  # likewise, next to 4 instructions
 # Output elements of one thread in one pass of the main loop, where that is what a kernel is about.
-ELEMENTS = {"conv0_fwd": 16, "conv0_bwd": 16}
+ELEMENTS = {"conv0_fwd": 32, "conv0_bwd": 32}
 
 Row = dict[str, Any]
 
