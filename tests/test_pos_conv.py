@@ -3,6 +3,7 @@
 import copy
 
 import emulator
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -357,7 +358,7 @@ def test_missing_bias():
     x, weights, biases = make_inputs(2, 9, 16, 2, [3, 4])
     got = pos_conv(x, weights, [None, biases[1]], groups=2)
     torch.testing.assert_close(got, by_segment(x, weights, [None, biases[1]], 2))
-    torch.testing.assert_close(pos_conv(x, weights, groups=2), by_segment(x, weights, [None, None], 2))
+    torch.testing.assert_close(pos_conv(x, weights, groups=np.int64(2)), by_segment(x, weights, [None, None], 2))
 
 
 X = torch.zeros(2, 9, 8)
@@ -381,6 +382,7 @@ W = torch.zeros(8, 4, 3)
         ((X, [W]), {"groups": 3}, ValueError, "groups must divide the 8 channels of x, got 3"),
         ((X, [W]), {"groups": 0}, ValueError, "groups must divide the 8 channels of x, got 0"),
         ((X, [W]), {"groups": 2.0}, TypeError, "groups must be an integer, got float"),
+        ((X, [W]), {"groups": True}, TypeError, "groups must be an integer, got bool"),
         ((X, [W], [None, None]), {}, ValueError, "biases must have one entry for each of the 1 weights, got 2"),
         ((X, [W], [X]), {}, ValueError, r"biases\[0\] must have shape \(8,\), got \(2, 9, 8\)"),
         ((X, [W], [1]), {}, TypeError, r"biases\[0\] must be a tensor, got int"),

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -91,6 +91,13 @@ def check_number(name: str, x: Any) -> None:
     """Raise TypeError unless ``x`` is a real number of Python or NumPy."""
     if not isinstance(x, Real):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}")
+
+
+def check_integer(name: str, x: Any) -> int:
+    """``x`` as an int; TypeError unless it is an integer of Python or NumPy (a bool is none)."""
+    if not isinstance(x, Integral) or isinstance(x, bool):
+        raise TypeError(f"{name} must be an integer, got {type(x).__name__}")
+    return x if isinstance(x, int) else int(x)
 
 
 def check_rows(name: str, x: Tensor) -> None:

@@ -234,6 +234,7 @@ def pos_conv(
             divide C, devices differ, ``eps`` is not positive, or, on the CPU, segments leave their row or overlap.
         TypeError: a tensor is missing or has another dtype, float64 is on a GPU, ``groups`` is no integer.
     """
+    groups = _rows.check_integer("groups", groups)
     weights = _check(x, weights, groups, eps)
     biases = _check_biases(biases, weights, x)
     if segments is not None:
@@ -252,8 +253,6 @@ def _check(x: Tensor, weights: Sequence[Tensor], groups: int, eps: float) -> lis
     _rows.check_rows("x", x)
     if x.dim() != 3 or x.shape[1] == 0:
         raise ValueError(f"x must be [B, T, C] with T >= 1, got shape {tuple(x.shape)}")
-    if not isinstance(groups, int):
-        raise TypeError(f"groups must be an integer, got {type(groups).__name__}")
     C = x.shape[2]
     if groups < 1 or C % groups:
         raise ValueError(f"groups must divide the {C} channels of x, got {groups}")
