@@ -1,7 +1,7 @@
 # make demo   install into .venv, fetch small real data, pretrain and probe on two CPU cores
 # make test   install the test tools too and run everything that CI runs
 # make lint   ruff only
-# make gpu-check  GPU tests and all benchmarks with the Python that has PyTorch for CUDA (PYTHON=...), in 9 minutes
+# make gpu-check  extension, GPU tests and all benchmarks with the Python that has PyTorch for CUDA (PYTHON=...), in 9 minutes
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -45,6 +45,7 @@ lint: $(VENV)/.test
 test: export OMP_NUM_THREADS := 1
 test: lint
 	$(BIN)/pytest
+	$(BIN)/python benchmarks/cpu_frontend.py --threads 2 --budget 1
 	TRITON_INTERPRET=1 $(BIN)/pytest $(INTERPRETED)
 
 # No virtual environment: the pinned PyTorch may not be the one that drives this GPU, and nothing need be installed.
