@@ -8,7 +8,6 @@ names of the cases, and at the end those of the functions that they called.
 import argparse
 import ctypes
 import importlib
-import sys
 from pathlib import Path
 
 

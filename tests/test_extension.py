@@ -39,6 +39,23 @@ def put(name: str, sources: str = "", cuda: str = "13.0", architectures: str = "
     return path
 
 
+def test_every_source_counts(tmp_path):
+    """A library that was compiled from other sources is not taken, whichever of them has changed."""
+    names = ("launch.h", "x.cu", "x_bindings.cpp", "kernels/x.cuh", "emulator/simt.h")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("// one")
+    seen = [_build.source_hash(tmp_path)]
+    for name in names:
+        (tmp_path / name).write_text("// two")
+        seen.append(_build.source_hash(tmp_path))
+    assert len(set(seen)) == 5 and seen[-1] == seen[-2]  # the emulator is not compiled into it
+    (tmp_path / "launch.h").rename(tmp_path / "other.h")
+    assert _build.source_hash(tmp_path) not in seen
+    with pytest.raises(_build.BuildError, match="no sources in"):
+        _build.source_hash(tmp_path / "nothing")
+
+
 def test_this_machine(monkeypatch):
     monkeypatch.delenv(_extension.REFUSED, raising=False)
     if torch.cuda.is_available():

@@ -75,12 +75,13 @@ def source_folder(package: Path) -> Path:
 def source_hash(csrc: Path) -> str:
     """Hash over the names and contents of everything that is compiled into the extension."""
     digest = hashlib.sha256()
-    files = [p for p in csrc.rglob("*") if p.suffix in (".cu", ".cuh", ".h", ".cpp") and "emulator" not in p.parts]
+    names = [path.relative_to(csrc) for path in csrc.rglob("*") if path.suffix in (".cu", ".cuh", ".h", ".cpp")]
+    files = sorted(name for name in names if "emulator" not in name.parts)
     if not files:
         raise BuildError(f"no sources in {csrc}")
-    for path in sorted(files):
-        digest.update(f"{path.relative_to(csrc)}\0".encode())
-        digest.update(path.read_bytes())
+    for name in files:
+        digest.update(f"{name.as_posix()}\0".encode())
+        digest.update((csrc / name).read_bytes())
     return digest.hexdigest()[:16]
 
 
