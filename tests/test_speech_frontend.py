@@ -271,8 +271,10 @@ def test_compile_fullgraph(norm):
     def from_packed(packed: PackedWaveforms):
         return packed.padded(frontend.packed_features(packed))
 
-    for function, argument in ((frontend.features, waves), (from_packed, packed)):
-        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    for function, argument, dynamic in (
+        (frontend.features, waves, None), (frontend.features, waves, True), (from_packed, packed, None)
+    ):  # fmt: skip
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
         got = run(frontend, lambda c=compiled, a=argument: c(a), upstream)
         assert_close(got, run(frontend, lambda f=function, a=argument: f(a), upstream))
 
@@ -316,6 +318,13 @@ def bad_sample(value):
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
+        (lambda f, w: f.features([0.0]), TypeError, "waveforms must be a tensor, got list"),
+        (lambda f, w: f.packed_features(w), TypeError, "packed must be PackedWaveforms, got Tensor"),
+        (
+            lambda f, w: f.packed_features(pack_waveforms(w, SpeechFrontEndConfig(conv_layers=((8, 10, 5),)))),
+            ValueError,
+            r"packed must be made for convolutions of .* \(2, 2\)\), got \(\(10, 5\),\)",
+        ),
         (lambda f, w: f.features(w[0]), ValueError, r"waveforms must be \[B, S\] .* got \(900,\)"),
         (lambda f, w: f.features(w[:0]), ValueError, r"waveforms must be \[B, S\] with at least one row, got \(0, 900"),
         (lambda f, w: f.features(w[:, :399]), ValueError, "waveforms must have at least 400 samples, got 399"),

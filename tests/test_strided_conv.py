@@ -1,5 +1,6 @@
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -90,11 +91,19 @@ def test_mixed_dtypes():
     """Weights are rounded to x's dtype; gradients come back in the weights' own."""
     x, weight, bias = make_inputs(2, 41, 8, 6, 3, BF16, F32)
     check_against_fp64(x, weight, bias, 2)
+    upstream = torch.randn(2, 20, 6).to(DEVICE, BF16)
+    grad_bias = value_and_grads(strided_conv, upstream, (x, weight, bias), stride=2)[3]
+    assert_as_accurate_as_eager(grad_bias, upstream.float().sum((0, 1)), upstream.double().sum((0, 1)))  # not rounded
 
 
 def test_large_means():
     x, weight, bias = make_inputs(1, 65, 32, 16, 3)
     check_against_fp64(x + 4096, weight, bias, 2, floor=1e-5)
+
+
+def test_stride_of_numpy():
+    x, weight, _ = make_inputs(1, 11, 4, 3, 3)
+    assert torch.equal(strided_conv(x, weight, stride=np.int64(2)), strided_conv(x, weight, stride=2))
 
 
 def test_empty_batch():
@@ -296,8 +305,8 @@ def test_any_kernel_and_stride(B, kernel, stride, frames, rest, C, D, seed):
         (lambda x, w, b: strided_conv(x, w, 1.0, stride=2), TypeError, "bias must be a tensor, got float"),
         (lambda x, w, b: strided_conv(x.int(), w, stride=2), TypeError, "x must be float32.* got torch.int32"),
         (lambda x, w, b: strided_conv(x, w.long(), stride=2), TypeError, "weight must be float32.* got torch.int64"),
-        (lambda x, w, b: strided_conv(x, w, stride=2.0), TypeError, "stride must be an int, got float"),
-        (lambda x, w, b: strided_conv(x, w, stride=True), TypeError, "stride must be an int, got bool"),
+        (lambda x, w, b: strided_conv(x, w, stride=2.0), TypeError, "stride must be an integer, got float"),
+        (lambda x, w, b: strided_conv(x, w, stride=True), TypeError, "stride must be an integer, got bool"),
         (lambda x, w, b: strided_conv(x[0], w, stride=2), ValueError, r"x must be \[B, S, C\], got shape \(9, 4\)"),
         (lambda x, w, b: strided_conv(x, w[0], stride=2), ValueError, r"weight must be \[D, C, kernel\], .* \(4, 3\)"),
         (lambda x, w, b: strided_conv(x, w.mT, stride=2), ValueError, r"weight must be \[D, 4, kernel\] like x"),

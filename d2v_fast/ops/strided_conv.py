@@ -218,9 +218,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> None:
         raise ValueError(f"weight must be [D, {x.shape[2]}, kernel] like x, none 0, got shape {tuple(weight.shape)}")
     check_device("weight", weight, x.device)
     _rows.check_vector("bias", bias, weight.shape[0], x.device)
-    if isinstance(stride, bool) or not isinstance(stride, int):
-        raise TypeError(f"stride must be an int, got {type(stride).__name__}")
-    if stride < 1:
+    if _rows.check_integer("stride", stride) < 1:
         raise ValueError(f"stride must be at least 1, got {stride}")
     if x.shape[1] < weight.shape[2]:
         raise ValueError(f"x must have at least kernel = {weight.shape[2]} frames, got {x.shape[1]}")
@@ -253,9 +251,9 @@ def strided_conv(
 
     Raises:
         ValueError: a shape is not as above, S < kernel, ``stride`` < 1, or devices differ.
-        TypeError: an input is no floating point tensor, or float64 on a GPU; ``stride`` is no int.
+        TypeError: an input is no floating point tensor, or float64 on a GPU; ``stride`` is no integer.
     """
     _check(x, weight, bias, stride)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    return _fwd(_dense(x), weight, bias, stride)
+    return _fwd(_dense(x), weight, bias, int(stride))

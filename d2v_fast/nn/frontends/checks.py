@@ -1,7 +1,15 @@
 """What the front-ends check about their inputs."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
+
+
+def check_tensor(name: str, x: Any) -> None:
+    """Raise TypeError unless ``x`` is a tensor."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
 
 
 def check_dtype(name: str, x: Tensor, weight: Tensor) -> None:

@@ -8,12 +8,14 @@ All convolutions then run over the row as over one long waveform.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from d2v_fast.nn.config import SpeechFrontEndConfig
+from d2v_fast.nn.frontends.checks import check_tensor
 from d2v_fast.nn.frontends.waveforms import Lengths, host_lengths
 
 
@@ -29,6 +31,7 @@ class PackedWaveforms:
     conv_segments: Tensor  # [U, 2] int64, first frame and number of frames of each waveform after the first convolution
     segments: Tensor  # [U, 2] int64, the same after the last one: ranges of the M frames
     rows: Tensor  # [N] int64, the valid ones among the M frames, waveform by waveform
+    layers: tuple[tuple[int, int], ...]  # (kernel, stride) of the convolutions that it is made for
     lengths: tuple[int, ...]  # samples
     offsets: tuple[int, ...]  # samples
     num_frames: tuple[int, ...]
@@ -56,6 +59,11 @@ class PackedWaveforms:
         rows = (first + steps).clamp(max=frames.shape[1] - 1)  # behind a waveform: frames of others, not taken
         batch = frames[0].index_select(0, rows.flatten()).view(*rows.shape, -1)
         return torch.where((steps < count)[..., None], batch, 0)
+
+
+def geometry(config: SpeechFrontEndConfig) -> tuple[tuple[int, int], ...]:
+    """(kernel, stride) of each convolution."""
+    return tuple([(kernel, stride) for _, kernel, stride in config.conv_layers])
 
 
 def tail(config: SpeechFrontEndConfig) -> int:
@@ -89,7 +97,8 @@ def pack_waveforms(
         The row, on the waveforms' device, with what says where each waveform is. Differentiable in the samples.
 
     Raises:
-        TypeError: waveforms that are no floating point tensors or of several dtypes, or ``lengths`` no integers.
+        TypeError: waveforms that are no floating point tensors or of several dtypes, or ``lengths`` or ``budget`` no
+            integers.
         ValueError: no waveforms, a wrong rank, several devices, a waveform shorter than a frame needs, lengths beyond
             the tensor, lengths with a sequence, or more samples than ``budget``.
     """
@@ -98,6 +107,8 @@ def pack_waveforms(
     stride = config.total_stride
     slots = [-(-size // stride) for size in sizes]  # frames, guards included
     needed = sum(slots) * stride + tail(config)
+    if budget is not None and (not isinstance(budget, Integral) or isinstance(budget, bool)):
+        raise TypeError(f"budget must be an integer, got {type(budget).__name__}")
     if budget is not None and budget < needed:
         raise ValueError(f"budget must be at least the {needed} samples that these waveforms need, got {budget}")
     starts = torch.tensor([0, *slots]).cumsum(0).tolist()
@@ -113,6 +124,7 @@ def pack_waveforms(
         conv_segments=torch.tensor([first, after_first]).T.contiguous(),
         segments=torch.tensor([starts[:-1], frames]).T.contiguous(),
         rows=torch.cat([torch.arange(s, s + count) for s, count in zip(starts, frames, strict=False)]),
+        layers=geometry(config),
         lengths=sizes,
         offsets=tuple(start * stride for start in starts[:-1]),
         num_frames=frames,
@@ -131,6 +143,8 @@ def _clips(waveforms: Tensor | Sequence[Tensor], config: SpeechFrontEndConfig, l
     else:
         if lengths is not None:
             raise ValueError("lengths must be None with a sequence of waveforms: each has its own")
+        if not isinstance(waveforms, Sequence):
+            raise TypeError(f"waveforms must be a tensor or a sequence of tensors, got {type(waveforms).__name__}")
         clips = list(waveforms)
     if not clips:
         raise ValueError("waveforms must have at least one waveform, got none")
@@ -140,8 +154,7 @@ def _clips(waveforms: Tensor | Sequence[Tensor], config: SpeechFrontEndConfig, l
 
 
 def _check_clip(name: str, clip: Tensor, first: Tensor, config: SpeechFrontEndConfig) -> None:
-    if not isinstance(clip, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(clip).__name__}")
+    check_tensor(name, clip)
     if not clip.is_floating_point() or clip.dtype != first.dtype:
         raise TypeError(f"{name} must be floating point, all of one dtype, got {clip.dtype}")
     if clip.dim() != 1:

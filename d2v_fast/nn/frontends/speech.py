@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_fast.nn.config import EncoderConfig, SpeechFrontEndConfig
-from d2v_fast.nn.frontends.checks import check_dtype
-from d2v_fast.nn.frontends.lattice import PackedWaveforms, lay_rows, pack_waveforms
+from d2v_fast.nn.frontends.checks import check_dtype, check_tensor
+from d2v_fast.nn.frontends.lattice import PackedWaveforms, geometry, lay_rows, pack_waveforms
 from d2v_fast.nn.frontends.waveforms import Lengths, check_finite
 from d2v_fast.ops import bias_gelu, conv0_norm_gelu, layer_norm_gelu, strided_conv
 
@@ -82,6 +82,7 @@ class SpeechFrontEnd(nn.Module):
     def __init__(self, config: SpeechFrontEndConfig, encoder: EncoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.frozen = config.feature_grad_mult <= 0
         layers, in_dim = [], 1
         for index, (out_dim, kernel, stride) in enumerate(config.conv_layers):
             # wav2vec 2.0 "default" mode: group norm after the first convolution only
@@ -147,12 +148,19 @@ class SpeechFrontEnd(nn.Module):
         self, packed: PackedWaveforms, *, sample_rate: int | None = None, check: bool = False
     ) -> Tensor:
         """Frames [1, M, C] of waveforms in one row, guard frames included: ``packed.valid`` or ``packed.padded`` sorts
-        them out. Arguments and errors are those of :meth:`features`."""
+        them out. Arguments and errors are those of :meth:`features`; made for another stack, they are a ValueError."""
+        if not isinstance(packed, PackedWaveforms):
+            raise TypeError(f"packed must be PackedWaveforms, got {type(packed).__name__}")
+        if packed.layers != geometry(self.config):
+            raise ValueError(
+                f"packed must be made for convolutions of (kernel, stride) {geometry(self.config)}, got {packed.layers}"
+            )
         self._check(packed.samples, sample_rate)
         check_finite("samples", packed.samples, check)
         return self._project(self.convolve(packed))
 
     def _check(self, waveforms: Tensor, sample_rate: int | None) -> None:
+        check_tensor("waveforms", waveforms)
         check_dtype("waveforms", waveforms, self.proj.weight)
         if waveforms.ndim != 2 or waveforms.shape[0] == 0:
             raise ValueError(f"waveforms must be [B, S] with at least one row, got {tuple(waveforms.shape)}")
@@ -187,13 +195,12 @@ class SpeechFrontEnd(nn.Module):
 
     def _run(self, samples: Tensor, segments: Tensor | None) -> Tensor:
         """A row of samples [1, L] to frames [1, M, 512]."""
-        factor = self.config.feature_grad_mult
-        with torch.set_grad_enabled(torch.is_grad_enabled() and factor > 0):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             first, *rest = self.convs
             x = first(samples, segments)
             for layer in rest:
                 x = layer(x)
-        return scale_gradient(x, factor) if factor > 0 else x
+        return x if self.frozen else scale_gradient(x, self.config.feature_grad_mult)
 
     def _project(self, x: Tensor) -> Tensor:
         """Frames [.., 512] to [.., C]."""

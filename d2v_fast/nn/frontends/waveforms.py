@@ -6,6 +6,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d2v_fast.nn.frontends.checks import check_tensor
+
 Lengths = Sequence[int] | np.ndarray | Tensor  # samples of each waveform; known on the host
 
 
@@ -57,9 +59,10 @@ def normalise(waveforms: Tensor, lengths: Lengths | None = None, *, eps: float =
         As ``waveforms``, in their dtype.
 
     Raises:
-        TypeError: ``waveforms`` are not floating point, or ``lengths`` no integers.
+        TypeError: ``waveforms`` are no floating point tensor, or ``lengths`` no integers.
         ValueError: ``waveforms`` are not [B, S] or [S] with a sample each, ``lengths`` not [B] in 1..S, or on a GPU.
     """
+    check_tensor("waveforms", waveforms)
     if not waveforms.is_floating_point():
         raise TypeError(f"waveforms must be floating point, got {waveforms.dtype}")
     if waveforms.dim() not in (1, 2) or waveforms.numel() == 0:
