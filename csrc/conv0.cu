@@ -19,7 +19,8 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int threads_for(int64_t things, int most) { return 32 * int(things < most ? things : most); }
 
 Conv0Input input_of(const D2vConv0& p) {
-  return {p.waveforms, p.row_stride, p.frames_per_row, p.stride, p.segments, p.num_segments, int(p.taps)};
+  return {p.waveforms, p.row_stride, p.frames_per_row, p.stride, p.segments ? p.table : nullptr,
+          p.num_segments, int(p.taps)};
 }
 
 Conv0Parameters parameters_of(const D2vConv0& p) { return {p.weight, p.bias, p.gamma, p.beta, p.C, int(p.taps)}; }
@@ -56,6 +57,13 @@ int find_moments(const D2vConv0& p, const D2vConv0Fold& fold, double* moments, v
   if (error) return error;
   return launch(conv0_moments, {p.num_segments}, CONV0_PREPARE_THREADS, shared, stream, in, fold.scratch, fold.shares,
                 moments);
+}
+
+int find_table(const D2vConv0& p, void* stream) {
+  if (!p.segments) return 0;
+  const int threads = threads_for(ceil_div(p.num_segments, 32), CONV0_PREPARE_THREADS / 32);
+  return launch(conv0_segment_table, {1}, threads, threads * sizeof(int64_t), stream, input_of(p), p.segments, p.rows,
+                p.table);
 }
 
 template <class S>
@@ -126,6 +134,7 @@ int d2v_conv0_fwd(const D2vConv0* problem, const D2vConv0Fold* fold, void* y, vo
     using S = decltype(shape);
     using T = decltype(type);
     double* moments = p.layer ? nullptr : static_cast<double*>(stats);
+    if (const int error = find_table(p, stream)) return error;
     if (!p.layer) {
       if (const int error = find_moments(p, *fold, moments, stream)) return error;
       if (p.segments) {
@@ -148,6 +157,7 @@ int d2v_conv0_bwd(const D2vConv0* problem, const D2vConv0Fold* fold, const D2vCo
     using S = decltype(shape);
     using T = decltype(type);
     const double* moments = p.layer ? nullptr : static_cast<const double*>(stats);
+    if (const int error = find_table(p, stream)) return error;
     if (const int error = fold_weights<S>(p, *fold, moments, CONV0_BWD_SCALE, stream)) return error;
     const int error = p.layer ? run_backward<S, T, true>(p, *fold, *sums, dy, stats, stream)
                               : run_backward<S, T, false>(p, *fold, *sums, dy, stats, stream);

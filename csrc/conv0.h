@@ -3,9 +3,8 @@
 // waveforms: rows of float32 samples; frame t of row b reads `taps` samples from b * row_stride + t * stride on. Frames
 // of all rows in order make the rows of y [rows * frames_per_row, C], 16-bit (bf16 or fp16), on 16-byte boundaries.
 // Layer norm: over the C channels of a frame. Group norm: of each channel over the frames of each segment; frames
-// outside are 0. Segments are apart, each in one row. Their table [num_segments + 1, 4] int64 holds the first frame,
-// the number of frames, the tiles of 64 frames before it, and where its first sample is; in the last row only the tiles
-// are read. Null: every row is a segment.
+// outside are 0. Segments [num_segments, 2] int64 (first frame, frames) are apart, each in one row, and are cut to it;
+// table [num_segments + 1, 4] int64 is memory for what is worked out from them. Null: every row is a segment.
 // Sizes TAPS, WIDTH, COLUMNS, FACTOR_SIZE: 10, 16, 16, 24 for 10 taps, otherwise 16, 32, 24, 60 (up to 16 taps).
 // Returns 0 or an error code of CUDA.
 #pragma once
@@ -17,6 +16,7 @@ struct D2vConv0 {
   const float* waveforms;
   int64_t row_stride, rows, frames_per_row, stride;
   const int64_t* segments;
+  int64_t* table;
   int64_t num_segments;  // rows, where segments is null
   const float* weight;   // [C, taps]
   const float* bias;     // [C] or null: none

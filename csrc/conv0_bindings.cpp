@@ -26,7 +26,7 @@ struct Problem {
 };
 
 Problem problem_of(const Call& call, const Tensor& waveforms, const Tensor& weight, const Maybe& bias,
-                   const Maybe& gamma, const Maybe& beta, const Maybe& segments,
+                   const Maybe& gamma, const Maybe& beta, const Maybe& segments, const Maybe& segment_table,
                    int64_t stride, double eps, bool layer, int64_t programs, const Tensor& y, const Tensor& folded,
                    const Tensor& table, const Tensor& scratch) {
   call.check_rows("waveforms", waveforms, {ScalarType::Float}, {ANY_SIZE, ANY_SIZE});
@@ -46,8 +46,12 @@ Problem problem_of(const Call& call, const Tensor& waveforms, const Tensor& weig
   call.check_aligned("y", y, 16);
 
   call.require(!segments.has_value() || !layer, "segments", "are for group norm");
-  const int64_t count = segments.has_value() ? segments->size(0) - 1 : rows;
-  if (segments.has_value()) call.check("segments", *segments, {ScalarType::Long}, {count + 1, 4});
+  const int64_t count = segments.has_value() ? segments->size(0) : rows;
+  call.require(segments.has_value() == segment_table.has_value(), "segment_table", "must come with segments");
+  if (segments.has_value()) {
+    call.check("segments", *segments, {ScalarType::Long}, {count, 2});
+    call.check("segment_table", *segment_table, {ScalarType::Long}, {count + 1, 4});
+  }
   call.require(count > 0, "segments", "must have rows");
   const Sizes sizes(k);
   call.check("folded", folded, {ScalarType::BFloat16}, {layer ? 1 : count, 2, C, sizes.width});
@@ -60,9 +64,9 @@ Problem problem_of(const Call& call, const Tensor& waveforms, const Tensor& weig
   }
   const int64_t bf16 = y.scalar_type() == ScalarType::BFloat16;
   const int64_t row_stride = rows > 1 ? waveforms.stride(0) : samples;
-  return {{ptr<const float>(waveforms), row_stride, rows, frames, stride, ptr<const int64_t>(segments), count,
-           ptr<const float>(weight), ptr<const float>(bias), ptr<const float>(gamma), ptr<const float>(beta),
-           C, k, eps, layer, bf16, programs},
+  return {{ptr<const float>(waveforms), row_stride, rows, frames, stride, ptr<const int64_t>(segments),
+           ptr<int64_t>(segment_table), count, ptr<const float>(weight), ptr<const float>(bias),
+           ptr<const float>(gamma), ptr<const float>(beta), C, k, eps, layer, bf16, programs},
           {folded.data_ptr(), ptr<float>(table), ptr<double>(scratch), layer ? 1 : scratch.size(1)},
           sizes,
           rows * frames};
@@ -75,10 +79,11 @@ void check_stats(const Call& call, const Tensor& stats, const Problem& p) {
 }
 
 void forward(const Tensor& waveforms, const Tensor& weight, const Maybe& bias, const Maybe& gamma, const Maybe& beta,
-             const Maybe& segments, int64_t stride, double eps, bool layer, int64_t programs,
-             const Tensor& y, const Tensor& stats, const Tensor& folded, const Tensor& table, const Tensor& scratch) {
+             const Maybe& segments, const Maybe& segment_table, int64_t stride, double eps, bool layer,
+             int64_t programs, const Tensor& y, const Tensor& stats, const Tensor& folded, const Tensor& table,
+             const Tensor& scratch) {
   const Call call("conv0_fwd_cuda", waveforms);
-  const Problem p = problem_of(call, waveforms, weight, bias, gamma, beta, segments, stride, eps, layer,
+  const Problem p = problem_of(call, waveforms, weight, bias, gamma, beta, segments, segment_table, stride, eps, layer,
                                programs, y, folded, table, scratch);
   check_stats(call, stats, p);
   call.launched(d2v_conv0_fwd(&p.launch, &p.fold, y.data_ptr(), stats.data_ptr(), call.stream()));
@@ -86,11 +91,11 @@ void forward(const Tensor& waveforms, const Tensor& weight, const Maybe& bias, c
 
 void backward(const Tensor& grad, const Tensor& stats, const Tensor& waveforms, const Tensor& weight,
               const Maybe& bias, const Maybe& gamma, const Maybe& beta, const Maybe& segments,
-              int64_t stride, double eps, bool layer, int64_t programs, const Tensor& grads,
-              const Tensor& folded, const Tensor& table, const Tensor& scratch, const Tensor& outer,
-              const Tensor& outer_sum, const Tensor& inner, const Tensor& inner_sum) {
+              const Maybe& segment_table, int64_t stride, double eps, bool layer, int64_t programs,
+              const Tensor& grads, const Tensor& folded, const Tensor& table, const Tensor& scratch,
+              const Tensor& outer, const Tensor& outer_sum, const Tensor& inner, const Tensor& inner_sum) {
   const Call call("conv0_bwd_cuda", waveforms);
-  const Problem p = problem_of(call, waveforms, weight, bias, gamma, beta, segments, stride, eps, layer,
+  const Problem p = problem_of(call, waveforms, weight, bias, gamma, beta, segments, segment_table, stride, eps, layer,
                                programs, grad, folded, table, scratch);
   check_stats(call, stats, p);
   const int64_t C = p.launch.C, count = layer ? 1 : p.launch.num_segments;
@@ -110,13 +115,13 @@ void backward(const Tensor& grad, const Tensor& stats, const Tensor& waveforms, 
 D2V_SCHEMAS(m) {
   m.def(
       "conv0_fwd_cuda(Tensor waveforms, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, Tensor? "
-      "segments, int stride, float eps, bool layer, int programs, Tensor(a!) y, Tensor(b!) stats, "
-      "Tensor(c!) folded, Tensor(d!) table, Tensor(e!) scratch) -> ()");
+      "segments, Tensor(a!)? segment_table, int stride, float eps, bool layer, int programs, Tensor(b!) y, "
+      "Tensor(c!) stats, Tensor(d!) folded, Tensor(e!) table, Tensor(f!) scratch) -> ()");
   m.def(
       "conv0_bwd_cuda(Tensor grad, Tensor stats, Tensor waveforms, Tensor weight, Tensor? bias, Tensor? norm_weight, "
-      "Tensor? norm_bias, Tensor? segments, int stride, float eps, bool layer, int programs, "
-      "Tensor(a!) grads, Tensor(b!) folded, Tensor(c!) table, Tensor(d!) scratch, Tensor(e!) outer, "
-      "Tensor(f!) outer_sum, Tensor(g!) inner, Tensor(h!) inner_sum) -> ()");
+      "Tensor? norm_bias, Tensor? segments, Tensor(a!)? segment_table, int stride, float eps, bool layer, "
+      "int programs, Tensor(b!) grads, Tensor(c!) folded, Tensor(d!) table, Tensor(e!) scratch, Tensor(f!) outer, "
+      "Tensor(g!) outer_sum, Tensor(h!) inner, Tensor(i!) inner_sum) -> ()");
 }
 
 D2V_KERNELS(m) {

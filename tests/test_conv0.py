@@ -175,6 +175,24 @@ def test_segment_is_as_if_alone(path, request):
     assert torch.count_nonzero(packed[:, :3]) == 0 and torch.count_nonzero(packed[:, 155:]) == 0
 
 
+@pytest.mark.usefixtures("kernels")
+def test_kernels_cut_segments_to_their_row(monkeypatch):
+    """On a GPU nobody looks at the segments before: wrong ones must not read or write what is not there."""
+    monkeypatch.setattr("d2v_fast.ops.conv0._check_segments", lambda *_: None)
+    x, *parameters = make_inputs(2, 80, 64, 10, 5)
+    wrong = torch.tensor([[70, 100], [-5, 4], [1000, 3], [100, -7], [2**40, 1]], device=DEVICE)
+    right = torch.tensor([[70, 10]], device=DEVICE)
+    got, want = (ours(5, "group", BF16, segments)(x, *parameters) for segments in (wrong, right))
+    assert torch.equal(got, want)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_many_segments():
+    """More than threads work them out."""
+    segments = torch.stack([torch.arange(0, 900, 3), torch.tensor([2, 0, 3]).repeat(100)], 1).to(DEVICE)
+    check_against_fp64(make_inputs(1, 900, 64, 3, 1), 1, "group", BF16, segments, floor=1e-5)
+
+
 @pytest.mark.parametrize("path", ["blocks", "kernels"])
 def test_no_segments(path, request):
     if path == "kernels":

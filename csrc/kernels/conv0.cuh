@@ -38,7 +38,7 @@ struct Conv0Input {
   int64_t row_stride;
   int64_t frames_per_row;
   int64_t stride;        // samples from frame to frame
-  const int64_t* table;  // [count + 1, 4] of the segments; null: every row is one
+  const int64_t* table;  // [count + 1, 4] conv0_segment_table; null: every row is a segment
   int64_t count;
   int taps;
 

@@ -8,6 +8,40 @@ constexpr int CONV0_PREPARE_THREADS = 256;
 constexpr int CONV0_LAYER_THREADS = 512;  // one block has to do it all
 constexpr int CONV0_LAID_OUT_ROWS = 256;  // in shared memory at a time
 
+// table [count + 1, 4] of segments [count, 2]: first frame, frames, tiles before it, where its first sample is; the
+// last row has the number of all tiles. Segments are cut to their row, so that none reads what is not there. One block.
+D2V_KERNEL void D2V_BOUNDS(CONV0_PREPARE_THREADS, 1)
+    conv0_segment_table(Conv0Input in, const int64_t* segments, int64_t rows, int64_t* table) {
+  int64_t* sums = reinterpret_cast<int64_t*>(shared_memory());  // [threads] tiles of the segments up to a thread's last
+  const int me = thread_id();
+  const int64_t each = (in.count + num_threads() - 1) / num_threads();
+  const int64_t begin = me * each, end = begin + each < in.count ? begin + each : in.count;
+  int64_t tiles = 0;
+  for (int64_t s = begin; s < end; ++s) {
+    const int64_t all = rows * in.frames_per_row, wanted = segments[2 * s];
+    const int64_t first = wanted < 0 ? 0 : wanted < all ? wanted : all - 1;
+    const int64_t row = first / in.frames_per_row, frame = first - row * in.frames_per_row;
+    const int64_t left = in.frames_per_row - frame, count = segments[2 * s + 1];
+    const int64_t size = count < 0 || wanted != first ? 0 : count < left ? count : left;
+    int64_t* out = table + 4 * s;
+    out[0] = first, out[1] = size, out[3] = row * in.row_stride + frame * in.stride;
+    tiles += (size + CONV0_FRAMES - 1) / CONV0_FRAMES;
+  }
+  sums[me] = tiles;
+  for (int step = 1; step < num_threads(); step *= 2) {
+    block_barrier();
+    const int64_t before = me >= step ? sums[me - step] : 0;
+    block_barrier();
+    sums[me] += before;
+  }
+  int64_t before = sums[me] - tiles;
+  for (int64_t s = begin; s < end; ++s) {
+    table[4 * s + 2] = before;
+    before += (table[4 * s + 1] + CONV0_FRAMES - 1) / CONV0_FRAMES;
+  }
+  if (me == num_threads() - 1) table[4 * in.count + 2] = sums[me];
+}
+
 // Products of all pairs i <= j of `n` columns, one thread a pair; with more threads, several share the rows.
 struct PairSums {
   int i = 0, j = 0, pairs, first_row, row_step;

@@ -19,22 +19,11 @@ def fits(waveforms: Tensor, weight: Tensor, dtype: torch.dtype) -> bool:
     return kinds and C % 64 == 0 and k <= _MAX_TAPS and _extension.takes(waveforms)
 
 
-def segment_table(segments: Tensor, frames_per_row: int, row_stride: int, stride: int) -> Tensor:
-    """[U + 1, 4] int64 of segments [U, 2]: first frame, frames, tiles before it, where its first sample is."""
-    first, count = segments.long().unbind(1)
-    row = first // frames_per_row
-    tiles = (count + _TILE - 1) // _TILE
-    sample = row * row_stride + (first - row * frames_per_row) * stride
-    stop = tiles.cumsum(0)
-    table = torch.stack([first, count, stop - tiles, sample], 1)
-    return torch.cat([table, stop[-1:, None].expand(1, 4)])
-
-
 @dataclass
 class Call:
     """Arguments of one call as the kernels read them, and how the frames are cut."""
 
-    tensors: list[Tensor | None]  # waveforms [B, S], weight [C, k], vectors [C], segment_table
+    tensors: list[Tensor | None]  # waveforms [B, S], weight [C, k], vectors [C], segments and their table
     settings: tuple[int, float, bool]  # stride, eps, layer norm
     tiles: int  # at most
     segments: int  # 1 with layer norm
@@ -46,11 +35,12 @@ class Call:
         x = x if x.stride(1) == 1 else x.contiguous()
         B, S = x.shape
         T = (S - weight.shape[2]) // stride + 1
-        table = None if segments is None else segment_table(segments, T, x.stride(0), stride)
+        segments = None if segments is None else segments.long().contiguous()
+        table = None if segments is None else segments.new_empty((segments.shape[0] + 1, 4))
         layer = norm == "layer"
         count = B if segments is None else segments.shape[0]
         tiles = B * -(-T // _TILE) if segments is None else B * T // _TILE + count
-        tensors = [x, *map(_rows.dense, tensors), table]
+        tensors = [x, *map(_rows.dense, tensors), segments, table]
         return cls(tensors, (stride, eps, layer), tiles, 1 if layer else count)
 
     @property
@@ -66,11 +56,14 @@ class Call:
         """Whether the kernels for any number of taps run, not those for 10."""
         return self.shape[1] != 10
 
+    @property
+    def sm_count(self) -> int:
+        x = self.tensors[0]
+        return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else _EMULATED_SM_COUNT
+
     def programs(self, channels: int, per_sm: int) -> int:
         """Blocks that share the frames, where ``channels`` go to one and ``per_sm`` of them run at a time."""
-        x = self.tensors[0]
-        count = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else _EMULATED_SM_COUNT
-        most = count * per_sm // -(-self.shape[0] // channels)
+        most = self.sm_count * per_sm // -(-self.shape[0] // channels)
         return max(min(most, self.tiles), 1)
 
     def memory(self, shares: int) -> list[Tensor]:
@@ -93,7 +86,7 @@ def forward(y: Tensor, stats: Tensor, *arguments) -> None:
         return
     call = Call.of(*arguments)
     # of each segment's frames, for its moments: 256 frames or more to a block, and enough blocks for a GPU
-    shares = max(min(1024 // call.segments, 64, call.tiles // (4 * call.segments)), 1)
+    shares = max(min(6 * call.sm_count, call.tiles // 4) // call.segments, 1)
     memory = call.memory(shares)
     programs = call.programs(channels=512, per_sm=2 if call.wide else 3)
     _extension.ops(y).conv0_fwd_cuda(*call.tensors, *call.settings, programs, y, stats, *memory)
