@@ -240,10 +240,13 @@ def foreach_launches(sizes: list[int], num_lists: int) -> int:
 
 def extension_launches(name: str, args: tuple[Any, ...]) -> int:
     """Kernels that a function of the extension starts; a test holds it to csrc/."""
-    if name == "conv0_fwd_cuda":
-        segments, layer = args[5], args[8]
-        return 2 if layer else 4 + (segments is not None)  # weights; for group norm two for the moments, and zeros
-    return 4 if name == "conv0_bwd_cuda" else 1  # weights, the pass, two to add up
+    if not name.startswith("conv0"):
+        return 2 if name == "pos_conv_wgrad_cuda" else 1  # shares of the frames, and their sum
+    layer = next(i for i, x in enumerate(args) if isinstance(x, bool))  # behind segments, their table, stride and eps
+    ranges = args[layer - 4] is not None  # the table is a kernel, and so is clearing what lies outside
+    if name == "conv0_bwd_cuda":
+        return 4 + ranges  # weights, the pass, two to add up
+    return 2 if args[layer] else 4 + 2 * ranges  # weights and the pass; for group norm two for the moments
 
 
 class _Extension:
