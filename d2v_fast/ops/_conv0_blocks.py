@@ -66,7 +66,8 @@ class Problem:
         B, T, _ = self.taps.shape
         if self.segments is None:
             return [(b, 0, T) for b in range(B)]
-        return [(first // T, first % T, count) for first, count in self.segments.tolist()]
+        # an empty segment may lie behind the last frame
+        return [(min(first // T, B - 1), first % T, count) for first, count in self.segments.tolist()]
 
     def block(self) -> int:
         """Frames in a block."""

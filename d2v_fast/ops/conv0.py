@@ -6,7 +6,6 @@ the waveform, so backward keeps the waveform and recomputes the rest.
 """
 
 from collections.abc import Sequence
-from numbers import Integral
 
 import torch
 import torch.nn.functional as F
@@ -175,7 +174,8 @@ def conv0_norm_gelu(
         segments: for group norm: int32 or int64 [U, 2], (first, count) of ranges of the B * T frames, apart, each in
             one row of the batch. Frames outside of all are 0 and get no gradient. By default each row is a segment.
             Layer norm treats all frames alike and does not look at it.
-        dtype: of the result; by default that of autocast where it is on, else that of ``weight``.
+        dtype: of the result; by default that of autocast where it is on (and nothing is float64), else that of
+            ``weight``.
 
     Returns:
         [B, T, C] contiguous with T = (S - k) // stride + 1, computed in float32. Differentiable in weight, bias and
@@ -221,9 +221,7 @@ def _check_waveforms(waveforms: Tensor, weight: Tensor) -> None:
 
 
 def _check_settings(waveforms: Tensor, weight: Tensor, stride: int, norm: str, eps: float) -> None:
-    if not isinstance(stride, Integral):
-        raise TypeError(f"stride must be an integer, got {type(stride).__name__}")
-    if stride < 1:
+    if _rows.check_integer("stride", stride) < 1:
         raise ValueError(f"stride must be > 0, got {stride}")
     if norm not in NORMS:
         raise ValueError(f"norm must be one of {', '.join(NORMS)}, got {norm!r}")
@@ -233,7 +231,8 @@ def _check_settings(waveforms: Tensor, weight: Tensor, stride: int, norm: str, e
 def _result_dtype(waveforms: Tensor, weight: Tensor, dtype: torch.dtype | None) -> torch.dtype:
     device = waveforms.device.type
     if dtype is None:
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        mixed = torch.is_autocast_enabled(device) and torch.float64 not in (waveforms.dtype, weight.dtype)
+        dtype = torch.get_autocast_dtype(device) if mixed else weight.dtype
     if not isinstance(dtype, torch.dtype):
         raise TypeError(f"dtype must be a torch.dtype, got {type(dtype).__name__}")
     check_float("dtype", torch.empty(0, dtype=dtype, device=device))
