@@ -17,8 +17,8 @@ D2V_DEVICE int conv0_bwd_channel(int i, int r) { return r % 8 * 8 + 2 * i + r / 
 // The warp's weights in shared memory, as fragments that a lane loads 16 bytes at a time.
 template <class S, bool LAYER>
 struct Conv0BwdWeights {
-  static constexpr int INNER = LAYER ? (S::TILES + 1) / 2 : 0;    // Words4 a lane, for D: B fragments, two tiles each
-  static constexpr int TILE = 2 * (S::STEPS + INNER) * 32;       // Words4: high and low
+  static constexpr int INNER = LAYER ? (S::TILES + 1) / 2 : 0;  // Words4 a lane, for D: B fragments, two tiles each
+  static constexpr int TILE = 2 * (S::STEPS + INNER) * 32;      // Words4: high and low
   static constexpr int SIZE = 4 * TILE;
   D2V_DEVICE static int outer(int i, int part, int step) { return i * TILE + (part * S::STEPS + step) * 32; }
   D2V_DEVICE static int inner(int i, int part, int pair) {
@@ -60,7 +60,7 @@ struct Conv0BwdWeights {
 // The sums of a warp, as accumulators of matrix instructions.
 template <class S, bool LAYER>
 struct Conv0Sums {
-  float outer[4][S::TILES][4];                 // rows: channels, columns: slots
+  float outer[4][S::TILES][4];                     // rows: channels, columns: slots
   float inner[LAYER ? S::STEPS : 1][S::TILES][4];  // rows and columns: slots
   D2V_DEVICE void clear() {
 #pragma unroll

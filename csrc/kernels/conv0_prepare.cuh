@@ -103,7 +103,14 @@ D2V_KERNEL void D2V_BOUNDS(CONV0_PREPARE_THREADS, 2)
   const double inverse = size ? 1.0 / double(size) : 0.0;
   if (thread_id() < pairs) {
     double sum = 0;
-    for (int64_t s = 0; s < shares; ++s) sum += partial[(segment * shares + s) * pairs + thread_id()];
+    for (int64_t first = 0; first < shares; first += 8) {  // eight loads under way
+      double values[8];
+#pragma unroll
+      for (int i = 0; i < 8; ++i)
+        values[i] = first + i < shares ? partial[(segment * shares + first + i) * pairs + thread_id()] : 0.0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) sum += values[i];
+    }
     sums[thread_id()] = sum * inverse;
   }
   block_barrier();

@@ -86,7 +86,7 @@ def forward(y: Tensor, stats: Tensor, *arguments) -> None:
         return
     call = Call.of(*arguments)
     # of each segment's frames, for its moments: 256 frames or more to a block, and enough blocks for a GPU
-    shares = max(min(6 * call.sm_count, call.tiles // 4) // call.segments, 1)
+    shares = max(min(6 * call.sm_count // call.segments, call.tiles // (4 * call.segments), 64), 1)
     memory = call.memory(shares)
     programs = call.programs(channels=512, per_sm=2 if call.wide else 3)
     _extension.ops(y).conv0_fwd_cuda(*call.tensors, *call.settings, programs, y, stats, *memory)
