@@ -409,36 +409,6 @@ def test_bad_inputs_raise(args, kwargs, error, match):
         pos_conv(*args, **{"groups": 2, **kwargs})
 
 
-@needs_emulator
-def test_bindings_check_their_arguments(emulated):
-    ops = torch.ops.d2v_fast_emulated
-    x = torch.zeros(40, 64, dtype=BF16)
-    weight = torch.zeros(2, 3, 32, 32, dtype=BF16)
-    z = torch.empty_like(x)
-    sums = torch.empty(40, 2, 2)
-
-    def forward(x=x, sums=None, stats=None, weight=weight, z=z, z_sums=None, tiles=None, frames=20):
-        ops.pos_conv_fwd_cuda(x, sums, stats, weight, None, z, z_sums, tiles, frames, sums is not None, 1e-5)
-
-    forward()
-    for bad, message in [
-        ({"x": x.float()}, "x must be bfloat16 or float16, got float32"),
-        ({"x": x[:, :40].contiguous()}, "groups must leave 32, 48, 64 or 80 channels each, got 20"),
-        ({"x": torch.zeros(40, 65, dtype=BF16)}, "groups must divide the number of channels"),
-        ({"weight": weight.half()}, "weight must be bfloat16, got float16"),
-        ({"weight": weight[..., :16]}, r"weight must have shape \[2, 3, 32, 32\], got \[2, 3, 32, 16\]"),
-        ({"z": z[:39]}, r"z must have shape \[40, 64\], got \[39, 64\]"),
-        ({"z": z.mT.contiguous().mT}, "z must be contiguous"),
-        ({"z": torch.empty(40 * 64 + 1, dtype=BF16)[1:].view(40, 64)}, "z must start at a multiple of 16 bytes"),
-        ({"frames": 30}, "frames must divide the number of rows"),
-        ({"sums": sums}, "stats must come with sums"),
-        ({"z_sums": sums[:39]}, r"z_sums must have shape \[40, 2, 2\], got \[39, 2, 2\]"),
-        ({"tiles": torch.zeros(2, 2, dtype=torch.int64)}, r"tiles must have shape \[\*, 3\], got \[2, 2\]"),
-    ]:
-        with pytest.raises(RuntimeError, match=message):
-            forward(**bad)
-
-
 def test_depth_1_is_a_convolution_with_weight_norm():
     """wav2vec 2.0 and HuBERT: initial weights, and the teacher that data2vec makes of them."""
     module = ConvPositions(EncoderConfig(dim=64, heads=2, pos_conv_depth=1, pos_conv_width=16, pos_conv_groups=2))
