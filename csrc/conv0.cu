@@ -11,7 +11,7 @@ namespace {
 using namespace d2v;
 
 constexpr int MAX_TAPS = 16;
-constexpr int CLEAR_THREADS = 256, CLEAR_SHARES = 8;
+constexpr int CLEAR_THREADS = 128, CLEAR_SHARES = 8;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
