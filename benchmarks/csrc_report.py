@@ -76,7 +76,7 @@ def _launch_conv0(dtype: torch.dtype) -> None:
 
 def _launch_pos_conv(dtype: torch.dtype) -> None:
     for width, (taps, depth, norm) in itertools.product((32, 48, 64, 80), ((19, 2, True), (128, 1, False))):
-        x = torch.randn(1, 40, 16 * width, dtype=dtype).requires_grad_()
+        x = torch.randn(4, 300, 16 * width, dtype=dtype).requires_grad_()
         weights = [torch.randn(16 * width, width, taps, dtype=dtype).requires_grad_() for _ in range(depth)]
         biases = [torch.randn(16 * width, dtype=dtype).requires_grad_() for _ in range(depth)]
         y = ops.pos_conv(x, weights, biases, groups=16, norm=norm)

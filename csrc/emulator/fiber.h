@@ -77,7 +77,8 @@ __attribute__((naked, noinline)) inline void swap_stacks(void** /*from*/, void* 
 }
 #endif
 
-// `entry` runs on the fiber's stack at the first switch to it, and never returns. `identity`: of a fiber that has ended, or null.
+// `entry` runs on the fiber's stack at the first switch to it, and never returns. `identity`: of a fiber that has
+// ended, or null.
 inline void prepare(Fiber& fiber, Stack& stack, void (*entry)(), [[maybe_unused]] void* identity) {
   fiber.stack = &stack;
 #if defined(__SANITIZE_ADDRESS__)

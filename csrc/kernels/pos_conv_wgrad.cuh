@@ -161,7 +161,7 @@ constexpr int WGRAD_SUM_THREADS = 128;
 constexpr size_t wgrad_sum_shared_bytes(int width, int taps) { return sizeof(float) * width * (taps | 1); }
 
 // A block has one output channel: [taps, width] in, [width, taps] out.
-static D2V_KERNEL void D2V_BOUNDS(WGRAD_SUM_THREADS, 8) pos_conv_wgrad_sum_kernel(const WgradSumArgs args) {
+D2V_KERNEL void D2V_BOUNDS(WGRAD_SUM_THREADS, 8) pos_conv_wgrad_sum_kernel(const WgradSumArgs args) {
   float* tile = reinterpret_cast<float*>(shared_memory());  // [width, pitch]
   const int pitch = args.taps | 1;  // odd, so that neighbouring inputs lie in different banks
   const int width = args.width, group = block_x() / width, o = block_x() % width;
