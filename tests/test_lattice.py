@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from d2v_fast.nn import normalise, pack_waveforms
 from d2v_fast.nn.config import SpeechFrontEndConfig
+from d2v_fast.nn.frontends.lattice import lay_rows
 
 PUBLISHED = SpeechFrontEndConfig()
 
@@ -45,6 +46,13 @@ def test_where_waveforms_lie(layers, extra, spare):
     fixed = pack_waveforms(waves, config, budget=total + spare)
     assert fixed.samples.shape == (1, total + spare) and not fixed.samples[0, total:].any()
     assert torch.equal(fixed.rows, packed.rows)
+
+
+@pytest.mark.parametrize(("S", "slots"), [(960, 3), (961, 4)])
+def test_rows_of_equal_length_waste_nothing(S, slots):
+    row = lay_rows(torch.ones(2, S), PUBLISHED)
+    assert row.shape == (1, 2 * slots * 320 + 80) and PUBLISHED.num_frames(row.shape[1]) == 2 * slots
+    assert row.sum() == 2 * S and row[0, slots * 320 :][:S].all()
 
 
 def test_guard_frames_of_the_published_stack():

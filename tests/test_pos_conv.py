@@ -148,6 +148,20 @@ def test_kernels_match_fp64_in_segments(emulated, taps, norm):
 
 
 @needs_emulator
+def test_gelu_between_layers_is_exact_but_for_rounding(emulated):
+    """Identity weights leave the GELU: of values, to the last bit nearly always, and its slope."""
+    x = torch.linspace(-2, 6, 64 * 40).view(1, 40, 64).half()
+    eye = torch.eye(32).repeat(2, 1)[..., None]
+    y, grad, *_ = value_and_grads(pos_conv, torch.ones_like(x), x, [eye, eye], [None, None], groups=2, norm=False)
+    exact = x.double().requires_grad_()
+    inner = F.gelu(exact)
+    F.gelu(inner).sum().backward()
+    assert (y == F.gelu(inner.half().double()).half()).double().mean() > 0.99
+    # two factors of 16 bits each, and a third rounding of the first layer's value
+    torch.testing.assert_close(grad.double(), exact.grad, rtol=2e-3, atol=2e-4)
+
+
+@needs_emulator
 def test_emulated_calls_reach_the_kernels(emulated, monkeypatch):
     """Otherwise the tests above would compare PyTorch with itself."""
     x, weights, biases = make_inputs(1, 9, 64, 2, [3], BF16)

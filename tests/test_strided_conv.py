@@ -230,6 +230,18 @@ def test_autocast(weight_dtype):
     torch.testing.assert_close(got, [want[0], want[1].float(), *want[2:]])
 
 
+@pytest.mark.parametrize(("B", "kernel"), [(1, 3), (2, 3), (2, 5)])
+def test_backward_inside_autocast(B, kernel):
+    """Of a forward outside of it: nothing is rounded on the way back."""
+    tensors, upstream = make_inputs(B, 21, 8, 6, kernel), torch.randn(B, (21 - kernel) // 2 + 1, 6).to(DEVICE)
+    leaves = [v.requires_grad_() for v in tensors]
+    want = torch.autograd.grad(strided_conv(*leaves, stride=2), leaves, upstream)
+    y = strided_conv(*leaves, stride=2)
+    with torch.autocast(DEVICE, BF16):
+        got = torch.autograd.grad(y, leaves, upstream)
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="float64 is CPU-only")
 def test_autocast_leaves_float64():
     with torch.autocast("cpu", BF16):

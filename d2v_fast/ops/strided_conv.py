@@ -160,8 +160,9 @@ def _grad_weight(grad: Tensor, x: Tensor, weight: Tensor, stride: int) -> Tensor
     several = _parts(grad.shape[0] * T, grad.dtype) > 1
     dtype = torch.float32 if several else grad.dtype
     matrix = torch.empty((D, kernel * C), device=grad.device, dtype=dtype)
-    for taps in _taps(kernel, stride):
-        _multiply_sum(_of_taps(matrix, taps, C), grad, _frames(x, taps, T, stride))
+    with torch.autocast(x.device.type, enabled=False):  # of the caller of backward; dtypes were settled in forward
+        for taps in _taps(kernel, stride):
+            _multiply_sum(_of_taps(matrix, taps, C), grad, _frames(x, taps, T, stride))
     return matrix.view(D, kernel, C).mT.to(weight.dtype, memory_format=torch.contiguous_format, copy=True)
 
 
