@@ -19,7 +19,7 @@ OPS = (
 )
 # the general path of each on a GPU, where the extension is not used
 EXTENSION = {
-    "conv0_norm_gelu": "PyTorch matrix products and Triton",
+    "conv0_norm_gelu": "PyTorch matrix products",
     "pos_conv": "cuDNN convolutions and Triton",
 }
 FALLBACK = ("ema_update_", "adamw_ema_", "l2_norm")  # run on a GPU without Triton, from PyTorch's own operators
