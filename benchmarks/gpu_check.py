@@ -25,6 +25,7 @@ import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -67,21 +68,27 @@ class Outcome:
     output: str = ""
 
 
+@cache
+def imported_names(source: str) -> frozenset[str]:
+    """Modules that the top level of ``source`` imports."""
+    names: set[str] = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Import):
+            names.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names.add(node.module)
+            names.update(f"{node.module}.{alias.name}" for alias in node.names if node.module.startswith("d2v_fast"))
+    return frozenset(names)
+
+
 def missing_modules(file: Path, seen: set[Path] | None = None) -> set[str]:
     """Modules outside of this repository that importing ``file`` needs and that are not installed."""
     seen = set() if seen is None else seen
     if file in seen:
         return set()
     seen.add(file)
-    names: set[str] = set()
-    for node in ast.parse(file.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Import):
-            names.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            names.add(node.module)
-            names.update(f"{node.module}.{alias.name}" for alias in node.names if node.module.startswith("d2v_fast"))
     missing: set[str] = set()
-    for name in names:
+    for name in imported_names(file.read_text(encoding="utf-8")):
         own = own_file(name, file.parent)
         if own:
             missing |= missing_modules(own, seen)
