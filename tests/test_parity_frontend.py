@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from eager_frontend import assert_as_accurate, relative, saved_bytes
+from eager_frontend import relative, saved_bytes
 from torch import nn
 
 from d2v_fast.nn import Data2VecConfig, SpeechFrontEnd, pack_waveforms
@@ -124,7 +124,8 @@ def test_bfloat16(peer, norm, autocast):
     wide, waves = ours.double(), waves.double()
     exact = value_and_grads(wide, lambda: wide.convolve(waves), upstream, names)  # as the tests above have shown
     assert got[0].dtype == BF16
-    assert_as_accurate(errors(got, exact), errors(eager, exact))
+    for name, error, budget in zip(["frames", *names], errors(got, exact), errors(eager, exact), strict=True):
+        assert error <= 2 * budget + 1e-6, f"{name}: {error:.1e}, theirs {budget:.1e}"
 
 
 @pytest.mark.parametrize(("norm", "bias"), [("layer", True), ("group", False)])
