@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 
 import fairseq_eager
 import torch
@@ -27,45 +28,47 @@ Stack = Callable[[Tensor], Tensor]
 
 
 class FairseqOperators(nn.Module):
-    """``ConvFeatureExtractionModel`` in mode "layer_norm", operator by operator."""
+    """``ConvFeatureExtractionModel``, operator by operator."""
 
-    def __init__(self, layers: list[tuple[int, int, int]]) -> None:
+    def __init__(self, layers: list[tuple[int, int, int]], norm: str) -> None:
         super().__init__()
+        normed = layers if norm == "layer" else layers[:1]
         inputs = [1, *(dim for dim, *_ in layers[:-1])]
         self.weights = nn.ParameterList(torch.empty(dim, n, k) for n, (dim, k, _) in zip(inputs, layers, strict=True))
-        self.norm_weights = nn.ParameterList(torch.ones(dim) for dim, *_ in layers)
-        self.norm_biases = nn.ParameterList(torch.zeros(dim) for dim, *_ in layers)
-        self.options = {"strides": [stride for *_, stride in layers], "norm": "layer", "eps": 1e-5}
+        self.norm_weights = nn.ParameterList(torch.ones(dim) for dim, *_ in normed)
+        self.norm_biases = nn.ParameterList(torch.zeros(dim) for dim, *_ in normed)
+        self.options = {"strides": [stride for *_, stride in layers], "norm": norm, "eps": 1e-5}
 
     def forward(self, waveforms: Tensor) -> Tensor:
         """waveforms [B, S] -> [B, C, T]."""
-        vectors = list(self.norm_weights), list(self.norm_biases)
+        missing = [None] * (len(self.weights) - len(self.norm_weights))
+        vectors = [*self.norm_weights, *missing], [*self.norm_biases, *missing]
         biases = [None] * len(self.weights)
         return fairseq_eager.conv_encoder(waveforms, list(self.weights), biases, *vectors, **self.options)["y"].mT
 
     def order(self) -> list[nn.Parameter]:
-        """Weight, norm weight and norm bias of each layer."""
-        lists = zip(self.weights, self.norm_weights, self.norm_biases, strict=True)
-        return [parameter for layer in lists for parameter in layer]
+        """Weight, norm weight and norm bias of each layer, those that are there."""
+        lists = zip_longest(self.weights, self.norm_weights, self.norm_biases)
+        return [parameter for layer in lists for parameter in layer if parameter is not None]
 
 
-def fairseq_module(layers: list[tuple[int, int, int]]) -> tuple[str, nn.Module, list[nn.Parameter]]:
+def fairseq_module(layers: list[tuple[int, int, int]], norm: str) -> tuple[str, nn.Module, list[nn.Parameter]]:
     """Its name, the module, and its parameters layer by layer."""
     try:
         from fairseq.models.wav2vec.wav2vec2 import ConvFeatureExtractionModel
     except ImportError:
-        module = FairseqOperators(layers)
+        module = FairseqOperators(layers, norm)
         return "fairseq's operators", module, module.order()
-    module = ConvFeatureExtractionModel(layers, mode="layer_norm")
+    module = ConvFeatureExtractionModel(layers, mode={"layer": "layer_norm", "group": "default"}[norm])
     return "fairseq's module", module, list(module.parameters())
 
 
 class FairseqFrontEnd(nn.Module):
     """``feature_extractor``, ``layer_norm`` and ``post_extract_proj`` of ``Data2VecAudioModel``."""
 
-    def __init__(self, layers: list[tuple[int, int, int]], dim: int) -> None:
+    def __init__(self, layers: list[tuple[int, int, int]], dim: int, norm: str) -> None:
         super().__init__()
-        self.name, self.convs, self.order = fairseq_module(layers)
+        self.name, self.convs, self.order = fairseq_module(layers, norm)
         self.norm = nn.LayerNorm(layers[-1][0])
         self.proj = nn.Linear(layers[-1][0], dim)
 
@@ -74,12 +77,12 @@ class FairseqFrontEnd(nn.Module):
         return self.proj(self.norm(self.convs(waveforms).transpose(1, 2)))
 
 
-def build(width: int) -> tuple[str, dict[str, tuple[Stack, list[nn.Parameter]]]]:
+def build(width: int, norm: str = "layer") -> tuple[str, dict[str, tuple[Stack, list[nn.Parameter]]]]:
     """Both sides with the same weights: waveforms [B, S] to [B, T, C], and the parameters in the same order."""
     config = Data2VecConfig.speech()
     layers = [(width, kernel, stride) for _, kernel, stride in config.frontend.conv_layers]
-    ours = SpeechFrontEnd(replace(config.frontend, conv_layers=tuple(layers)), config.encoder)
-    theirs = FairseqFrontEnd(layers, config.encoder.dim)
+    ours = SpeechFrontEnd(replace(config.frontend, conv_layers=tuple(layers), conv_norm=norm), config.encoder)
+    theirs = FairseqFrontEnd(layers, config.encoder.dim, norm)
     parts = [ours.convs.parameters(), ours.norm.parameters(), ours.proj.parameters()]
     parameters = [parameter for part in parts for parameter in part]
     their_parameters = [*theirs.order, *theirs.norm.parameters(), *theirs.proj.parameters()]
@@ -120,10 +123,12 @@ class Taken:
     processor: float = math.inf
 
 
-def measure(clips: int, seconds: float, budget: float, width: int = 512) -> tuple[str, dict[str, Taken]]:
+def measure(
+    clips: int, seconds: float, budget: float, width: int = 512, norm: str = "layer"
+) -> tuple[str, dict[str, Taken]]:
     """What fairseq is here, and the fastest round of each side; rounds are begun within ``budget`` seconds."""
     torch.manual_seed(0)
-    name, sides = build(width)
+    name, sides = build(width, norm)
     waveforms = torch.randn(clips, round(seconds * RATE))
     check(sides, waveforms[:1, : RATE // 4])
     calls = {side: both_ways(stack, parameters, waveforms) for side, (stack, parameters) in sides.items()}
@@ -149,13 +154,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--clips", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=5.0, help="of a clip")
+    parser.add_argument("--norm", choices=("layer", "group"), default="layer", help="data2vec's, or wav2vec 2.0 base's")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--budget", type=float, default=60.0, help="seconds within which rounds are begun")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    name, best = measure(args.clips, args.seconds, args.budget)
+    name, best = measure(args.clips, args.seconds, args.budget, norm=args.norm)
     wall, processor = ratios(best)
-    sizes = f"{args.clips} x {args.seconds:g} s, {args.threads} threads"
+    sizes = f"{args.clips} x {args.seconds:g} s, {args.norm} norm, {args.threads} threads"
     print(f"{sizes}: {name} / d2v_fast = {wall:.2f} (processor time {processor:.2f})")
 
 

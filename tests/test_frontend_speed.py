@@ -28,8 +28,9 @@ def test_faster_than_fairseq(capsys):
     assert processor > LEAST
 
 
-def test_nothing_is_timed_that_computes_something_else():
-    _, sides = cpu_frontend.build(width=16)
+@pytest.mark.parametrize("norm", ["layer", "group"])
+def test_nothing_is_timed_that_computes_something_else(norm):
+    _, sides = cpu_frontend.build(16, norm)
     waveforms = torch.randn(1, 1600)
     cpu_frontend.check(sides, waveforms)
     sides["d2v_fast"][1][4].data.mul_(1.001)
