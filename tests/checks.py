@@ -1,5 +1,8 @@
 """Shared test settings, and the one accuracy rule that every op is held to."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -21,3 +24,13 @@ def assert_as_accurate_as_eager(
     budget = factor * (eager.double().to(actual.device) - exact).abs().max().item()
     budget += floor * exact.abs().max().item()
     assert error <= budget, f"error {error:.3e} > budget {budget:.3e}"  # NaN fails as well
+
+
+@contextmanager
+def no_synchronisation() -> Iterator[None]:
+    """An error from PyTorch for whatever waits for the GPU inside."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import DEVICE, INTERPRET, RUNS_KERNELS, assert_as_accurate_as_eager
+from checks import DEVICE, INTERPRET, RUNS_KERNELS, assert_as_accurate_as_eager, no_synchronisation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -211,11 +211,8 @@ def test_does_not_wait_for_the_device():
     x, bias = make_inputs(300, 3072, BF16)
     upstream = torch.randn_like(x)
     value_and_grads(bias_gelu, upstream, x, bias)  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         value_and_grads(bias_gelu, upstream, x, bias)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

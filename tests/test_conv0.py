@@ -4,7 +4,7 @@ import emulator
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import DEVICE, INTERPRET, assert_as_accurate_as_eager
+from checks import DEVICE, INTERPRET, assert_as_accurate_as_eager, no_synchronisation
 
 from d2v_fast.ops import _conv0_blocks, _conv0_extension, conv0_norm_gelu
 from d2v_fast.ops.conv0 import _bwd, _fwd, conv0_norm_gelu_ref
@@ -546,11 +546,8 @@ def test_does_not_wait_for_the_device(norm):
     segments = torch.tensor([[0, 200], [310, 20]], device=DEVICE) if norm == "group" else None
     for dtype in (BF16, F32):
         value_and_grads(ours(5, norm, dtype, segments), upstream, *tensors)
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_synchronisation():
             value_and_grads(ours(5, norm, dtype, segments), upstream, *tensors)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from checks import DEVICE, INTERPRET, RUNS_KERNELS, assert_as_accurate_as_eager
+from checks import DEVICE, INTERPRET, RUNS_KERNELS, assert_as_accurate_as_eager, no_synchronisation
 from eager_targets import EPS, eager_loss, eager_spread, eager_targets, make_layers, some_positions
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -661,11 +661,8 @@ def test_does_not_wait_for_the_device(norm, post_norm):
     pred, layers = make_pred(len(positions), 768, BF16), make_layers(4, 2, 50, 768, BF16)
     options = {"norm": norm, "post_norm": post_norm, "lengths": lengths, "target_batch_index": clones}
     fused(pred, layers, positions, **options)  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         fused(pred, layers, positions, **options)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

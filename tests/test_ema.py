@@ -3,7 +3,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from checks import DEVICE, INTERPRET, RUNS_KERNELS, assert_as_accurate_as_eager
+from checks import DEVICE, INTERPRET, RUNS_KERNELS, assert_as_accurate_as_eager, no_synchronisation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -359,12 +359,9 @@ def test_does_not_wait_for_the_device():
     copies = [torch.empty_like(p) for p in student]
     decay = torch.tensor(0.5, device=DEVICE)
     ema_update_(teacher, student, decay, copies=copies)  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         ema_update_(teacher, student, decay, copies=copies)
         ema_update_(teacher, student, 0.5)  # builds another table
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

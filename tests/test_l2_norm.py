@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from checks import DEVICE, INTERPRET, RUNS_KERNELS
+from checks import DEVICE, INTERPRET, RUNS_KERNELS, no_synchronisation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -186,11 +186,8 @@ def test_bad_inputs_raise(call, error, match):
 def test_does_not_wait_for_the_device_and_is_captured():
     tensors = make((F32, BF16))
     l2_norm(tensors)  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         l2_norm([x.clone() for x in tensors])  # builds another table
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         norm = l2_norm(tensors)

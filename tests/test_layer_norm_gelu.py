@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import DEVICE, INTERPRET, RUNS_KERNELS, assert_as_accurate_as_eager
+from checks import DEVICE, INTERPRET, RUNS_KERNELS, assert_as_accurate_as_eager, no_synchronisation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -258,11 +258,8 @@ def test_does_not_wait_for_the_device():
     tensors = make_inputs(300, 512, BF16)
     upstream = torch.randn_like(tensors[0])
     value_and_grads(layer_norm_gelu, upstream, *tensors)  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         value_and_grads(layer_norm_gelu, upstream, *tensors)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

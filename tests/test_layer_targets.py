@@ -2,7 +2,7 @@ import importlib
 
 import pytest
 import torch
-from checks import DEVICE, INTERPRET, RUNS_KERNELS, assert_as_accurate_as_eager
+from checks import DEVICE, INTERPRET, RUNS_KERNELS, assert_as_accurate_as_eager, no_synchronisation
 from eager_targets import EPS, eager_targets, make_layers, some_positions
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -294,11 +294,8 @@ def test_does_not_wait_for_the_device(norm, post_norm):
     lengths = torch.tensor([50, 30], device=DEVICE)
     options = {"norm": norm, "post_norm": post_norm, "positions": positions, "lengths": lengths}
     layer_targets(layers, **options)  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         layer_targets(layers, **options)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

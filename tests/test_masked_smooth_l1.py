@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import DEVICE, INTERPRET, RUNS_KERNELS, assert_as_accurate_as_eager
+from checks import DEVICE, INTERPRET, RUNS_KERNELS, assert_as_accurate_as_eager, no_synchronisation
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -255,11 +255,8 @@ def test_does_not_wait_for_the_device(reduction):
     pred, target, mask = make_inputs(64, 768, BF16)
     upstream = torch.ones(64 if reduction == "none" else (), device=DEVICE)
     loss_and_grad(lambda p: masked_smooth_l1(p, target, mask, reduction=reduction), pred, upstream)  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         loss_and_grad(lambda p: masked_smooth_l1(p, target, mask, reduction=reduction), pred, upstream)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

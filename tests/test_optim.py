@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from checks import DEVICE
+from checks import DEVICE, no_synchronisation
 from torch import nn
 
 from d2v_fast.nn import EMATeacher
@@ -358,11 +358,8 @@ def test_captured_step_without_waiting():
         optimizer.step(grad_scale=clip_factor(norm, 0.3), found_inf=flag, ema_decay=decay)
 
     step()  # compiles and creates the state
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()

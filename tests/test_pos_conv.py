@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import DEVICE, INTERPRET, assert_as_accurate_as_eager
+from checks import DEVICE, INTERPRET, assert_as_accurate_as_eager, no_synchronisation
 
 from d2v_fast.nn.config import EMAConfig, EncoderConfig
 from d2v_fast.nn.encoder import ConvPositions
@@ -499,11 +499,8 @@ def test_does_not_wait_for_the_device(dtype, segments):
     segments = None if segments is None else torch.tensor(segments, device=DEVICE)
     upstream = torch.randn_like(inputs[0])
     value_and_grads(pos_conv, upstream, *inputs, groups=16, segments=segments)  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         value_and_grads(pos_conv, upstream, *inputs, groups=16, segments=segments)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

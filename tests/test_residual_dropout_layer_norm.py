@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import DEVICE, INTERPRET, RUNS_KERNELS, assert_as_accurate_as_eager
+from checks import DEVICE, INTERPRET, RUNS_KERNELS, assert_as_accurate_as_eager, no_synchronisation
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -477,11 +477,8 @@ def test_does_not_wait_for_the_device(p):
     tensors = make_inputs((4, 100, 768), BF16, F32)
     upstream = torch.randn_like(tensors[0]), torch.randn_like(tensors[1])
     values_and_grads(fused, upstream, tensors, p=p)  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         values_and_grads(fused, upstream, tensors, p=p)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

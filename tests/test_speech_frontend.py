@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import DEVICE, INTERPRET, assert_as_accurate_as_eager
+from checks import DEVICE, INTERPRET, assert_as_accurate_as_eager, no_synchronisation
 from eager_frontend import LENGTHS, assert_as_accurate, eager, padded_batch, relative, saved_bytes
 from tiny import tiny_config
 from torch import nn
@@ -384,11 +384,8 @@ def test_does_not_wait_for_the_device(norm):
         loss.backward()
 
     step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_synchronisation():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
