@@ -10,37 +10,11 @@ from tiny import NO_DROPOUT, tiny_batch, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2v_fast.nn import Data2Vec
-from d2v_fast.nn.attention import attention
 from d2v_fast.nn.config import EncoderConfig
 from d2v_fast.nn.encoder import ConvPositions, RelativePositionBias, TransformerEncoder, drop_path_scale
 from d2v_fast.ops import _dispatch
 from d2v_fast.train.optim import OptimConfig, build_optimizer
 from d2v_fast.train.step import train_step
-
-
-def math_attention(q, k, v, bias=None, padding_mask=None):
-    logits = q.double() @ k.double().transpose(-1, -2) / q.shape[-1] ** 0.5
-    if bias is not None:
-        logits = logits + bias.double()
-    if padding_mask is not None:
-        logits = logits.masked_fill(padding_mask[:, None, None, :], float("-inf"))
-    return logits.softmax(-1) @ v.double()
-
-
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("biased", [False, True])
-def test_attention(biased, padded):
-    q, k, v = torch.randn(3, 2, 4, 13, 8, requires_grad=True).unbind()
-    bias = torch.randn(4, 13, 13, requires_grad=True) if biased else None
-    padding = torch.arange(13) >= torch.tensor([[13], [9]]) if padded else None
-    got, want = attention(q, k, v, bias=bias, padding_mask=padding), math_attention(q, k, v, bias, padding)
-    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
-    upstream = torch.randn_like(got)
-    inputs = [q, k, v] + ([bias] if biased else [])
-    for a, b in zip(
-        torch.autograd.grad(got, inputs, upstream), torch.autograd.grad(want, inputs, upstream.double()), strict=True
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_relative_bias_index():

@@ -1,26 +1,35 @@
 """Self-attention. ``attention`` is the one place that decides how it is computed."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from d2v_fast.nn import attention_calls as calls
 from d2v_fast.nn.config import EncoderConfig
+from d2v_fast.nn.sequences import Sequences
 
 
 def attention(
-    q: Tensor,  # [B, H, T, D]
-    k: Tensor,  # [B, H, T, D]
-    v: Tensor,  # [B, H, T, D]
+    q: Tensor,  # [B, Tq, H, D]; packed [M, H, D]
+    k: Tensor,  # [B, T, H, D]; packed [N, H, D]
+    v: Tensor,  # like k
     *,
-    bias: Tensor | None = None,  # [H, T, T], added to the logits
+    sequences: Sequences | None = None,  # of k and v, and of q unless there are queries: packed rows
+    queries: Sequences | None = None,  # of q, one for each of keys
+    bias: Tensor | None = None,  # [H, Tq, T], added to the logits
+    alibi: tuple[Tensor, Tensor] | None = None,  # slopes [H], positions [B, T]
     padding_mask: Tensor | None = None,  # [B, T] bool, True = padding, never attended to
     dropout_p: float = 0.0,
-) -> Tensor:  # [B, H, T, D]
-    """Softmax attention with scale 1 / sqrt(D) through PyTorch's scaled_dot_product_attention."""
-    mask = bias[None].to(q.dtype) if bias is not None else None  # [1, H, T, T]
-    if padding_mask is not None:
-        keep = ~padding_mask[:, None, None, :]  # [B, 1, 1, T]
-        mask = keep if mask is None else mask.masked_fill(~keep, float("-inf"))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+    backend: str = "auto",
+    strict: bool = False,
+) -> Tensor:  # like q
+    """Softmax attention with scale 1 / sqrt(D)."""
+    if sequences is not None:
+        if q.device.type == "cpu" and not torch.compiler.is_compiling():
+            return calls.each(q, k, v, sequences, queries or sequences, dropout_p)
+        return calls.padded(q, k, v, sequences, queries or sequences, dropout_p)
+    mask = calls.logit_mask(q, bias, alibi, padding_mask)
+    return calls.sdpa(q, k, v, mask, dropout_p)
 
 
 class SelfAttention(nn.Module):
@@ -45,6 +54,6 @@ class SelfAttention(nn.Module):
         """x [B, T, C] -> [B, T, C]; ``bias`` [H, T, T] and ``padding_mask`` [B, T] as in :func:`attention`."""
         B, T, C = x.shape
         qkv = F.linear(x, self.qkv.weight, self._qkv_bias())
-        q, k, v = qkv.view(B, T, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)  # 3 x [B, H, T, D]
+        q, k, v = qkv.view(B, T, 3, self.heads, C // self.heads).unbind(2)  # 3 x [B, T, H, D]
         y = attention(q, k, v, bias=bias, padding_mask=padding_mask, dropout_p=self.dropout if self.training else 0.0)
-        return self.out(y.transpose(1, 2).reshape(B, T, C))
+        return self.out(y.reshape(B, T, C))
