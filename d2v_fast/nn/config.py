@@ -140,8 +140,13 @@ class EncoderConfig:
     pos_conv_width: int = 95  # fairseq conv_pos: kernel max(3, width // depth) of each layer; at depth 1, width
     pos_conv_groups: int = 16
     relative_bias: bool = False  # learned bias per head and patch offset, shared by all layers (images)
+    padding_aware: bool = True  # a padded row as if it were alone; False: convolutional positions see its padding
     init: Literal["bert", "beit"] = "bert"
     init_std: float = 0.02  # of linear layers; the published value suits 768 and more channels
+    # how it is computed, not what
+    checkpointing: Literal["none", "selective", "full"] = "none"  # activations to compute again in backward
+    attention_backend: str = "auto"  # a name of the table in nn/attention_backends.py
+    attention_strict: bool = False  # an error instead of a slower backend than the case allows for
 
     def __post_init__(self) -> None:
         _check_choices(self, "encoder.")
@@ -219,6 +224,18 @@ class EMAConfig:
         return self.end_decay - (self.end_decay - self.decay) * (1 - update / self.anneal_updates)
 
 
+@dataclass(frozen=True, kw_only=True)
+class PruneConfig:
+    """What a training step leaves out because no result depends on it. Each changes rounding at most."""
+
+    student_rows: bool = True  # the last student layer: queries, out-projection and FFN at masked rows only
+    teacher_stop: bool = True  # the last teacher layer ends with its result: no final residual and norm
+    teacher_rows: bool = True  # the last teacher layer at masked rows only, if targets need no statistics over time
+    teacher_copy: bool = True  # under autocast the teacher's matrices are copies that the update writes, not casts
+    share_features: bool = True  # features once for student and teacher, where both have the same front-end
+    unpad: bool = True  # padding is not computed
+
+
 _KINDS = {  # front-end and mask of each modality
     "speech": (SpeechFrontEndConfig, SpanMask),
     "image": (ImageFrontEndConfig, BlockMask),
@@ -246,6 +263,7 @@ class Data2VecConfig:
     targets: TargetConfig = field(default_factory=TargetConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
+    prune: PruneConfig = field(default_factory=PruneConfig)
     head_layers: int = 1
 
     def __post_init__(self) -> None:
@@ -332,6 +350,7 @@ class Data2VecConfig:
         released = profile == "fairseq"
         return replace(
             self,
+            encoder=replace(self.encoder, padding_aware=not released),
             targets=replace(
                 self.targets,
                 padding_aware=not released,
