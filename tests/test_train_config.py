@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from d2v_fast.train.config import (
+    complete_model,
     config_from_dict,
     config_to_dict,
     differences,
@@ -195,3 +196,18 @@ def test_configs_are_frozen():
     config = load_config("speech_base", [DATA])
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.updates = 3
+
+
+def test_older_checkpoints_get_the_keys_that_came_later():
+    """Where they belong to a profile, the file's; the others stay out of the comparison."""
+    for profile in ("paper", "fairseq"):
+        config = load_config("speech_base", [DATA, f"model.profile={profile}"])
+        now = config_to_dict(config)
+        then = {key: value for key, value in now["model"].items() if key != "prune"}
+        later = ("padding_aware", "checkpointing", "attention_backend", "attention_strict")
+        then["encoder"] = {key: value for key, value in then["encoder"].items() if key not in later}
+        assert complete_model(then) == now["model"]
+        assert now["model"]["encoder"]["padding_aware"] == (profile == "paper")
+    other = load_config("speech_base", [DATA, "model.profile=fairseq", "model.prune.unpad=false"])
+    assert not other.model.prune.unpad
+    assert differences(now, config_to_dict(other)) == []

@@ -9,7 +9,7 @@ import torch
 
 from d2v_fast import __version__
 from d2v_fast.nn import Data2Vec
-from d2v_fast.train.config import TrainConfig, config_to_dict, differences, model_config
+from d2v_fast.train.config import TrainConfig, complete_model, config_to_dict, differences, model_config
 from d2v_fast.train.data import PretrainData
 from d2v_fast.train.errors import CheckpointError
 from d2v_fast.train.files import replace_file
@@ -101,6 +101,7 @@ def read(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]
         raise CheckpointError(f"{path} is damaged: wrong checksum of {broken}")
     if not isinstance(content, dict) or content.get("format") != FORMAT or not content.keys() >= KEYS:
         raise CheckpointError(f"{path} is not a d2v_fast checkpoint of format {FORMAT}")
+    content["config"]["model"] = complete_model(content["config"]["model"])
     return content
 
 

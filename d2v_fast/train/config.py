@@ -30,11 +30,14 @@ RUN_KEYS = (
     "stop_after",
     "reference_gpus",
     "optim.one_pass",  # the same results up to rounding
+    "model.encoder.checkpointing",
+    "model.encoder.attention_backend",
+    "model.encoder.attention_strict",
     "data.path",  # the data themselves are compared, see checkpoint.restore
     "data.tokenizer",
     "data.cache_dir",
 )
-RUN_GROUPS = ("guards.",)
+RUN_GROUPS = ("guards.", "model.prune.")
 COERCE = {"coerce_numbers_to_str": True}  # a folder may be called 2024
 
 
@@ -129,6 +132,16 @@ def model_config(values: dict[str, Any]) -> Data2VecConfig:
     except ValueError as error:
         raise ConfigError(f"model: {error}") from None
     return _override(base, values, "model.")
+
+
+def complete_model(values: dict[str, Any]) -> dict[str, Any]:
+    """The model's values out of an older checkpoint, with the keys that came later.
+
+    One of these belongs to a profile, which such a file does not name; another value of the same profile tells.
+    """
+    padding_aware = values["targets"]["padding_aware"]
+    encoder = {"padding_aware": padding_aware, **values["encoder"]}
+    return config_to_dict(model_config({**values, "encoder": encoder}))
 
 
 def config_from_dict(values: dict[str, Any]) -> TrainConfig:
