@@ -48,7 +48,11 @@ def _rename(state: dict[str, Tensor], prefixes: dict[str, str]) -> dict[str, Ten
 
 def speech_state(model, layers: int) -> dict[str, Tensor]:
     """Student weights of a fairseq ``Data2VecAudioModel`` under our names."""
-    state = {k: v for k, v in model.state_dict().items() if not k.startswith("_ema")}
+    return renamed_speech({k: v for k, v in model.state_dict().items() if not k.startswith("_ema")}, layers)
+
+
+def renamed_speech(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """Tensors of every parameter of the speech model, such as gradients, under our names."""
     copied = _rename(
         state,
         {
@@ -73,7 +77,11 @@ def speech_state(model, layers: int) -> dict[str, Tensor]:
 
 def text_state(model, layers: int) -> dict[str, Tensor]:
     """Student weights of a fairseq ``Data2VecTextModel`` under our names."""
-    state = {k: v for k, v in model.state_dict().items() if "._ema" not in k}
+    return renamed_text({k: v for k, v in model.state_dict().items() if "._ema" not in k}, layers)
+
+
+def renamed_text(state: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """Tensors of every parameter of the text model, such as gradients, under our names."""
     root = "encoder.sentence_encoder."
     copied = _rename(
         state,
