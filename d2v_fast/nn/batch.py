@@ -6,30 +6,44 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d2v_fast.nn.sequences import Sequences
+
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
     """One micro-batch. ``T`` counts encoder positions: speech frames, image patches or text tokens.
 
-    The masked positions travel twice, as a mask and as indices, so that their number is known on the host and no
-    kernel has to wait for a ``nonzero``.
+    The masked positions travel as a mask and as indices, so that their number is known on the host and no kernel has to
+    wait for a ``nonzero``; and as :class:`Sequences`, for what is computed at these rows alone. :func:`make_batch`
+    makes all of it.
     """
 
     inputs: Tensor  # speech [B, S] float32 waveforms; images [B, 3, H, W]; text [B, T] int64 token ids (unmasked)
     mask: Tensor  # [B, T] bool, True = masked
-    positions: Tensor  # [N] int32, flat b * T + t of the masked positions, ascending
+    positions: Tensor  # [M] int32, flat b * T + t of the masked positions, ascending; -1 where a fixed M is filled up
     padding_mask: Tensor | None = None  # [B, T] bool, True = padding; None when there is none
     lengths: Tensor | None = None  # [B] int32 valid positions per row; given exactly when padding_mask is
+    masked: Sequences | None = None  # the M rows of positions, in their order, among B * T; None: nothing is left out
+    masked_alone: Sequences | None = None  # these without the rows that fill up among them; None: the same as masked
+    valid: Sequences | None = None  # the positions that are not padding; given exactly when padding_mask is
+    masked_in_valid: Sequences | None = None  # masked, as rows of valid, one sequence for each of valid's
+    real_masked: int | None = None  # masked positions, where M is fixed; None: all of positions are
     skipped: tuple[tuple[str, str], ...] = ()  # (file, reason) for items that could not be read
 
     @property
     def num_masked(self) -> int:
         """Number of masked positions; a host integer, never read back from the device."""
-        return self.positions.numel()
+        return self.positions.numel() if self.real_masked is None else self.real_masked
 
     def _map(self, function) -> "Batch":
-        changed = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: function(v) for k, v in changed.items() if isinstance(v, Tensor)})
+        changed = {}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Tensor):
+                changed[field.name] = function(value)
+            elif isinstance(value, Sequences):
+                changed[field.name] = value.map(function)
+        return replace(self, **changed)
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
         """Copy every tensor to ``device``."""
@@ -45,32 +59,49 @@ def make_batch(
     mask: np.ndarray,  # [B, T] bool
     lengths: np.ndarray | None = None,  # [B] valid positions per row, or None when every row is full
     skipped: tuple[tuple[str, str], ...] = (),
+    *,
+    num_masked: int | None = None,
+    num_valid: int | None = None,
 ) -> Batch:
     """Build a :class:`Batch` on the host from a NumPy mask and, for padded batches, the rows' lengths.
 
+    With ``num_masked`` and ``num_valid`` every batch of [B, T] has the same shapes, as a captured CUDA graph needs:
+    so many rows are computed at masked, and at valid positions, and what fills them up is not looked at. With
+    ``num_valid`` a batch without padding is described as one with padding is.
+
     Raises:
         TypeError: ``mask`` is not bool, or ``lengths`` not integers.
-        ValueError: their shapes do not fit ``inputs``, a length is not in 1..T, or a masked position is padding.
+        ValueError: their shapes do not fit ``inputs``, a length is not in 1..T, a masked position is padding,
+            ``num_masked`` is below the number of masked positions or above that of valid ones, or ``num_valid`` below
+            the latter.
     """
     if mask.dtype != bool:
         raise TypeError(f"mask must be bool, got {mask.dtype}")
     if mask.ndim != 2 or mask.shape[0] != inputs.shape[0]:
         raise ValueError(f"mask must be [{inputs.shape[0]}, T], got {mask.shape}")
-    padding_mask = lengths_tensor = None
-    if lengths is not None:
-        padding = _padding(lengths, *mask.shape)  # [B, T]
-        if (mask & padding).any():
-            raise ValueError("mask must be False in the padding beyond lengths, got masked positions there")
-        if padding.any():
-            padding_mask = torch.from_numpy(padding)
-            lengths_tensor = torch.from_numpy(lengths.astype(np.int32))
-    return Batch(
+    padding = np.zeros_like(mask) if lengths is None else _padding(lengths, *mask.shape)  # [B, T]
+    if (mask & padding).any():
+        raise ValueError("mask must be False in the padding beyond lengths, got masked positions there")
+    masked, alone = _masked(mask, ~padding, num_masked)
+    positions = masked.rows.int()
+    batch = Batch(
         inputs=inputs,
         mask=torch.from_numpy(mask),
-        positions=torch.from_numpy(np.flatnonzero(mask).astype(np.int32)),
-        padding_mask=padding_mask,
-        lengths=lengths_tensor,
+        positions=positions if masked.real is None else torch.where(masked.real, positions, -1),
+        masked=masked,
+        masked_alone=alone,
+        real_masked=None if num_masked is None else int(mask.sum()),
         skipped=skipped,
+    )
+    if not padding.any() and num_valid is None:
+        return batch
+    valid = Sequences.from_mask(~padding, num_rows=num_valid)
+    return replace(
+        batch,
+        padding_mask=torch.from_numpy(padding),
+        lengths=torch.from_numpy((~padding).sum(1).astype(np.int32)),
+        valid=valid,
+        masked_in_valid=_inside(masked, ~padding, valid.count),
     )
 
 
@@ -83,3 +114,28 @@ def _padding(lengths: np.ndarray, batch_size: int, num_positions: int) -> np.nda
     if ((lengths < 1) | (lengths > num_positions)).any():
         raise ValueError(f"lengths must be in 1..{num_positions}, got {lengths.tolist()}")
     return np.arange(num_positions)[None] >= lengths[:, None]
+
+
+def _masked(mask: np.ndarray, valid: np.ndarray, num_masked: int | None) -> tuple[Sequences, Sequences | None]:
+    """``Batch.masked`` and ``masked_alone``: a fixed number is filled up with the first valid positions not masked."""
+    if num_masked is None:
+        return Sequences.from_mask(mask), None
+    count, most = int(mask.sum()), int(valid.sum())
+    if not count <= num_masked <= most:
+        raise ValueError(f"num_masked must be from {count} to {most}, masked and valid positions, got {num_masked}")
+    taken = mask.copy()
+    taken.flat[np.flatnonzero(valid & ~mask)[: num_masked - count]] = True
+    masked = Sequences.from_mask(taken)
+    real = torch.from_numpy(mask.flat[masked.rows.numpy()])
+    return (
+        replace(masked, max_length=mask.shape[1], real=real),
+        Sequences.from_mask(mask, num_rows=num_masked),
+    )
+
+
+def _inside(masked: Sequences, valid: np.ndarray, count: int) -> Sequences:
+    """``masked``, rows among all positions, as rows among the ``valid`` ones, which are ``count`` sequences."""
+    packed = torch.from_numpy(np.cumsum(valid) - 1)  # where a position is among the valid ones
+    ends = masked.cu_seqlens
+    empty = ends[-1:].expand(count - masked.count)  # nothing is masked in what only fills up
+    return replace(masked, cu_seqlens=torch.cat([ends, empty]), rows=packed[masked.rows])

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from d2v_fast.nn.config import EMAConfig
+from d2v_fast.nn.low_precision import LowPrecisionCopy
 from d2v_fast.ops import ema_update_
 from d2v_fast.ops._lists import is_plain, layout, local_shard
 
@@ -58,6 +59,10 @@ class EMATeacher(nn.Module):
             the student's memory where device and dtype allow, also after moves, deep copies and loads; only values
             that a load or a conversion made differ from the student's stay apart, until the next update.
         share: False copies them at every update instead.
+        copies: bfloat16 or float16: under autocast to it, :meth:`network` has the averaged matrices in this dtype,
+            written by :meth:`update_` in the pass that moves the averages, so that no forward casts them. They take
+            half the averages' memory from the first such forward on, are no part of the state, and follow moves, deep
+            copies and loads.
 
     Raises:
         TypeError: ``student`` is no module, or ``skip`` a string.
@@ -65,7 +70,13 @@ class EMATeacher(nn.Module):
     """
 
     def __init__(
-        self, student: nn.Module, schedule: EMAConfig, skip: tuple[str, ...] = (), *, share: bool = True
+        self,
+        student: nn.Module,
+        schedule: EMAConfig,
+        skip: tuple[str, ...] = (),
+        *,
+        share: bool = True,
+        copies: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(student, nn.Module):
@@ -77,10 +88,11 @@ class EMATeacher(nn.Module):
             if not any(_within(name, prefix) for name in names):
                 raise ValueError(f"skip: no parameter of the student starts with {prefix!r}; it has {names[:3]} ...")
         self._student = (student,)  # in a tuple, so that it is not registered as a part of the teacher
-        self.schedule, self.skip, self.share = schedule, tuple(skip), share
+        self.schedule, self.skip, self.share, self.copies = schedule, tuple(skip), share, copies
         self.module = copy.deepcopy(student).float().requires_grad_(False)
         self._found: _Pairs | None = None
         self._last_update: int | None = None
+        self._low: LowPrecisionCopy | None = None
         self._share(self._pairs())
         self._check_layouts()
         self.register_load_state_dict_post_hook(_share_again)  # runs as well when the load raises in the end
@@ -119,8 +131,14 @@ class EMATeacher(nn.Module):
         pairs = self._pairs()
         if decay < 1 and pairs.averaged and not averaged:
             used = decay if skip is None else torch.where(skip == 0, decay, torch.ones_like(skip, dtype=torch.float64))
-            mine, theirs = zip(*map(_shards, pairs.averaged), strict=True)
-            ema_update_(mine, theirs, used)
+            low = self._copied(pairs)
+            for each, copies in [(pairs.averaged, None)] if low is None else low.updates:
+                mine, theirs = zip(*map(_shards, each), strict=True)
+                ema_update_(mine, theirs, used, copies=copies)
+            if low is not None:
+                low.note_()
+        elif averaged:
+            self._refresh()
         self._share(pairs)
         for mine, theirs in pairs.copied:
             _copy(mine, theirs)
@@ -129,6 +147,35 @@ class EMATeacher(nn.Module):
                 _copy(mine, theirs)
         self._last_update = update
         return decay
+
+    def network(self, device_type: str) -> nn.Module:
+        """What to run on ``device_type``: ``module``, or under autocast to ``copies`` the same with its matrices cast.
+
+        Bit-equal to running ``module``. Masters written by other means than this class are noticed, outside of
+        ``torch.compile``; hooks on ``module`` that were registered later do not run.
+        """
+        if self.copies is None or not torch.is_autocast_enabled(device_type):
+            return self.module
+        if torch.get_autocast_dtype(device_type) != self.copies:
+            return self.module
+        if torch.compiler.is_compiling():  # no memory is set up, and no version read, in a graph
+            return self.module if self._low is None else self._low.module
+        pairs = self._pairs()
+        if self._copied(pairs) is None:
+            self._low = LowPrecisionCopy(self.module, self.copies, pairs.averaged)
+        elif self._low.stale():
+            self._low.refresh_()
+        return self._low.module
+
+    def _copied(self, pairs: _Pairs) -> LowPrecisionCopy | None:
+        """The low-precision copies, if there are any of these very parameters."""
+        return None if self._low is None or self._low.averaged is not pairs.averaged else self._low
+
+    def _refresh(self) -> None:
+        """After the averages were written, or other parameters put in their place."""
+        self._low = self._copied(self._pairs())
+        if self._low is not None:
+            self._low.refresh_()
 
     def ema_state(self) -> dict[str, Tensor]:
         """Everything the teacher consists of, by the student's names: float32 parameters, and buffers as they are.
@@ -160,6 +207,7 @@ class EMATeacher(nn.Module):
         self._unshare()
         for name, x in self.module.state_dict().items():
             x.copy_(state[name])
+        self._refresh()
 
     def _pairs(self) -> _Pairs:
         """The pairs; found anew when the parameters have changed since the last call."""
@@ -207,9 +255,13 @@ class EMATeacher(nn.Module):
         super()._load_from_state_dict(*args)
 
     def _apply(self, fn, recurse: bool = True) -> "EMATeacher":
+        self._low = None
         super()._apply(lambda x: _without_loss(x, fn(x)), recurse)
         self._share(self._pairs())
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_low": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:  # a deep copy has memory of its own for every parameter
         super().__setstate__(state)
@@ -218,6 +270,7 @@ class EMATeacher(nn.Module):
 
 def _share_again(teacher: EMATeacher, incompatible_keys: Any) -> None:
     teacher._share(teacher._pairs(), only_equal=True)
+    teacher._refresh()
 
 
 def _within(name: str, prefix: str) -> bool:
