@@ -132,7 +132,7 @@ def test_image_patches_are_in_row_major_order():
         (lambda: front("text")(torch.randn(2, 5)), TypeError, "tokens must be int64 or int32 ids, got torch.float32"),
         (lambda: front("text")(torch.full((2, 5), 50)), ValueError, r"tokens must be ids in 0\.\.49, got 50\.\.50"),
         (lambda: front("text")(torch.arange(-1, 4)[None]), ValueError, r"tokens must be ids in 0\.\.49, got -1\.\.3"),
-        (lambda: front("text")(torch.ones(2, 31).long()), ValueError, r"tokens must be \[B, T <= 30\], got \(2, 31\)"),
+        (lambda: front("text")(torch.ones(2, 31).long()), ValueError, r"tokens must be \[B, 1 <= T <= 30\], got \(2, 31\)"),
         (lambda: EncoderConfig(dim=30, heads=4), ValueError, "encoder.dim 30 must be a multiple of heads 4"),
         (lambda: EncoderConfig(dropout=1.0), ValueError, r"encoder.dropout must be in \[0, 1\), got 1.0"),
         (lambda: EncoderConfig(pos_conv_depth=-1), ValueError, "pos_conv_depth must be >= 0"),

@@ -1,6 +1,7 @@
 """Image to patch vectors with a class token in front (BEiT: no absolute positions)."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_fast.nn.config import EncoderConfig, ImageFrontEndConfig
@@ -13,6 +14,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, config: ImageFrontEndConfig, encoder: EncoderConfig) -> None:
         super().__init__()
         self.config = config
+        # holds the parameters; a convolution whose windows do not overlap is one matrix product
         self.proj = nn.Conv2d(config.channels, encoder.dim, config.patch_size, config.patch_size)
         self.class_token = nn.Parameter(torch.empty(encoder.dim))
         self.mask_embedding = nn.Parameter(torch.empty(encoder.dim))
@@ -24,19 +26,40 @@ class PatchEmbed(nn.Module):
         """Patches of an image, the class token not counted."""
         return self.config.num_patches
 
-    def forward(self, images: Tensor, mask: Tensor | None = None, padding_mask: Tensor | None = None) -> Tensor:
-        """Images to encoder input [B, 1 + P, C]; patches with ``mask`` [B, P] True become the mask embedding.
+    def features(self, images: Tensor) -> Tensor:
+        """Images to [B, 1 + P, C]: in front of the patches, room for the class token.
 
         Raises:
             TypeError: images not of the weights' dtype (with autocast: not float32, bfloat16 or float16).
-            ValueError: images not of the configured channels and size.
+            ValueError: images not of the configured channels and size, of which the patches are whole parts.
         """
         check_dtype("images", images, self.proj.weight)
         c = self.config
         expected = (c.channels, c.image_size, c.image_size)
         if images.ndim != 4 or tuple(images.shape[1:]) != expected:
-            raise ValueError(f"images must be [B, {', '.join(map(str, expected))}], got {tuple(images.shape)}")
-        x = self.proj(images).flatten(2).transpose(1, 2)  # [B, P, C]
-        if mask is not None:
-            x = torch.where(mask[..., None], self.mask_embedding.to(x.dtype), x)
-        return torch.cat([self.class_token.to(x.dtype).expand(x.shape[0], 1, -1), x], dim=1)
+            raise ValueError(
+                f"images must be [B, {', '.join(map(str, expected))}], a grid of {c.grid} x {c.grid} patches of "
+                f"{c.patch_size} pixels, got {tuple(images.shape)}"
+            )
+        B, p = images.shape[0], c.patch_size
+        windows = images.reshape(B, c.channels, c.grid, p, c.grid, p).permute(0, 2, 4, 1, 3, 5)
+        patches = images.new_empty(B, 1 + c.num_patches, c.channels * p * p)
+        patches[:, 0] = 0
+        patches[:, 1:].unflatten(1, (c.grid, c.grid)).unflatten(3, windows.shape[3:]).copy_(windows)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+    def finish(self, features: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Features [B, 1 + P, C] with the class token, and the mask embedding where ``mask`` [B, P] is True."""
+        class_token, mask_embedding = (v.to(features.dtype) for v in (self.class_token, self.mask_embedding))
+        if mask is None:
+            inside = torch.arange(features.shape[1], device=features.device)[:, None] > 0  # [1 + P, 1]
+            return torch.where(inside, features, class_token)
+        others = torch.cat([class_token[None], mask_embedding.expand(features.shape[1] - 1, -1)])  # [1 + P, C]
+        return torch.where(F.pad(mask, (1, 0), value=True)[..., None], others, features)
+
+    def forward(self, images: Tensor, mask: Tensor | None = None, padding_mask: Tensor | None = None) -> Tensor:
+        """Images to encoder input [B, 1 + P, C]; patches with ``mask`` [B, P] True become the mask embedding.
+
+        Raises as :meth:`features`.
+        """
+        return self.finish(self.features(images), mask)
