@@ -10,8 +10,11 @@ from tiny import NO_DROPOUT, tiny_batch, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2v_fast.nn import Data2Vec
+from d2v_fast.nn.block import Stream, drop_path_scale
 from d2v_fast.nn.config import EncoderConfig
-from d2v_fast.nn.encoder import ConvPositions, RelativePositionBias, TransformerEncoder, drop_path_scale
+from d2v_fast.nn.encoder import TransformerEncoder
+from d2v_fast.nn.positions import ConvPositions, RelativePositionBias
+from d2v_fast.nn.self_attention import Scope
 from d2v_fast.ops import _dispatch
 from d2v_fast.train.optim import OptimConfig, build_optimizer
 from d2v_fast.train.step import train_step
@@ -134,10 +137,10 @@ def restated_block(layer, x, bias):
         return layer.fc2(F.gelu(layer.fc1(x)))
 
     if layer.pre_norm:
-        x = x + scale1 * layer.attention(layer.norm1(x), bias)
+        x = x + scale1 * layer.attention(layer.norm1(x), Scope(bias=bias))
         branch = scale2 * ffn(layer.norm2(x))
         return x + branch, branch
-    x = layer.norm1(x + scale1 * layer.attention(x, bias))
+    x = layer.norm1(x + scale1 * layer.attention(x, Scope(bias=bias)))
     branch = ffn(x)
     return layer.norm2(x + scale2 * branch), branch
 
@@ -179,7 +182,7 @@ def test_scaled_branch_as_layer_result_in_training():
     encoder = TransformerEncoder(replace(tiny_config("image").encoder, norm="pre", **options), 6)
     layer = encoder.layers[-1]
     h = torch.randn(8, 37, 32)
-    y, out, ffn = layer(layer.norm1(h), h, encoder.norm, None, None)
+    (y, out, _), ffn = layer(Stream(layer.norm1(h), h), encoder.norm, Scope())
     torch.testing.assert_close(y, F.layer_norm(out, (32,), eps=1e-6))
     dropped = (ffn == 0).flatten(1).double().mean(1)
     assert set(dropped[dropped == 1].tolist()) == {1.0} and ((dropped == 1) | (dropped - 0.3).abs().lt(0.06)).all()

@@ -7,7 +7,7 @@ import torch
 from checks import assert_as_accurate_as_eager
 
 from d2v_fast.nn.config import EncoderConfig
-from d2v_fast.nn.encoder import ConvPositions
+from d2v_fast.nn.positions import ConvPositions
 
 DIM, GROUPS, FRAMES = 64, 4, 37
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from checks import DEVICE, INTERPRET, assert_as_accurate_as_eager, no_synchronisation
 
 from d2v_fast.nn.config import EMAConfig, EncoderConfig
-from d2v_fast.nn.encoder import ConvPositions
+from d2v_fast.nn.positions import ConvPositions
 from d2v_fast.nn.teacher import EMATeacher
 from d2v_fast.ops import _extension, pos_conv
 from d2v_fast.ops import _pos_conv_extension as extension

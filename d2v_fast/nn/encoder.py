@@ -1,6 +1,7 @@
 """One Transformer for speech, images and text.
 
-Dims: B batch, T positions (frames, patches with the class token, tokens), C channels, H heads, F hidden channels.
+Dims: B batch, T positions (frames, patches with the class token, tokens), N packed rows, U sequences, M selected rows,
+C channels, H heads.
 """
 
 from typing import NamedTuple
@@ -8,142 +9,21 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import weight_norm
 
-from d2v_fast.nn.attention import SelfAttention
+from d2v_fast.nn.block import Block, Stream
+from d2v_fast.nn.checkpointing import capturing, checkpointed
 from d2v_fast.nn.config import EncoderConfig
-from d2v_fast.ops import bias_gelu, pos_conv, residual_dropout_layer_norm
+from d2v_fast.nn.positions import ConvPositions, RelativePositionBias
+from d2v_fast.nn.self_attention import Scope
+from d2v_fast.nn.sequences import Sequences
 
 
 class EncoderOutput(NamedTuple):
-    """What :class:`TransformerEncoder` returns."""
+    """What :class:`TransformerEncoder` returns; all in rows like its input, or [M, C] where rows were selected."""
 
-    x: Tensor  # [B, T, C]; after the final norm in pre-norm encoders
-    layer_results: list[Tensor]  # of the last ``top_k`` executed layers, each [B, T, C]
-    hidden_states: list[Tensor]  # input of the first layer and output of every layer, if asked for
-
-
-class ConvPositions(nn.Module):
-    """Convolutional relative positions, several layers of conv, layer norm without affine, GELU (data2vec speech).
-
-    Depth 1 is the single convolution of wav2vec 2.0 and HuBERT: weight norm per tap, then GELU without a layer norm.
-    """
-
-    def __init__(self, config: EncoderConfig) -> None:
-        super().__init__()
-        depth, width = config.pos_conv_depth, config.pos_conv_width
-        kernel = width if depth == 1 else max(3, width // depth)
-        self.groups, self.norm = config.pos_conv_groups, depth > 1
-        self.convs = nn.ModuleList(
-            nn.Conv1d(config.dim, config.dim, kernel, padding=kernel // 2, groups=self.groups) for _ in range(depth)
-        )
-        if depth == 1:
-            nn.init.normal_(self.convs[0].weight, std=(4 / (kernel * config.dim)) ** 0.5)
-            nn.init.zeros_(self.convs[0].bias)
-            weight_norm(self.convs[0], dim=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [B, T, C] -> [B, T, C]."""
-        weights, biases = [conv.weight for conv in self.convs], [conv.bias for conv in self.convs]
-        return pos_conv(x, weights, biases, groups=self.groups, norm=self.norm)
-
-
-class RelativePositionBias(nn.Module):
-    """Learned bias per head and patch offset, shared by all layers; three more entries for the class token (BEiT)."""
-
-    def __init__(self, heads: int, grid: int) -> None:
-        super().__init__()
-        distances = (2 * grid - 1) ** 2
-        self.table = nn.Parameter(torch.zeros(distances + 3, heads))
-        y, x = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
-        dy = y.reshape(-1, 1) - y.reshape(1, -1) + grid - 1  # [P, P], query minus key
-        dx = x.reshape(-1, 1) - x.reshape(1, -1) + grid - 1
-        index = torch.full((grid * grid + 1, grid * grid + 1), distances + 2)  # class token with itself
-        index[0, 1:] = distances
-        index[1:, 0] = distances + 1
-        index[1:, 1:] = dy * (2 * grid - 1) + dx
-        # not persistent: it follows from the grid, and a copy read from a file or averaged could only be wrong
-        self.register_buffer("index", index, persistent=False)
-
-    def forward(self) -> Tensor:
-        """Bias [H, 1 + P, 1 + P] for P patches."""
-        return F.embedding(self.index, self.table).permute(2, 0, 1)
-
-
-def drop_path_scale(x: Tensor, p: float, training: bool) -> Tensor | None:
-    """Factor [B] on a residual branch x [B, T, C]: 0 for whole samples with probability ``p``, else 1 / (1 - p)."""
-    if p == 0 or not training:
-        return None
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return torch.empty(x.shape[0], dtype=dtype, device=x.device).bernoulli_(1 - p).div_(1 - p)
-
-
-def scale_branch(x: Tensor, p: float, column_scale: Tensor | None, row_scale: Tensor | None) -> Tensor:
-    """Dropout, LayerScale [C] and DropPath [B] of a residual branch x [B, T, C], without the residual."""
-    x = F.dropout(x, p)
-    x = x if column_scale is None else x * column_scale
-    return x if row_scale is None else x * row_scale[:, None, None].to(x.dtype)
-
-
-class Block(nn.Module):
-    """One Transformer layer, post-norm (speech, text) or pre-norm with LayerScale and DropPath (images).
-
-    Each sublayer's output goes into one fused op: dropout, scales, residual and the norm in front of the next sublayer.
-    In pre-norm encoders the last of these norms is the next layer's first.
-    """
-
-    def __init__(self, config: EncoderConfig, drop_path: float) -> None:
-        super().__init__()
-        self.pre_norm = config.norm == "pre"
-        self.scaled_result = self.pre_norm and config.layer_result == "ffn"
-        self.dropout, self.activation_dropout, self.drop_path = config.dropout, config.activation_dropout, drop_path
-        self.attention = SelfAttention(config)
-        self.norm1 = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        self.fc1 = nn.Linear(config.dim, config.ffn_dim)
-        self.fc2 = nn.Linear(config.ffn_dim, config.dim)
-        self.norm2 = nn.LayerNorm(config.dim, eps=config.norm_eps)
-        scale = torch.full((config.dim,), config.layer_scale)
-        self.scale1 = nn.Parameter(scale.clone()) if config.layer_scale > 0 else None
-        self.scale2 = nn.Parameter(scale.clone()) if config.layer_scale > 0 else None
-
-    def _ffn(self, y: Tensor) -> Tensor:
-        hidden = bias_gelu(F.linear(y, self.fc1.weight), self.fc1.bias)  # [B, T, F]
-        return self.fc2(F.dropout(hidden, self.activation_dropout, self.training))
-
-    def _factors(self, x: Tensor, scale: Tensor | None) -> dict[str, float | Tensor | None]:
-        """What happens to a sublayer's output x [B, T, C] on its way into the residual stream."""
-        row_scale = drop_path_scale(x, self.drop_path, self.training)
-        return {"p": self.dropout if self.training else 0.0, "column_scale": scale, "row_scale": row_scale}
-
-    def _add_norm(self, x: Tensor, h: Tensor, norm: nn.LayerNorm, **factors) -> tuple[Tensor, Tensor]:
-        """Add x to the residual stream h and normalise: the next sublayer's input, and the next residual."""
-        out = residual_dropout_layer_norm(
-            x, h, norm.weight, norm.bias, eps=norm.eps, return_residual=self.pre_norm, **factors
-        )
-        return out if self.pre_norm else (out, out)
-
-    def forward(
-        self,
-        y: Tensor,  # [B, T, C] input of the attention
-        h: Tensor,  # [B, T, C] residual stream; y itself in post-norm layers
-        next_norm: nn.LayerNorm,  # of whatever follows; pre-norm layers apply it
-        bias: Tensor | None,  # [H, T, T]
-        padding_mask: Tensor | None,  # [B, T]
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The next y, the next h (which is the layer's output), and the layer's FFN result, all [B, T, C].
-
-        The FFN result is taken before the residual: in post-norm layers as it leaves the FFN, in pre-norm layers as it
-        is added, so after LayerScale and DropPath.
-        """
-        middle, last = (self.norm2, next_norm) if self.pre_norm else (self.norm1, self.norm2)
-        x = self.attention(y, bias, padding_mask)
-        y, h = self._add_norm(x, h, middle, **self._factors(x, self.scale1))
-        ffn = self._ffn(y)
-        factors = self._factors(ffn, self.scale2)
-        if self.scaled_result:  # it has to exist on its own
-            ffn, factors = scale_branch(ffn, **factors), {}
-        y, h = self._add_norm(ffn, h, last, **factors)
-        return y, h, ffn
+    x: Tensor | None  # after the final norm in pre-norm encoders; None where only results were asked for
+    layer_results: list[Tensor]  # of the last ``top_k`` layers, those of them that were executed
+    hidden_states: list[Tensor]  # input of the first layer and output of every executed layer, if asked for
 
 
 class TransformerEncoder(nn.Module):
@@ -174,6 +54,95 @@ class TransformerEncoder(nn.Module):
                 layer.attention.out.weight.data.div_((2 * depth) ** 0.5)
                 layer.fc2.weight.data.div_((2 * depth) ** 0.5)
 
+    def forward(
+        self,
+        x: Tensor,  # [B, T, C]; packed [N, C]
+        *,
+        sequences: Sequences | None = None,
+        padding_mask: Tensor | None = None,  # [B, T] bool, True = padding
+        top_k: int = 0,
+        hidden_states: bool = False,
+        select: Sequences | None = None,
+        results_only: bool = False,
+    ) -> EncoderOutput:
+        """Run the encoder.
+
+        Args:
+            x: a batch, or with ``sequences`` the rows of all sequences behind each other.
+            sequences: where each sequence of packed rows begins; every one is computed as if it were alone.
+            padding_mask: positions of a batch that are nobody's keys. In ``padding_aware`` encoders convolutions do not
+                see them either; they are at the ends of a row then.
+            top_k: keep the results of the last layers (what targets are built from); no other result stays alive.
+            hidden_states: keep the input of the first layer and the output of every layer.
+            select: the rows of the flattened x, all different, that are wanted in the end, with a sequence of them for
+                each row of the batch or sequence of x. The last layer that is executed computes keys and values for
+                all rows, and everything else for these alone.
+            results_only: end with the last layer's result; ``x`` is None.
+
+        LayerDrop draws on the CPU, and layers that it skips have gradients of 0. Inside of ``torch.compile`` and of a
+        CUDA graph it draws on the device: every layer is computed, and has a result, but a skipped one changes nothing.
+
+        Raises:
+            ValueError: a shape does not fit, or two arguments exclude each other.
+        """
+        wanted = _Wanted(len(self.layers) - top_k, hidden_states, select, results_only)
+        self._check(x, sequences, padding_mask, wanted)
+        x = self._positions(x, sequences, padding_mask)
+        scope = Scope(sequences, padding_mask, None if self.relative_bias is None else self.relative_bias())
+        output = EncoderOutput(None, [], [x] if hidden_states else [])
+        stream = (self._run_all if self._draws_on_device(x) else self._run_kept)(x, scope, wanted, output)
+        return output if stream is None else output._replace(x=stream.y)
+
+    def _run_kept(self, x: Tensor, scope: Scope, wanted: "_Wanted", output: EncoderOutput) -> Stream | None:
+        """Run the layers that LayerDrop leaves, and give the others gradients of 0."""
+        kept = self._kept_layers()
+        # the norm in front of each layer, and the final one: pre-norm layers end with that of their successor
+        norms = [*(self.layers[index].norm1 for index in kept), self.norm]
+        stream = self._first(x, norms[0])
+        for index, next_norm in zip(kept, norms[1:], strict=True):
+            stream, result = self._layer(index, stream, next_norm, scope, *wanted.of_layer(index == kept[-1]))
+            wanted.hand_out(output, index, stream, result)
+            del result  # nothing holds it while the next layer runs, unless it was handed out
+        if not kept:
+            stream = Stream(wanted.rows_of(stream.y), wanted.rows_of(stream.h))
+        if stream is not None and len(kept) < len(self.layers) and torch.is_grad_enabled():
+            skipped = [p for i, layer in enumerate(self.layers) if i not in kept for p in layer.parameters()]
+            stream = stream._replace(y=_ZeroGradients.apply(stream.y, *skipped))
+        return stream
+
+    def _run_all(self, x: Tensor, scope: Scope, wanted: "_Wanted", output: EncoderOutput) -> Stream | None:
+        """The same with a draw on the device: all layers run, and those that LayerDrop skips change nothing."""
+        count = len(self.layers)
+        keep = torch.rand(count, device=x.device) > self.config.layerdrop
+        norms = [*(layer.norm1 for layer in self.layers), self.norm]
+        stream = self._first(x, norms[0])
+        for index, next_norm in enumerate(norms[1:]):
+            last, before = index == count - 1, stream
+            stream, result = self._layer(index, before, next_norm, scope, *wanted.of_layer(last))
+            if stream is not None:
+                h = wanted.rows_of(before.h) if last else before.h
+                y = h if self.config.norm == "post" else next_norm(h)
+                pairs = ((stream.y, y), (stream.h, h))
+                stream = Stream(*(torch.where(keep[index], new, old.to(new.dtype)) for new, old in pairs))
+            wanted.hand_out(output, index, stream, result)
+        return stream
+
+    def _first(self, x: Tensor, norm: nn.LayerNorm | None) -> Stream:
+        if self.config.norm == "post":
+            return Stream(x, x)
+        # LayerScale makes increments of 1e-4: the stream stays in the weights' precision under autocast
+        h = x.to(torch.promote_types(x.dtype, self.norm.weight.dtype))
+        return Stream(norm(h), h)
+
+    def _layer(self, index: int, stream: Stream, *options) -> tuple[Stream | None, Tensor]:
+        layer = self.layers[index]
+        if self.config.checkpointing != "full" or not torch.is_grad_enabled():
+            return layer(stream, *options)
+        return checkpointed(lambda y, h: layer(Stream(y, h), *options), stream.y, stream.h, random=layer.random)
+
+    def _draws_on_device(self, x: Tensor) -> bool:
+        return self.training and self.config.layerdrop > 0 and (torch.compiler.is_compiling() or capturing(x))
+
     def _kept_layers(self) -> list[int]:
         """Indices of the layers to run: all of them, less those that LayerDrop skips while training."""
         count = len(self.layers)
@@ -182,41 +151,87 @@ class TransformerEncoder(nn.Module):
         keep = torch.rand(count) > self.config.layerdrop  # drawn on the CPU: the host needs the answer
         return [i for i in range(count) if keep[i]]
 
-    def forward(
-        self,
-        x: Tensor,  # [B, T, C]
-        *,
-        padding_mask: Tensor | None = None,  # [B, T] bool, True = padding
-        top_k: int = 0,
-        hidden_states: bool = False,
-    ) -> EncoderOutput:
-        """Run the encoder, keeping the results of the last ``top_k`` layers (what targets are built from)."""
+    def _positions(self, x: Tensor, sequences: Sequences | None, padding_mask: Tensor | None) -> Tensor:
+        """What the first layer reads: x without padding, with convolutional positions, norm and dropout."""
         if padding_mask is not None:
             x = x.masked_fill(padding_mask[..., None], 0.0)
         if self.pos_conv is not None:
-            x = x + self.pos_conv(x)
-        pre_norm = self.config.norm == "pre"
-        if self.norm is not None and not pre_norm:
+            x = x + self._convolved(x, sequences, padding_mask)
+        if self.norm is not None and self.config.norm == "post":
             x = self.norm(x)
-        if self.pos_conv is not None:
-            x = F.dropout(x, self.config.dropout, self.training)
-        bias = self.relative_bias() if self.relative_bias is not None else None  # [H, T, T]
-        results, states = [], [x] if hidden_states else []
-        kept = self._kept_layers()
-        # the norm in front of each layer, and the final one: pre-norm layers end with that of their successor
-        norms = [*(self.layers[index].norm1 for index in kept), self.norm]
-        y, h = x, x  # input of the next sublayer, residual stream
-        if pre_norm:
-            # LayerScale makes increments of 1e-4: the stream stays in the weights' precision under autocast
-            h = x.to(torch.promote_types(x.dtype, self.norm.weight.dtype))
-            y = norms[0](h)
-        for index, next_norm in zip(kept, norms[1:], strict=True):
-            y, h, ffn = self.layers[index](y, h, next_norm, bias, padding_mask)
-            if index >= len(self.layers) - top_k:
-                results.append(ffn if self.config.layer_result == "ffn" else h)
-            if hidden_states:
-                states.append(h)
-        return EncoderOutput(y, results, states)
+        return x if self.pos_conv is None else F.dropout(x, self.config.dropout, self.training)
+
+    def _convolved(self, x: Tensor, sequences: Sequences | None, padding_mask: Tensor | None) -> Tensor:
+        if sequences is not None:
+            cu_seqlens = sequences.cu_seqlens
+            return self.pos_conv(x[None], torch.stack([cu_seqlens[:-1], cu_seqlens.diff()], 1))[0]
+        if padding_mask is None or not self.config.padding_aware:
+            return self.pos_conv(x)
+        B, T = padding_mask.shape
+        position = torch.arange(T, device=x.device)
+        first = torch.where(padding_mask, T, position).amin(1)  # [B]
+        count = (torch.where(padding_mask, -1, position).amax(1) + 1 - first).clamp(min=0)
+        row = torch.arange(0, B * T, T, device=x.device)
+        return self.pos_conv(x, torch.stack([row + first, count], 1))
+
+    def _check(self, x: Tensor, sequences: Sequences | None, padding_mask: Tensor | None, wanted: "_Wanted") -> None:
+        """Raise ValueError where arguments do not fit or exclude each other."""
+        shape, C = tuple(x.shape), self.config.dim
+        if sequences is None:
+            if x.dim() != 3 or shape[2] != C:
+                raise ValueError(f"x must be [B, T, {C}] without sequences, got {shape}")
+            if padding_mask is not None and tuple(padding_mask.shape) != shape[:2]:
+                raise ValueError(f"padding_mask must be {shape[:2]} like x, got {tuple(padding_mask.shape)}")
+        else:
+            if shape != (sequences.num_rows, C):
+                raise ValueError(f"x must be {(sequences.num_rows, C)} with these sequences, got {shape}")
+            if padding_mask is not None:
+                raise ValueError("padding_mask must be None with sequences: packed rows have no padding")
+            if self.relative_bias is not None:
+                raise ValueError("sequences must be None: a relative-position bias belongs to whole images")
+        count = shape[0] if sequences is None else sequences.count
+        if wanted.select is not None and (wanted.select.rows is None or wanted.select.count != count):
+            raise ValueError(f"select must have rows, {count} sequences of them like x, got {wanted.select.count}")
+        if wanted.results_only and (wanted.from_layer >= len(self.layers) or wanted.hidden_states):
+            raise ValueError("results_only must come with a top_k of at least 1 and without hidden_states")
+
+
+class _Wanted(NamedTuple):
+    """What the caller of an encoder asked for."""
+
+    from_layer: int  # results of this layer and later ones
+    hidden_states: bool
+    select: Sequences | None
+    results_only: bool
+
+    def of_layer(self, last: bool) -> tuple[Sequences | None, bool]:
+        """``select`` and ``result_only`` of a layer: what is not wanted is left out of the last one."""
+        return (self.select, self.results_only) if last else (None, False)
+
+    def hand_out(self, output: EncoderOutput, index: int, stream: Stream | None, result: Tensor) -> None:
+        """Append what a layer made to ``output``, where it was asked for."""
+        if index >= self.from_layer:
+            output.layer_results.append(result)
+        if self.hidden_states:
+            output.hidden_states.append(stream.h)
+
+    def rows_of(self, x: Tensor) -> Tensor:
+        """The selected rows [M, C] of x; all of x where none were selected."""
+        return x if self.select is None else self.select.take(x.flatten(0, -2))
+
+
+class _ZeroGradients(torch.autograd.Function):
+    """x; in backward, zeros for parameters that had no part in it, so that the same ones have gradients every time."""
+
+    @staticmethod
+    def forward(ctx, x, *parameters):
+        ctx.parameters = parameters
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        wanted = zip(ctx.parameters, ctx.needs_input_grad[1:], strict=True)
+        return grad, *(torch.zeros_like(p) if needed else None for p, needed in wanted)
 
 
 def init_linear(module: nn.Linear, config: EncoderConfig) -> None:
