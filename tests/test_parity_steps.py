@@ -157,6 +157,5 @@ def test_float64(kind, optimizers):
 
 @KINDS
 def test_clipped_with_fairseqs_adam(kind):
-    """fairseq's clipping takes the gradients' norm in float32."""
-    with float64():
-        run(kind, lr=5e-4, tolerance=1e-6, optimizers=fairseq_adam, clip_norm=0.5)
+    """fairseq clips float32 gradients only."""
+    run(kind, lr=2e-5, tolerance=1e-5, updates=5, optimizers=fairseq_adam, clip_norm=0.5)
