@@ -250,7 +250,7 @@ def test_wrong_positions():
     batch = tiny_batch(model.config)
     for positions, error, match in (
         (batch.positions.float(), TypeError, "batch.positions must be int32 or int64, got torch.float32"),
-        (batch.positions[None], ValueError, r"batch.positions must be \[N\], got \(1, \d+\)"),
+        (batch.positions[None], ValueError, r"batch.positions must be \[M\], got \(1, \d+\)"),
         (batch.positions[1:], ValueError, r"batch.positions must be the \d+ masked positions, got \d+"),
     ):
         with pytest.raises(error, match=match):

@@ -1,6 +1,7 @@
 """data2vec 1.0: a student that predicts, at masked positions, what its moving-average teacher sees there.
 
-Dims: B batch, T positions, P encoder positions (T, plus the class token of images), C channels, N masked positions.
+Dims: B batch, T positions, P encoder positions (T, plus the class token of images), C channels, M masked positions,
+N packed rows.
 """
 
 import torch
@@ -11,11 +12,14 @@ from d2v_fast.nn.config import Data2VecConfig
 from d2v_fast.nn.encoder import TransformerEncoder
 from d2v_fast.nn.frontends import build_frontend
 from d2v_fast.nn.heads import build_head
+from d2v_fast.nn.interchange import Interchange
+from d2v_fast.nn.rows import Rows, student_rows, teacher_rows, uses_time
+from d2v_fast.nn.sequences import Sequences
 from d2v_fast.nn.teacher import EMATeacher
 from d2v_fast.ops import LossOutput, data2vec_loss
 
 
-class Data2Vec(nn.Module):
+class Data2Vec(Interchange, nn.Module):
     """The whole model. ``forward`` is a training step's forward; ``encode`` gives features for other uses."""
 
     def __init__(self, config: Data2VecConfig) -> None:
@@ -27,14 +31,14 @@ class Data2Vec(nn.Module):
         tracked = {"encoder": self.encoder}
         if config.modality != "speech":  # speech: the teacher reads the student's own features
             tracked["frontend"] = self.frontend
-        self.teacher = EMATeacher(nn.ModuleDict(tracked), config.ema, config.ema.skip)
-
-    @property
-    def _class_tokens(self) -> int:
-        return 1 if self.config.modality == "image" else 0
+        copies = torch.bfloat16 if config.prune.teacher_copy else None
+        self.teacher = EMATeacher(nn.ModuleDict(tracked), config.ema, config.ema.skip, copies=copies)
 
     def forward(self, batch: Batch) -> LossOutput:
         """Loss of the student on ``batch`` against the current teacher.
+
+        What no result depends on is left out as ``config.prune`` says, if ``batch`` has the sequences for it
+        (:func:`d2v_fast.nn.make_batch` makes them).
 
         Raises:
             TypeError: inputs, masks or positions of another dtype than :class:`Batch` says.
@@ -43,48 +47,76 @@ class Data2Vec(nn.Module):
                 device.
         """
         self._check_batch(batch)
-        if self.config.modality == "speech":
-            features = self.frontend.features(batch.inputs)  # [B, T, C]
-            teacher_input, teacher_padding = features.detach(), batch.padding_mask
-            student_input = self.frontend.apply_mask(features, batch.mask)
-        else:
-            student_input = self.frontend(batch.inputs, batch.mask, batch.padding_mask)  # [B, P, C]
-            teacher_input, teacher_padding = self._teacher_input(batch)
-
-        results = self._layer_results(teacher_input, teacher_padding)
-        x = self.encoder(student_input, padding_mask=batch.padding_mask).x  # [B, P, C]
-        pred = self.head(x.flatten(0, 1).index_select(0, self._rows(batch)))  # [N, C]
+        student, teacher = student_rows(self.config, batch), teacher_rows(self.config, batch)
+        student_input, teacher_input = self._inputs(batch, student, teacher)  # [B, P, C], or packed [N, C]
+        results, positions = self._layer_results(teacher_input, teacher, batch)
+        x = self.encoder(
+            student_input, sequences=student.packed, padding_mask=student.padding_mask, select=student.select
+        ).x
+        pred = self.head(student.at_masked(x))  # [M, C]
         targets, loss = self.config.targets, self.config.loss
         return data2vec_loss(
             pred,
             results,
-            batch.positions,
+            positions,
             norm=targets.norm,
             post_norm=targets.post_norm,
             beta=loss.beta,
             scale=loss.scale_for(pred.shape[1]),
-            lengths=batch.lengths if targets.padding_aware else None,
+            lengths=batch.lengths if targets.padding_aware and uses_time(targets) else None,
         )
 
-    def _rows(self, batch: Batch) -> Tensor:
-        """Masked positions [N] as rows of the encoder's flattened output, which may hold class tokens."""
-        if not self._class_tokens:
-            return batch.positions
-        return batch.positions + batch.positions // batch.mask.shape[1] + 1
+    def _inputs(self, batch: Batch, student: Rows, teacher: Rows) -> tuple[Tensor, Tensor]:
+        """What the encoders of student and teacher read; the teacher's has no gradient."""
+        inputs, mask = batch.inputs, batch.mask
+        if self.config.modality == "speech":
+            features = self.frontend.features(inputs)  # [B, T, C]
+            clean = student.take(features)
+            x = self.frontend.apply_mask(clean, student.take(mask))
+            return x, (clean if teacher.packed is student.packed else teacher.take(features)).detach()
+        shared = self.config.prune.share_features and self.teacher.shares("frontend")
+        if self.config.modality == "image":
+            if shared:
+                return self.frontend.masked_and_clean(inputs, mask)
+            return self.frontend(inputs, mask), self._teacher_frontend(inputs)
+        same = student.packed is teacher.packed and student.padding_mask is teacher.padding_mask
+        tokens, how = student.take(inputs), {"padding_mask": student.padding_mask, "sequences": student.packed}
+        if shared and same and student.masked is not None:
+            return self.frontend.masked_and_clean(tokens, student.masked, **how)
+        x = self.frontend(tokens, student.take(mask), **how)
+        return x, self._teacher_frontend(
+            teacher.take(inputs), padding_mask=teacher.padding_mask, sequences=teacher.packed
+        )
 
     @torch.no_grad()
-    def _teacher_input(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """What the teacher's encoder reads, with its padding mask, when the teacher has a front-end of its own."""
-        inputs, padding = batch.inputs, batch.padding_mask
-        if self.config.targets.teacher_input == "masked":  # the released text code shows it the masked tokens only
-            inputs, padding = inputs.masked_fill(~batch.mask, self.config.frontend.pad_index), ~batch.mask
-        return self.teacher.module["frontend"](inputs, None, padding), padding
+    def _teacher_frontend(self, inputs: Tensor, **how: Tensor | Sequences | None) -> Tensor:
+        return self.teacher.network(inputs.device.type)["frontend"](inputs, None, **how)
 
     @torch.no_grad()
-    def _layer_results(self, x: Tensor, padding_mask: Tensor | None) -> list[Tensor]:
-        """The teacher's last ``top_k`` layer results [B, T, C], without the class token."""
-        results = self.teacher.module["encoder"](x, padding_mask=padding_mask, top_k=self.config.targets.top_k)
-        return [result[:, self._class_tokens :] for result in results.layer_results]
+    def _layer_results(self, x: Tensor, rows: Rows, batch: Batch) -> tuple[list[Tensor], Tensor]:
+        """The teacher's last ``top_k`` layer results [B, T, C], and where in them each prediction has its target.
+
+        Without statistics over time it does not matter which row of the batch a position is in: they are [1, R, C] of
+        all rows R then. The last result, if it was computed at M of these rows only, is put where it belongs in memory
+        that is not even set: the others, K - 1 of them, would have to be gathered, and nothing reads other rows.
+        """
+        encoder = self.teacher.network(x.device.type)["encoder"]
+        results = encoder(
+            x,
+            sequences=rows.packed,
+            padding_mask=rows.padding_mask,
+            top_k=self.config.targets.top_k,
+            select=rows.select,
+            results_only=self.config.prune.teacher_stop,
+        ).layer_results
+        if uses_time(self.config.targets):
+            first = 1 if self.config.modality == "image" else 0  # without the class token
+            return [rows.batched(result, batch.mask.shape)[:, first:] for result in results], batch.positions
+        if rows.pruned:
+            last = results[-1]
+            whole = last.new_empty(x.shape[:-1].numel(), last.shape[1])
+            results[-1] = whole.index_copy_(0, rows.masked.rows, last)
+        return [result.view(1, -1, result.shape[-1]) for result in results], rows.positions
 
     def _check_device(self, name: str, x: Tensor | None) -> None:
         device = self.head[0].weight.device
@@ -94,17 +126,23 @@ class Data2Vec(nn.Module):
     def _check_batch(self, batch: Batch) -> None:
         for name in ("inputs", "mask", "positions", "padding_mask", "lengths"):
             self._check_device(f"batch.{name}", getattr(batch, name))
+        for name in ("masked", "masked_alone", "valid", "masked_in_valid"):
+            sequences = getattr(batch, name)
+            self._check_device(f"batch.{name}", None if sequences is None else sequences.rows)
         self._check_mask("batch.mask", batch.mask, batch.inputs)
         self._check_padding("batch.padding_mask", batch.padding_mask, batch.inputs)
         positions = batch.positions
         if positions.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"batch.positions must be int32 or int64, got {positions.dtype}")
         if positions.ndim != 1:
-            raise ValueError(f"batch.positions must be [N], got {tuple(positions.shape)}")
+            raise ValueError(f"batch.positions must be [M], got {tuple(positions.shape)}")
         if positions.device.type == "cpu" and not torch.compiler.is_compiling():
-            count = int(batch.mask.sum())
-            if positions.numel() != count:
-                raise ValueError(f"batch.positions must be the {count} masked positions, got {positions.numel()}")
+            count, given = int(batch.mask.sum()), int((positions >= 0).sum())
+            if given != count:
+                raise ValueError(f"batch.positions must be the {count} masked positions, got {given}")
+        if batch.masked is not None and batch.masked.num_rows != positions.numel():
+            rows = batch.masked.num_rows
+            raise ValueError(f"batch.masked must have the {positions.numel()} rows of positions, got {rows}")
 
     def _check_padding(self, name: str, padding_mask: Tensor | None, inputs: Tensor) -> None:
         if padding_mask is None:

@@ -148,6 +148,15 @@ class EMATeacher(nn.Module):
         self._last_update = update
         return decay
 
+    def shares(self, name: str) -> bool:
+        """Whether every parameter of the part ``name`` of ``module`` is the student's own memory."""
+        parameters = self.module.get_submodule(name).named_parameters(name)
+        if not all(any(_within(path, prefix) for prefix in self.skip) for path, _ in parameters):
+            return False
+        if not torch.compiler.is_compiling():
+            self._note_sharing(self._pairs())
+        return self._shares_all
+
     def network(self, device_type: str) -> nn.Module:
         """What to run on ``device_type``: ``module``, or under autocast to ``copies`` the same with its matrices cast.
 
@@ -234,6 +243,10 @@ class EMATeacher(nn.Module):
                 continue
             if not only_equal or torch.equal(mine, theirs):
                 mine.data = theirs.data
+        self._note_sharing(pairs)
+
+    def _note_sharing(self, pairs: _Pairs) -> None:
+        self._shares_all = all(local_shard(x).data_ptr() == local_shard(y).data_ptr() for x, y in pairs.shared)
 
     def _check_layouts(self) -> None:
         """The copy of a tensor with gaps or overlaps is contiguous, and could not be averaged with it."""

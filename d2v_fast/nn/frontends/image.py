@@ -57,6 +57,11 @@ class PatchEmbed(nn.Module):
         others = torch.cat([class_token[None], mask_embedding.expand(features.shape[1] - 1, -1)])  # [1 + P, C]
         return torch.where(F.pad(mask, (1, 0), value=True)[..., None], others, features)
 
+    def masked_and_clean(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """What ``forward`` gives with the mask, and without any mask and gradient; the patches are embedded once."""
+        features = self.features(images)
+        return self.finish(features, mask), self.finish(features.detach()).detach()
+
     def forward(self, images: Tensor, mask: Tensor | None = None, padding_mask: Tensor | None = None) -> Tensor:
         """Images to encoder input [B, 1 + P, C]; patches with ``mask`` [B, P] True become the mask embedding.
 

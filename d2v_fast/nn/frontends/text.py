@@ -84,9 +84,7 @@ class TextEmbedding(nn.Module):
         x = F.dropout(x, self.config.dropout, self.training)
         return x if padding_mask is None else x.masked_fill(padding_mask[..., None], 0.0)
 
-    def _position_ids(
-        self, tokens: Tensor, padding_mask: Tensor | None, sequences: Sequences | None = None
-    ) -> Tensor:
+    def _position_ids(self, tokens: Tensor, padding_mask: Tensor | None, sequences: Sequences | None = None) -> Tensor:
         first = self.config.pad_index + 1
         if sequences is not None:
             row, ends = torch.arange(tokens.shape[0], device=tokens.device), sequences.cu_seqlens.long()
