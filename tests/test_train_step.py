@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny import tiny_batch, tiny_config
 
-from d2v_fast.nn import Data2Vec
+from d2v_fast.nn import Data2Vec, make_batch
 from d2v_fast.train import checkpoint, load_config
 from d2v_fast.train.checkpoint import Progress
 from d2v_fast.train.optim import OptimConfig, build_optimizer
@@ -26,13 +26,7 @@ def test_accumulation_equals_one_large_batch(modality):
     """Two micro-batches of one update against both rows in one batch; one teacher step either way."""
     small, large = step_model(modality), step_model(modality)
     a, b = tiny_batch(small.config, 1, size=2), tiny_batch(small.config, 2, size=2)
-    T = a.mask.shape[1]
-    both = replace(
-        a,
-        inputs=torch.cat([a.inputs, b.inputs]),
-        mask=torch.cat([a.mask, b.mask]),
-        positions=torch.cat([a.positions, b.positions + 2 * T]),
-    )
+    both = make_batch(torch.cat([a.inputs, b.inputs]), torch.cat([a.mask, b.mask]).numpy())
     optim = OptimConfig(lr=1e-3, eps=1e-3)
     for model, batches in ((small, [a, b]), (large, [both])):
         metrics = train_step(model, batches, build_optimizer(model, optim), lr=1e-3, update=0)
