@@ -79,11 +79,14 @@ def _regression(d, beta, SQUARED: tl.constexpr):
 
 @triton.jit
 def _add_tile(count, mean, m2, x, live, tile_count):
-    """Merge ``x`` [BLOCK_N, BLOCK_C, 2], 0 where not live, into running moments [BLOCK_C, 2] (Chan's formula)."""
-    tile_mean = tl.sum(x, axis=0) * (1.0 / tile_count)
+    """Merge ``x`` [BLOCK_N, BLOCK_C, 2], 0 where not live, into running moments [BLOCK_C, 2] (Chan's formula).
+
+    Of ``tile_count`` live rows; a tile without any changes nothing.
+    """
+    tile_mean = tl.sum(x, axis=0) * (1.0 / tl.maximum(tile_count, 1.0))
     d = tl.where(live, x - tile_mean[None, :, :], 0.0)
     delta = tile_mean - mean
-    share = tile_count / (count + tile_count)
+    share = tile_count / tl.maximum(count + tile_count, 1.0)
     return mean + delta * share, m2 + tl.sum(d * d, axis=0) + delta * delta * (count * share)
 
 
@@ -91,11 +94,12 @@ def _add_tile(count, mean, m2, x, live, tile_count):
 def _data2vec_loss_kernel(
     table_ptr,  # [K] addresses of [B, T, C]
     stats_ptr,  # [K, stats_rows, 2, C], not read for "layer" and "none"
-    positions_ptr,  # [num_rows] int
+    positions_ptr,  # [num_rows] int; negative ones are ignored
     batch_index_ptr,  # [num_frames / T] int, not read without HAS_BATCH_INDEX
     pred_ptr,  # [num_rows, C]
     grad_ptr,  # [num_rows, C], not written without HAS_GRAD
     parts_ptr,  # [row programs, 4, C] fp32: mean and M2 of targets, mean and M2 of predictions
+    counts_ptr,  # [row programs] int32: rows that are not ignored
     losses_ptr,  # [row programs, column blocks] fp32
     num_rows,
     num_frames,  # student sequences * T
@@ -126,7 +130,7 @@ def _data2vec_loss_kernel(
     cols = (tl.program_id(0) % num_col_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     inside = cols < C
     loss = 0.0
-    count = 0.0
+    count = 0
     # [BLOCK_C, 2]: target and prediction share reductions. The moments wait in memory, which is this program's alone
     # and stays in the cache: in registers they would crowd out the layer results in flight.
     out = parts_ptr + part * 4 * C + (2 * C * tl.arange(0, 2))[None, :] + cols[:, None]
@@ -134,9 +138,9 @@ def _data2vec_loss_kernel(
     last_row = tl.minimum(first_row + tiles * BLOCK_N, num_rows)
     for start in range(first_row, last_row, BLOCK_N):
         rows = start + tl.arange(0, BLOCK_N)
-        wanted = rows < num_rows
+        frame = tl.load(positions_ptr + rows, mask=rows < num_rows, other=-1).to(tl.int64)
+        wanted = frame >= 0  # the others are past the end, or ignored
         live = wanted[:, None] & inside[None, :]
-        frame = tl.load(positions_ptr + rows, mask=wanted, other=-1).to(tl.int64)
         found, b, t = _find(frame, wanted, num_frames, T)
         if HAS_BATCH_INDEX:
             b = tl.load(batch_index_ptr + b, mask=found, other=-1).to(tl.int64)
@@ -152,28 +156,29 @@ def _data2vec_loss_kernel(
         loss += tl.sum(each)  # dead lanes give 0
         if HAS_GRAD:
             grad = (slope * scale).to(grad_ptr.dtype.element_ty)
-            tl.store(grad_ptr + rows[:, None] * C + cols[None, :], grad, mask=live)
-        tile_count = tl.minimum(num_rows - start, BLOCK_N).to(tl.float32)
+            written = (rows < num_rows)[:, None] & inside[None, :]
+            tl.store(grad_ptr + rows[:, None] * C + cols[None, :], grad, mask=written)
+        tile_count = tl.sum(wanted.to(tl.int32))
         again = inside[:, None] & (start > first_row)
         mean = tl.load(out, mask=again, other=0.0)
         m2 = tl.load(out + C, mask=again, other=0.0)
-        mean, m2 = _add_tile(count, mean, m2, tl.join(y, p), live[:, :, None], tile_count)
+        mean, m2 = _add_tile(count.to(tl.float32), mean, m2, tl.join(y, p), live[:, :, None], tile_count.to(tl.float32))
         count += tile_count
         tl.store(out, mean, mask=inside[:, None])
         tl.store(out + C, m2, mask=inside[:, None])
         tl.debug_barrier()  # the next tile may load them in other threads
     tl.store(losses_ptr + tl.program_id(0), loss * scale)
+    tl.store(counts_ptr + part, count, mask=tl.program_id(0) % num_col_blocks == 0)
 
 
-@triton.jit(do_not_specialize=["num_rows", "rows_per_part", "num_parts", "num_losses"])
+@triton.jit(do_not_specialize=["num_parts", "num_losses"])
 def _merge_kernel(
     parts_ptr,  # [num_parts, 2, 2, C] fp32
+    counts_ptr,  # [num_parts] int32
     losses_ptr,  # [num_losses] fp32
     moments_ptr,  # [2, 2, C] fp32: mean and M2 of targets and of predictions
     spread_ptr,  # [2, C] fp32: standard deviation of each channel
     loss_ptr,  # [] fp32
-    num_rows,
-    rows_per_part,
     num_parts,
     num_losses,
     C,
@@ -193,21 +198,30 @@ def _merge_kernel(
         cols = (tl.program_id(0) % num_col_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
         inside = cols < C
         source = parts_ptr + which * 2 * C + cols
-        shift = tl.load(source, mask=inside, other=0.0)  # deviations from one part's mean do not cancel
+        num_rows = 0
+        first = num_parts  # part that is not empty
+        for start in range(0, num_parts, BLOCK_P):
+            parts = start + tl.arange(0, BLOCK_P)
+            counts = tl.load(counts_ptr + parts, mask=parts < num_parts, other=0)
+            num_rows += tl.sum(counts)
+            first = tl.minimum(first, tl.min(tl.where(counts > 0, parts, num_parts)))
+        # deviations from one part's mean do not cancel
+        shift = tl.load(source + first.to(tl.int64) * 4 * C, mask=inside & (first < num_parts), other=0.0)
         sum1 = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
         sum2 = tl.zeros((BLOCK_P, BLOCK_C), dtype=tl.float32)
         for start in range(0, num_parts, BLOCK_P):
             parts = start + tl.arange(0, BLOCK_P).to(tl.int64)
             live = (parts < num_parts)[:, None] & inside[None, :]
-            count = tl.minimum(num_rows - parts * rows_per_part, rows_per_part).to(tl.float32)[:, None]
+            counts = tl.load(counts_ptr + parts, mask=parts < num_parts, other=0)
+            count = counts.to(tl.float32)[:, None]
             part_ptr = source[None, :] + parts[:, None] * 4 * C
             mean = tl.load(part_ptr, mask=live, other=0.0)
             part_m2 = tl.load(part_ptr + C, mask=live, other=0.0)
-            d = tl.where(live, mean - shift[None, :], 0.0)
+            d = tl.where(live & (counts > 0)[:, None], mean - shift[None, :], 0.0)
             sum1 += count * d
             sum2 += part_m2 + count * d * d
         total = num_rows.to(tl.float32)
-        offset = tl.sum(sum1, axis=0) / total
+        offset = tl.sum(sum1, axis=0) / tl.maximum(total, 1.0)
         m2 = tl.sum(sum2, axis=0) - total * offset * offset
         m2 = tl.where(m2 < 0.0, 0.0, m2)  # unlike maximum, NaN stays NaN
         out = moments_ptr + which * 2 * C + cols
@@ -240,7 +254,7 @@ def _scale_kernel(
 def data2vec_loss_fwd(
     pred: Tensor,  # [N, C], unit stride in the last dim
     layers: Sequence[Tensor],  # K x [B, T, C]
-    positions: Tensor,  # [N] int
+    positions: Tensor,  # [N] int; negative ones are ignored
     lengths: Tensor | None,  # [B] int
     batch_index: Tensor | None,  # [student sequences] int
     norm: str,
@@ -259,14 +273,20 @@ def data2vec_loss_fwd(
     B, T, _ = layers[0].shape
     grad = torch.empty((N if needs_grad else 0, C), device=pred.device, dtype=pred.dtype)
     if N * C == 0 or B * T == 0:
-        value = 0.0 if N * C == 0 else float("nan")  # B * T == 0 leaves no valid position
-        loss, moments, spread = (torch.full(s, value, device=pred.device) for s in ((), (2, 2, C), (2,)))
-        return loss, grad.fill_(value), moments, spread
+        shapes = ((), (2, 2, C), (2,))
+        loss, moments, spread = (torch.zeros(shape, device=pred.device) for shape in shapes)
+        grad.zero_()
+        if N * C > 0:  # no frames: a position that is not ignored is out of range
+            lost = (positions >= 0).any()
+            loss, moments, spread = (x.masked_fill(lost, float("nan")) for x in (loss, moments, spread))
+            grad.masked_fill_(lost, float("nan"))
+        return loss, grad, moments, spread
     layers = targets.same_strides(layers)
     whole_rows = "layer" in (norm, post_norm)
     config = config or config_for(pred, layers, whole_rows)
     num_parts = triton.cdiv(N, config.block_n * config.tiles)
     parts = torch.empty((num_parts, 4, C), device=pred.device, dtype=torch.float32)
+    counts = torch.empty(num_parts, device=pred.device, dtype=torch.int32)
     losses = torch.empty((num_parts, triton.cdiv(C, config.block_c)), device=pred.device, dtype=torch.float32)
     with launch.device_guard(pred):
         table = launch.pointer_table(layers)
@@ -279,6 +299,7 @@ def data2vec_loss_fwd(
             pred,
             grad,
             parts,
+            counts,
             losses,
             N,
             T * (B if batch_index is None else batch_index.numel()),
@@ -306,23 +327,22 @@ def data2vec_loss_fwd(
             num_warps=config.num_warps,
             maxnreg=targets.register_limit(C),
         )
-        loss, moments, spread = _merge(parts, losses, N, config.block_n * config.tiles)
+        loss, moments, spread = _merge(parts, counts, losses)
     return loss, grad, moments, spread
 
 
-def _merge(parts: Tensor, losses: Tensor, num_rows: int, rows_per_part: int) -> tuple[Tensor, Tensor, Tensor]:
+def _merge(parts: Tensor, counts: Tensor, losses: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """(loss [], moments [2, 2, C], spread [2]) of the partial sums."""
     num_parts, _, C = parts.shape
     block_c = triton.next_power_of_2(C) if launch.interpreted(parts) else _MERGE_COLS
     loss, moments, spread = (torch.empty(s, device=parts.device, dtype=parts.dtype) for s in ((), (2, 2, C), (2, C)))
     _merge_kernel[(2 * triton.cdiv(C, block_c) + 1,)](
         parts,
+        counts,
         losses,
         moments,
         spread,
         loss,
-        num_rows,
-        rows_per_part,
         num_parts,
         losses.numel(),
         C,

@@ -50,6 +50,9 @@ def check_against_fp64(pred, layers, positions, *, clones=None, upstream=None, *
     assert got.loss.dtype == F32 and grad.dtype == pred.dtype and grad.is_contiguous()
     assert not got.target_var.requires_grad and not got.pred_var.requires_grad and got.num_masked == pred.shape[0]
 
+    kept = positions >= 0
+    assert not grad[~kept].any()
+    pred, positions, grad = pred[kept], positions[kept], grad[kept]
     beta, scale = options.pop("beta", 0.0), options.pop("scale", None)
     scale = 1.0 if scale is None else scale
     options.setdefault("norm", "instance")
@@ -187,6 +190,33 @@ def test_clones_read_the_rows_that_repeating_would():
         rows = teacher_rows(positions, clones, 30)
         want, want_grad = fused(pred, layers, rows, norm=norm, lengths=lengths)
         assert torch.equal(grad, want_grad) and torch.equal(got.loss, want.loss)
+
+
+@pytest.mark.parametrize("where", ["tail", "front", "scattered", "all but two"])
+@pytest.mark.parametrize("norm,dtype,with_clones", [("instance", F32, True), ("layer", BF16, False)])
+def test_negative_positions_are_ignored(norm, dtype, with_clones, where):
+    """Whatever is in their rows; those that count are far from 0, so that an empty tile must not shift the moments."""
+    B, T, C = 2, 90, 24
+    clones = torch.tensor([1, 0, 1], device=DEVICE) if with_clones else None
+    positions = some_positions(B if clones is None else 3, T, torch.int64)
+    n = len(positions)
+    places = {"tail": slice(n // 2, n), "front": slice(0, 70), "scattered": slice(1, n, 3), "all but two": slice(2, n)}
+    pred = make_pred(n, C, dtype, mean=100.0)
+    positions[places[where]] = torch.arange(n, device=DEVICE)[places[where]].neg() - 1
+    pred[places[where]] = float("nan")
+    lengths = torch.tensor([90, 40], device=DEVICE)
+    check_against_fp64(
+        pred, make_layers(2, B, T, C, dtype), positions, clones=clones, norm=norm, lengths=lengths, beta=0.5
+    )
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 8), (2, 0, 8), (0, 5, 8)])
+def test_nothing_counts(shape):
+    """All positions are ignored; there need not be any frames then."""
+    pred, layers = torch.full((9, 8), float("nan"), device=DEVICE), [torch.randn(shape, device=DEVICE)]
+    positions = torch.full((9,), -1, device=DEVICE)
+    out, grad = fused(pred, layers, positions, norm="layer", check=True)
+    assert [x.item() for x in out[:3]] == [0, 0, 0] and not grad.any()
 
 
 @pytest.mark.parametrize("post_norm", POST_NORMS)
@@ -372,13 +402,16 @@ def test_any_options_agree_with_the_unfused_ops(data):
 
 
 @pytest.mark.skipif(not RUNS_KERNELS, reason="needs the Triton kernels")
+@pytest.mark.parametrize("ignored", [False, True])
 @pytest.mark.parametrize("block_n,block_c,tiles", [(4, 16, 1), (4, 8, 3), (16, 16, 50), (1, 32, 7)])
 @pytest.mark.parametrize("norm,post_norm", [("instance", "none"), ("layer", "layer")])
-def test_every_tile_gives_the_same_answer(norm, post_norm, block_n, block_c, tiles):
+def test_every_tile_gives_the_same_answer(norm, post_norm, block_n, block_c, tiles, ignored):
     from d2v_fast.kernels import data2vec_loss as kernels
 
     layers, positions = make_layers(2, 2, 21, 37, BF16), some_positions(2, 21)
     pred = make_pred(len(positions), 37, BF16)
+    if ignored:  # whole programs, and whole tiles of others
+        positions[:9] = -1
     block_c = 64 if norm == "layer" else block_c
     config = kernels.LaunchConfig(block_n, block_c, tiles, num_warps=4)
     settings = (positions, None, None, norm, post_norm, 0.5, 2.0, EPS)
@@ -387,8 +420,9 @@ def test_every_tile_gives_the_same_answer(norm, post_norm, block_n, block_c, til
     want, target = data2vec_loss_ref(p, layers, *settings)
     torch.testing.assert_close(loss, want.detach())
     torch.testing.assert_close(grad, torch.autograd.grad(want, p)[0])
-    torch.testing.assert_close(moments, torch.stack((moments_ref(target), moments_ref(pred.float()))))
-    torch.testing.assert_close(spread, torch.stack((eager_spread(target), eager_spread(pred.float()))))
+    rows = pred[positions >= 0].float()
+    torch.testing.assert_close(moments, torch.stack((moments_ref(target), moments_ref(rows))))
+    torch.testing.assert_close(spread, torch.stack((eager_spread(target), eager_spread(rows))))
 
 
 @pytest.mark.skipif(not RUNS_KERNELS, reason="needs the Triton kernels")
@@ -403,14 +437,18 @@ def test_kernel_makes_a_position_out_of_range_loud(norm, monkeypatch):
         args = (None, clones, norm, "none", 0.0, 1.0, EPS, True)
         return kernels.data2vec_loss_fwd(pred, layers, torch.tensor(positions, device=DEVICE), *args)
 
-    for wrong in (-1, 12, 10**12):
+    for wrong in (12, 10**12):
         loss, grad, _, spread = run([3, wrong, 11, 0])
         assert loss.isnan() and spread[0].isnan() and spread[1].isfinite()
         assert grad.isnan().all(1).tolist() == [False, True, False, False]
     for wrong in (-1, 2):
         loss, grad, *_ = run([3, 20, 11, 0], torch.tensor([0, 1, 1, wrong], device=DEVICE))
         assert loss.isnan() and grad.isnan().all(1).tolist() == [False, True, False, False]
-    assert run([3, 1, 11, 0])[0].isfinite()
+    for fine in ([3, 1, 11, 0], [3, -1, 11, -(10**12)]):
+        assert run(fine)[0].isfinite()
+    layers, pred = make_layers(2, 2, 0, 5), make_pred(2, 5)
+    loss, grad, *_ = run([-1, 0])
+    assert loss.isnan() and grad.isnan().all()
 
 
 class Allocations(TorchDispatchMode):
@@ -552,7 +590,7 @@ def test_bad_inputs_raise(call, error, match):
 
 OUT_OF_RANGE = [
     ({"positions": [3, 10, 0]}, r"positions must lie in \[0, 9\], got values from 0 to 10"),
-    ({"positions": [3, -1, 0]}, r"positions must lie in \[0, 9\], got values from -1 to 3"),
+    ({"positions": [-1, 10, 3]}, r"positions must lie in \[0, 9\], got values from 3 to 10"),
     ({"positions": [3, 15, 0], "target_batch_index": [0, 1, 1]}, r"positions must lie in \[0, 14\], .* to 15"),
     ({"target_batch_index": [0, 2]}, r"target_batch_index must lie in \[0, 1\], got values from 0 to 2"),
     ({"lengths": [6, 2]}, r"lengths must lie in \[0, 5\], got values from 2 to 6"),
@@ -582,11 +620,16 @@ def test_check_looks_at_the_ranges_before_the_op_runs(wrong, match, monkeypatch)
 
 # rows of rank 0 and of rank 1; the second case leaves one rank without any, the last has too few for a spread
 RANKS = [(7, 12), (0, 5), (1, 0)]
+IGNORED = 2  # rows in front of each rank's
 
 
 def rank_inputs(rank: int):
     torch.manual_seed(5)
-    both = [(300.0 + torch.randn(n, 6), make_layers(2, 2, 10, 6), torch.arange(n)) for case in RANKS for n in case]
+    both = [
+        (300.0 + torch.randn(n + IGNORED, 6), make_layers(2, 2, 10, 6), torch.arange(-IGNORED, n))
+        for case in RANKS
+        for n in case
+    ]
     return both[rank::2]
 
 
@@ -627,8 +670,8 @@ def test_variance_over_two_processes(tmp_path):
     assert found[0] == found[1]
     for index in range(len(RANKS)):
         inputs = [rank_inputs(rank)[index] for rank in range(2)]
-        targets = [eager_targets([x.double() for x in xs], "layer", positions=i) for _, xs, i in inputs]
-        expected = fairseq_var(targets), fairseq_var([p for p, _, _ in inputs])
+        targets = [eager_targets([x.double() for x in xs], "layer", positions=i[IGNORED:]) for _, xs, i in inputs]
+        expected = fairseq_var(targets), fairseq_var([p[IGNORED:] for p, _, _ in inputs])
         assert found[0][index] == pytest.approx(expected, rel=1e-5)
 
 
@@ -649,7 +692,7 @@ def test_nan_survives_the_all_reduce(monkeypatch):
     monkeypatch.setattr(dist, "all_reduce", lambda x: None)
     moments = torch.ones(2, 2, 3)
     moments[1, 0, 1] = float("nan")
-    assert _spread_over_ranks(moments, 5).isnan().tolist() == [False, True]
+    assert _spread_over_ranks(moments, torch.tensor(5)).isnan().tolist() == [False, True]
 
 
 @pytest.mark.gpu

@@ -28,13 +28,13 @@ class LossOutput(NamedTuple):
     loss: Tensor  # [] fp32, summed over the masked positions; divide by the number of masked positions of the update
     target_var: Tensor  # [] fp32, mean over channels of the targets' standard deviation (fairseq's name and formula)
     pred_var: Tensor  # [] fp32, the same of the predictions
-    num_masked: int  # N of this batch
+    num_masked: int  # N of this batch, with the rows that are ignored
 
 
 def data2vec_loss_ref(
     pred: Tensor,  # [N, C]
     layers: Sequence[Tensor],  # K x [B, T, C]
-    positions: Tensor,  # [N] int, flat b * T + t
+    positions: Tensor,  # [N] int, flat b * T + t; negative ones are ignored
     lengths: Tensor | None = None,  # [B] int
     batch_index: Tensor | None = None,  # [student sequences] int
     norm: str = "instance",
@@ -43,7 +43,13 @@ def data2vec_loss_ref(
     scale: float = 1.0,
     eps: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """(loss [], targets [N, C]). The definition of the op in plain PyTorch; the loss is differentiable in ``pred``."""
+    """(loss [], targets [N, C], of the rows that count). The definition of the op in plain PyTorch.
+
+    The loss is differentiable in ``pred``.
+    """
+    counted = positions >= 0
+    if not counted.all():
+        pred, positions = pred[counted], positions[counted]
     if batch_index is not None:
         frames = layers[0].shape[1]
         positions = batch_index[positions // frames] * frames + positions % frames
@@ -87,11 +93,15 @@ def _fwd(
     if cpu_runs_triton(acc):
         return _fwd_triton(*args, needs_grad)
     loss, target = data2vec_loss_ref(*args)
-    moments = torch.stack((moments_ref(target.to(acc)), moments_ref(pred.to(acc))))
+    counted = positions >= 0
+    rows = pred if counted.all() else pred[counted]
+    moments = torch.stack((moments_ref(target.to(acc)), moments_ref(rows.to(acc))))
     grad = pred.new_empty((0, pred.shape[1]))
     if needs_grad:
-        grad = masked_smooth_l1_grad_ref(loss.new_ones(pred.shape[0]), pred, target, None, beta, scale)
-    return loss, grad, moments, spread_ref(moments[:, 1], pred.shape[0])
+        grad = masked_smooth_l1_grad_ref(loss.new_ones(rows.shape[0]), rows, target, None, beta, scale)
+        if rows is not pred:
+            grad = pred.new_zeros(pred.shape).index_put_((counted,), grad)
+    return loss, grad, moments, spread_ref(moments[:, 1], rows.shape[0])
 
 
 @_fwd.register_kernel("cuda")
@@ -186,7 +196,9 @@ def data2vec_loss(
         layer_results, norm, post_norm, layout, lengths, eps: as in :func:`d2v_fast.ops.layer_targets`; the dtype of
             the layer results may differ from pred's.
         positions: [N] int32 or int64 flat indices ``b * T + t`` of the rows that pred predicts, in any order; sorted
-            ones are read fastest. On a GPU a row outside [0, B * T) makes the loss NaN, see ``check``.
+            ones are read fastest. Rows of pred at negative positions are ignored: they add nothing to the loss and its
+            metrics, whatever they hold, and get the gradient 0. So a fixed N serves batches with fewer masked
+            positions. On a GPU a position from B * T on makes the loss NaN, see ``check``.
         beta, scale: as in :func:`d2v_fast.ops.masked_smooth_l1`.
         target_batch_index: [B_student] int32 or int64. When given, ``positions`` index the student's batch of
             B_student sequences (``b_student * T + t``), whose target is sequence ``target_batch_index[b_student]`` of
@@ -198,7 +210,8 @@ def data2vec_loss(
 
     Returns:
         :class:`LossOutput`: the loss summed over all N * C elements, float32 (float64 when an input is float64), and
-        the spread of targets and predictions, without gradient and 0 for fewer than two rows. N = 0 gives 0.
+        the spread of targets and predictions, without gradient and 0 for fewer than two rows. N = 0 gives 0, as do
+        positions that are all ignored.
         Accumulates in float32; deterministic; does not wait for the device. Needs, beside the gradient of pred, partial
         sums of at most 1/64 of the layer results (where those are small, of up to 16 C bytes per multiprocessor: 1.6 MB
         at C = 768 on an H100) and, for "instance" and "batch", 8 K B C bytes of statistics; ``post_norm="instance"``
@@ -229,19 +242,19 @@ def data2vec_loss(
         torch.is_grad_enabled() and pred.requires_grad,
     )
     if all_reduce_variance and dist.is_available() and dist.is_initialized():
-        spread = _spread_over_ranks(moments.detach(), pred.shape[0])
+        spread = _spread_over_ranks(moments.detach(), (positions >= 0).sum())
     target_var, pred_var = spread.detach().unbind()
     return LossOutput(loss, target_var, pred_var, pred.shape[0])
 
 
-def _spread_over_ranks(moments: Tensor, num_rows: int) -> Tensor:
-    """:func:`spread_ref` [2] of the rows of all ranks, from the moments [2, 2, C] of this rank's.
+def _spread_over_ranks(moments: Tensor, num_rows: Tensor) -> Tensor:
+    """:func:`spread_ref` [2] of the rows of all ranks, from the moments [2, 2, C] of this rank's ``num_rows`` [].
 
     Sums about a rank's own mean do not add up; those about 0 do, and float64 keeps what they cancel.
     """
     mean, m2 = moments.double().unbind(1)  # [2, C]
     sums = torch.stack((num_rows * mean, m2 + num_rows * mean.square()))  # [2, 2, C]
-    packed = torch.cat((sums.flatten(), sums.new_full((1,), num_rows)))
+    packed = torch.cat((sums.flatten(), num_rows.to(sums.dtype).view(1)))
     dist.all_reduce(packed)
     total = packed[-1]
     mean, squares = packed[:-1].view_as(sums) / total.clamp(min=1)
@@ -269,6 +282,6 @@ def _check(pred: Tensor, layer: Tensor, positions: Tensor, target_batch_index: T
 def _check_ranges(layer: Tensor, positions: Tensor, lengths: Tensor | None, target_batch_index: Tensor | None) -> None:
     batch, frames, _ = layer.shape
     students = batch if target_batch_index is None else target_batch_index.shape[0]
-    check_range("positions", positions, students * frames - 1)
+    check_range("positions", positions[positions >= 0], students * frames - 1)
     check_range("lengths", lengths, frames)
     check_range("target_batch_index", target_batch_index, batch - 1)
