@@ -1,8 +1,8 @@
 """What can go wrong in a way the user can mend; the command line prints these without a traceback."""
 
+from d2v_fast.errors import CheckpointError, UserError
 
-class UserError(ValueError):
-    """Base of all errors whose message is meant for the user."""
+__all__ = ["CheckpointError", "ConfigError", "DataError", "TrainingStopped", "UserError"]
 
 
 class ConfigError(UserError):
@@ -11,10 +11,6 @@ class ConfigError(UserError):
 
 class DataError(UserError):
     """A data folder or file that is missing, empty or unreadable."""
-
-
-class CheckpointError(UserError):
-    """A checkpoint that cannot be written, read, or does not belong to this run."""
 
 
 class TrainingStopped(UserError):

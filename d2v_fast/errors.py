@@ -1,0 +1,9 @@
+"""Errors that the user can mend; the command line prints these without a traceback."""
+
+
+class UserError(ValueError):
+    """Base of all errors whose message is meant for the user."""
+
+
+class CheckpointError(UserError):
+    """A file of weights that cannot be read, written or made sense of, or does not belong to this run."""
