@@ -39,9 +39,8 @@ class Block(nn.Module):
     def dropped(self, branch: Tensor) -> Tensor:
         if not self.training or self.drop_path == 0:
             return branch
-        keep = 1 - self.drop_path
-        drawn = torch.empty(branch.shape[0], dtype=branch.dtype).bernoulli_(keep)
-        return branch * (drawn / keep)[:, None, None]
+        kept = torch.rand(len(branch)) >= self.drop_path
+        return branch * (kept / (1 - self.drop_path))[:, None, None]
 
     def forward(self, x: Tensor, position_bias: Tensor) -> Tensor:
         x = x + self.dropped(self.gamma_1 * self.attn(self.norm1(x), position_bias))
