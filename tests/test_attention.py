@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from d2v_fast.nn.attention import attention
-from d2v_fast.nn.attention_calls import each, padded
+from d2v_fast.nn.attention_calls import Inputs, each, padded
 from d2v_fast.nn.sequences import Sequences
 
 
@@ -52,7 +52,7 @@ def test_packed(call, asked):
     sequences, queries = pack(lengths), pack(asked or lengths)
     q = torch.randn(queries.num_rows, 3, 8, requires_grad=True)
     k, v = torch.randn(2, sequences.num_rows, 3, 8, requires_grad=True).unbind()
-    got, want = call(q, k, v, sequences, queries, 0.0), math_packed(q, k, v, lengths, asked or lengths)
+    got, want = call(Inputs(q, k, v, sequences, queries)), math_packed(q, k, v, lengths, asked or lengths)
     torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
     upstream = torch.randn_like(got)
     for a, b in zip(
