@@ -1,8 +1,8 @@
 """Repairs of Triton's CPU interpreter that the tests rely on. Install them before the first kernel runs.
 
 The interpreter keeps bfloat16 as uint16. It truncates float32 -> bfloat16 where the hardware rounds to nearest even,
-and arithmetic or a reduction on bfloat16 silently works on the bit patterns. The first is repaired; the second raises,
-since kernels should convert to float32 first anyway. ``tl.maximum`` and ``tl.minimum`` drop a NaN, like the hardware.
+and products, arithmetic or a reduction of bfloat16 silently work on the bit patterns. The first and products are
+repaired; the others raise, since kernels should convert to float32 first anyway. ``tl.maximum`` and ``tl.minimum`` drop a NaN, like the hardware.
 """
 
 import numpy as np
@@ -41,6 +41,7 @@ def install() -> None:
         return
     builder.repaired = True
     cast_impl, fp_to_fp, binary_op = builder.cast_impl, builder.create_fp_to_fp, builder.binary_op
+    dot = builder.create_dot
     reduce = interpreter.ReduceScanOpInterface.apply
 
     def repaired_cast(self, src, dst_type):
@@ -48,6 +49,10 @@ def install() -> None:
 
     def repaired_fp_to_fp(self, src, dst_type, rounding_mode):
         return _cast(src, dst_type, lambda handle: fp_to_fp(self, handle, dst_type, rounding_mode))
+
+    def repaired_dot(self, a, b, *rest):
+        a, b = (interpreter.TensorHandle(_widen(x.data), tl.float32) if _is_bf16(x) else x for x in (a, b))
+        return dot(self, a, b, *rest)
 
     def checked_binary_op(self, lhs, rhs, op):
         if _is_bf16(lhs) or _is_bf16(rhs):
@@ -63,5 +68,6 @@ def install() -> None:
     builder.create_minnumf = lambda self, lhs, rhs: self.binary_op(lhs, rhs, np.fmin)
     builder.cast_impl = repaired_cast
     builder.create_fp_to_fp = repaired_fp_to_fp
+    builder.create_dot = repaired_dot
     builder.binary_op = checked_binary_op
     interpreter.ReduceScanOpInterface.apply = checked_reduce

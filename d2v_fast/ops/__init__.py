@@ -1,6 +1,7 @@
 """Fused operations. Importing this package loads torch only; Triton is imported by the first call that needs it."""
 
 from d2v_fast.ops.adamw_ema import adamw_ema_
+from d2v_fast.ops.bias_attention import bias_attention
 from d2v_fast.ops.bias_gelu import bias_gelu
 from d2v_fast.ops.conv0 import conv0_norm_gelu
 from d2v_fast.ops.data2vec_loss import LossOutput, data2vec_loss
@@ -16,6 +17,7 @@ from d2v_fast.ops.strided_conv import strided_conv
 __all__ = [
     "LossOutput",
     "adamw_ema_",
+    "bias_attention",
     "bias_gelu",
     "clip_factor",
     "conv0_norm_gelu",
