@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,16 @@ except ImportError:  # the library works without the train extra, the command do
     sys.exit("error: the d2v-fast command needs the train extra: pip install 'd2v-fast[train]'")
 
 from d2v_fast._info import info as report
+
+
+class Format(str, Enum):
+    """Formats of checkpoints (``d2v_fast.checkpoints.convert.WRITERS``)."""
+
+    native = "native"
+    transformers = "transformers"
+    fairseq = "fairseq"
+    beit = "beit"
+
 
 INTERRUPTED = 130  # exit code of a run that Ctrl-C ended, as shells use it
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -53,6 +64,39 @@ def probe(
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="a checkpoint of fairseq or the BEiT fork, or a directory")],
+    target: Annotated[Path, typer.Argument(help="the file (fairseq, beit) or directory to write")],
+    to: Annotated[Format, typer.Option(help="the format to write")],
+    force: Annotated[bool, typer.Option("--force", help="replace what is there")] = False,
+) -> None:
+    """Rewrite a model's weights in another format; the source's is detected, its precision is kept."""
+    from d2v_fast.checkpoints import check_target, read_any, write_as
+
+    check_target(target, to.value, force)
+    loaded = read_any(source)
+    print(f"read {source}\n{loaded.report.table()}")
+    print(f"wrote {target}\n{write_as(loaded.model, target, to.value, force).table()}")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="checkpoint-*.pt of a run")],
+    target: Annotated[Path, typer.Argument(help="the directory (native, transformers) or file to write")],
+    to: Annotated[Format, typer.Option(help="the format to write")] = Format.native,
+    teacher: Annotated[bool, typer.Option("--teacher", help="the averages in place of the student")] = False,
+    force: Annotated[bool, typer.Option("--force", help="replace what is there")] = False,
+) -> None:
+    """Write the model of a run's checkpoint, without the state of its training."""
+    from d2v_fast.checkpoints import averaged, check_target, write_as
+    from d2v_fast.train.checkpoint import load_model
+
+    check_target(target, to.value, force)
+    model = load_model(checkpoint)
+    print(f"wrote {target}\n{write_as(averaged(model) if teacher else model, target, to.value, force).table()}")
+
+
+@app.command()
 def info() -> None:
     """Versions, devices, what each op runs on, and advice."""
     print(report())
@@ -65,7 +109,7 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
     except ValueError as error:
-        from d2v_fast.train.errors import UserError
+        from d2v_fast.errors import UserError
 
         if not isinstance(error, UserError):
             raise

@@ -13,7 +13,7 @@ import torch
 
 from d2v_fast.checkpoints import beit, fairseq, native, transformers
 from d2v_fast.checkpoints.beit import save_beit
-from d2v_fast.checkpoints.convert import averaged, read_any, write_as
+from d2v_fast.checkpoints.convert import averaged, check_target, read_any, write_as
 from d2v_fast.checkpoints.fairseq import save_fairseq
 from d2v_fast.checkpoints.native import save_pretrained
 from d2v_fast.checkpoints.rules import Loaded, Report, Rule
@@ -26,6 +26,7 @@ __all__ = [
     "Report",
     "Rule",
     "averaged",
+    "check_target",
     "load_beit",
     "load_fairseq",
     "load_pretrained",

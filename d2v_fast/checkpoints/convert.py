@@ -20,6 +20,7 @@ WRITERS: dict[str, Callable[[Data2Vec, str | Path], Report]] = {
     "beit": beit.save_beit,
     "native": native.save_pretrained,
 }
+DIRECTORIES = ("transformers", "native")  # the others are single files
 
 
 def read_any(path: str | Path, dtype: torch.dtype | None = None) -> Loaded:
@@ -50,21 +51,29 @@ def _describe(content: Any) -> str:
     return type(content).__name__
 
 
-def write_as(model: Data2Vec, path: str | Path, format: str, force: bool = False) -> Report:
-    """Write ``model`` as ``format``, a key of ``WRITERS``, to a file or directory.
+def check_target(path: str | Path, format: str, force: bool = False) -> None:
+    """Refuse to write ``format``, a key of ``WRITERS``, over what is at ``path``, unless ``force``.
 
     Raises:
-        CheckpointError: an unknown format; something is there already, unless ``force``; or what its writer raises.
+        CheckpointError: an unknown format; a file where a directory is to be, or the reverse; or something is there.
     """
     if format not in WRITERS:
         raise CheckpointError(f"the format must be one of {', '.join(WRITERS)}, got {format!r}")
     path = Path(path)
-    directory = format in ("transformers", "native")
-    if path.is_dir() != directory and path.exists():
-        kind = "a directory" if directory else "a file"
-        raise CheckpointError(f"the {format} format is {kind}, but {path} is none")
+    directory = format in DIRECTORIES
+    if path.exists() and path.is_dir() != directory:
+        raise CheckpointError(f"{path} must be a {'directory' if directory else 'file'} for the {format} format")
     if not force and (any(path.iterdir()) if path.is_dir() else path.exists()):
-        raise CheckpointError(f"{path} exists: choose another name, or --force to replace it")
+        raise CheckpointError(f"{path} exists: choose another name, or replace it with --force")
+
+
+def write_as(model: Data2Vec, path: str | Path, format: str, force: bool = False) -> Report:
+    """Write ``model`` as ``format``, a key of ``WRITERS``, to a file or directory.
+
+    Raises:
+        CheckpointError: as :func:`check_target`, or what the writer of the format raises.
+    """
+    check_target(path, format, force)
     return WRITERS[format](model, path)
 
 

@@ -213,9 +213,12 @@ def plain(value: Any) -> Any:
     """Configurations of omegaconf, argparse and dataclasses, as :func:`read_torch` left them, as nested plain values.
 
     Raises:
-        CheckpointError: far more values than a configuration has.
+        CheckpointError: far more values than a configuration has, or one that contains itself.
     """
-    return _plain(value, [MAX_CONFIG_NODES])
+    try:
+        return _plain(value, [MAX_CONFIG_NODES])
+    except RecursionError:
+        raise CheckpointError("a configuration must not contain itself") from None
 
 
 def _plain(value: Any, left: list[int]) -> Any:
