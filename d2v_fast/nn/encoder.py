@@ -91,7 +91,7 @@ class TransformerEncoder(nn.Module):
         scope = Scope(sequences, padding_mask, None if self.relative_bias is None else self.relative_bias())
         output = EncoderOutput(None, [], [x] if hidden_states else [])
         stream = (self._run_all if self._draws_on_device(x) else self._run_kept)(x, scope, wanted, output)
-        return output if stream is None else output._replace(x=stream.y)
+        return output if results_only else output._replace(x=stream.y)
 
     def _run_kept(self, x: Tensor, scope: Scope, wanted: "_Wanted", output: EncoderOutput) -> Stream | None:
         """Run the layers that LayerDrop leaves, and give the others gradients of 0."""
