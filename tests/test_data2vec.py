@@ -196,13 +196,19 @@ def test_encode_and_hidden_states(modality):
         assert torch.equal(final, states[-1])
 
 
-def test_compiles_without_graph_breaks():
-    """Without LayerDrop (its draw is a host decision), forward and backward are one graph."""
+@pytest.mark.parametrize(
+    ("modality", "profile", "padded"),
+    [("text", "paper", False), ("text", "fairseq", True), ("speech", "paper", True), ("image", "paper", False)],
+)
+def test_compiles_without_graph_breaks(modality, profile, padded):
+    """Forward and backward are one graph, packed rows and teachers that see the masked tokens alone included."""
     torch._dynamo.reset()
-    config = tiny_config("text", **NO_DROPOUT)
-    config = replace(config, frontend=replace(config.frontend, dropout=0.0))
-    model = Data2Vec(config)
-    batch = tiny_batch(config)
+    config = tiny_config(modality, profile, **NO_DROPOUT)
+    if modality == "text":
+        config = replace(config, frontend=replace(config.frontend, dropout=0.0))
+    small = {"encoder": replace(config.encoder, layers=2)}
+    model = Data2Vec(replace(config, **small))
+    batch = tiny_batch(config, padded=padded)
     eager = model(batch)
     (want,) = torch.autograd.grad(eager.loss * 0.5, model.head[0].weight)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(batch)

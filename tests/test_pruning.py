@@ -177,6 +177,7 @@ def test_fixed_numbers_of_rows(modality, profile):
         for prune in (PruneConfig(), NONE):
             got, want = (losses_and_gradients(built(config, prune), each) for each in (fixed, batch))
             assert_same(got, want)
+            assert built(config, prune)(fixed).num_masked == batch.num_masked
 
 
 def test_fixed_numbers_have_one_shape():

@@ -55,7 +55,7 @@ class Data2Vec(Interchange, nn.Module):
         ).x
         pred = self.head(student.at_masked(x))  # [M, C]
         targets, loss = self.config.targets, self.config.loss
-        return data2vec_loss(
+        output = data2vec_loss(
             pred,
             results,
             positions,
@@ -65,6 +65,7 @@ class Data2Vec(Interchange, nn.Module):
             scale=loss.scale_for(pred.shape[1]),
             lengths=batch.lengths if targets.padding_aware and uses_time(targets) else None,
         )
+        return output._replace(num_masked=batch.num_masked)
 
     def _inputs(self, batch: Batch, student: Rows, teacher: Rows) -> tuple[Tensor, Tensor]:
         """What the encoders of student and teacher read; the teacher's has no gradient."""
