@@ -11,6 +11,7 @@ import pytest
 import torch
 import vision_restated as restated
 from parity import assert_equal, float64, gradients, relative
+from vision_restated import renamed
 
 from d2v_fast.nn import Data2Vec, Data2VecConfig, make_batch
 from d2v_fast.train.optim import OptimConfig, build_optimizer
@@ -42,29 +43,6 @@ def pair(sizes, drop_path):
     ours = Data2Vec(config)
     ours.load_state_dict(renamed(student.state_dict()) | teacher_weights(teacher))
     return student, teacher, ours.train()
-
-
-def renamed(state):
-    """Tensors of the restated model's parameters under our names."""
-    copied = {
-        "frontend.class_token": state["cls_token"].flatten(),
-        "frontend.mask_embedding": state["mask_token"].flatten(),
-        "encoder.relative_bias.table": state["relative_position_bias_table"],
-    }
-    parts = {"attn.qkv": "attention.qkv", "attn.q_bias": "attention.q_bias", "attn.v_bias": "attention.v_bias"}
-    parts |= {"attn.proj": "attention.out", "mlp.fc1": "fc1", "mlp.fc2": "fc2", "norm1": "norm1", "norm2": "norm2"}
-    parts |= {"gamma_1": "scale1", "gamma_2": "scale2"}
-    roots = {"patch_embed.": "frontend.proj.", "norm.": "encoder.norm.", "lm_head.": "head.0."}
-    for name, x in state.items():
-        for old, new in roots.items():
-            if name.startswith(old):
-                copied[new + name.removeprefix(old)] = x
-        for old, new in parts.items():
-            pieces = name.split(".", 2)  # blocks, index, rest
-            if pieces[0] == "blocks" and (pieces[2] == old or pieces[2].startswith(f"{old}.")):
-                copied[f"encoder.layers.{pieces[1]}.{new}{pieces[2].removeprefix(old)}"] = x
-    assert len(copied) == len(state)
-    return copied
 
 
 def teacher_weights(teacher):

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 
 class Attention(nn.Module):
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.dropout = heads, dropout
         self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.q_bias, self.v_bias = nn.Parameter(torch.zeros(dim)), nn.Parameter(torch.zeros(dim))
         self.proj = nn.Linear(dim, dim)
@@ -23,15 +23,17 @@ class Attention(nn.Module):
         bias = torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         q, k, v = (self.qkv(x) + bias).reshape(B, N, 3, self.heads, C // self.heads).permute(2, 0, 3, 1, 4)
         logits = (q * (C // self.heads) ** -0.5) @ k.transpose(-2, -1) + position_bias  # [B, H, N, N]
-        return self.proj((logits.softmax(-1) @ v).transpose(1, 2).reshape(B, N, C))
+        shares = F.dropout(logits.softmax(-1), self.dropout, self.training)
+        return self.proj((shares @ v).transpose(1, 2).reshape(B, N, C))
 
 
 class Block(nn.Module):
-    def __init__(self, dim: int, heads: int, ffn: int, scale: float, drop_path: float) -> None:
+    def __init__(self, sizes: dict, scale: float, drop_path: float, attention_dropout: float) -> None:
         super().__init__()
+        dim, ffn = sizes["dim"], sizes["ffn_dim"]
         self.drop_path = drop_path
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, heads)
+        self.attn = Attention(dim, sizes["heads"], attention_dropout)
         self.mlp = nn.ModuleDict({"fc1": nn.Linear(dim, ffn), "fc2": nn.Linear(ffn, dim)})
         self.gamma_1 = nn.Parameter(torch.full((dim,), scale))
         self.gamma_2 = nn.Parameter(torch.full((dim,), scale))
@@ -51,15 +53,24 @@ class Block(nn.Module):
 class Vision(nn.Module):
     """Images [B, 3, S, S] and a mask [B, P] to normed outputs, and the outputs of every block, [B, 1 + P, C]."""
 
-    def __init__(self, size: int, patch: int, sizes: dict, *, scale: float, drop_path: float = 0.0) -> None:
+    def __init__(
+        self,
+        size: int,
+        patch: int,
+        sizes: dict,  # layers, dim, heads, ffn_dim
+        *,
+        scale: float,  # initial LayerScale
+        drop_path: float = 0.0,  # of the last block; grows linearly from 0
+        attention_dropout: float = 0.0,
+    ) -> None:
         super().__init__()
         self.grid = size // patch
-        layers, dim, ffn, heads = (sizes[name] for name in ("layers", "dim", "ffn_dim", "heads"))
+        layers, dim = sizes["layers"], sizes["dim"]
         self.patch_embed = nn.Conv2d(3, dim, patch, patch)
         self.cls_token, self.mask_token = nn.Parameter(torch.zeros(1, 1, dim)), nn.Parameter(torch.zeros(1, 1, dim))
-        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * self.grid - 1) ** 2 + 3, heads))
+        self.relative_position_bias_table = nn.Parameter(torch.zeros((2 * self.grid - 1) ** 2 + 3, sizes["heads"]))
         rates = [drop_path * i / max(layers - 1, 1) for i in range(layers)]
-        self.blocks = nn.ModuleList(Block(dim, heads, ffn, scale, rate) for rate in rates)
+        self.blocks = nn.ModuleList(Block(sizes, scale, rate, attention_dropout) for rate in rates)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.lm_head = nn.Linear(dim, dim)
 
@@ -114,3 +125,26 @@ def follow(teacher: Vision, student: Vision, decay: float) -> None:
     """The teacher moves towards the student as it is after the optimizer's step."""
     for mine, theirs in zip(teacher.parameters(), student.parameters(), strict=True):
         mine.copy_(decay * mine + (1 - decay) * theirs)
+
+
+def renamed(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of every parameter, such as weights or gradients, under the names of our model."""
+    copied = {
+        "frontend.class_token": state["cls_token"].flatten(),
+        "frontend.mask_embedding": state["mask_token"].flatten(),
+        "encoder.relative_bias.table": state["relative_position_bias_table"],
+    }
+    parts = {"attn.qkv": "attention.qkv", "attn.q_bias": "attention.q_bias", "attn.v_bias": "attention.v_bias"}
+    parts |= {"attn.proj": "attention.out", "mlp.fc1": "fc1", "mlp.fc2": "fc2", "norm1": "norm1", "norm2": "norm2"}
+    parts |= {"gamma_1": "scale1", "gamma_2": "scale2"}
+    roots = {"patch_embed.": "frontend.proj.", "norm.": "encoder.norm.", "lm_head.": "head.0."}
+    for name, x in state.items():
+        for old, new in roots.items():
+            if name.startswith(old):
+                copied[new + name.removeprefix(old)] = x
+        for old, new in parts.items():
+            pieces = name.split(".", 2)  # blocks, index, rest
+            if pieces[0] == "blocks" and (pieces[2] == old or pieces[2].startswith(f"{old}.")):
+                copied[f"encoder.layers.{pieces[1]}.{new}{pieces[2].removeprefix(old)}"] = x
+    assert len(copied) == len(state)
+    return copied
