@@ -5,7 +5,7 @@ import importlib.util
 import os
 import platform
 
-OPTIONAL = ("flash-attn", "xformers", "apex", "transformers", "ve-fairseq")
+OPTIONAL = ("flash-attn", "flash-attn-3", "flash-attn-4", "xformers", "apex", "transformers", "ve-fairseq")
 OPS = (
     "masked_smooth_l1",
     "layer_targets",
@@ -16,6 +16,7 @@ OPS = (
     "ema_update_",
     "adamw_ema_",
     "l2_norm",
+    "bias_attention",
 )
 # the general path of each on a GPU, where the extension is not used
 EXTENSION = {
@@ -41,6 +42,7 @@ def info() -> str:
     import torch
 
     from d2v_fast import __version__
+    from d2v_fast.nn import attention_backends
     from d2v_fast.ops import _extension
     from d2v_fast.ops._dispatch import INTERPRET
 
@@ -72,7 +74,7 @@ def info() -> str:
     lines.append("op strided_conv                CUDA and CPU: PyTorch matrix products")
     lines.append(f"extension     {'not used: ' + why_not if why_not else 'loaded'}")
     lines += [f"              {text}" for text in _extension.describe()]
-    lines.append("attention     torch scaled_dot_product_attention")
+    lines += [f"attention     {text}" for text in attention_backends.report()]
     cores, threads = _cores(), torch.get_num_threads()
     omp = os.environ.get("OMP_NUM_THREADS", "unset")
     lines.append(f"threads       {cores} cores, torch uses {threads}, OMP_NUM_THREADS={omp}")

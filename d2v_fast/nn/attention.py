@@ -79,6 +79,7 @@ def attention(
         padding_mask is not None,
         wants_grad(q, k, v, bias, None if alibi is None else alibi[0]),
         torch.compiler.is_compiling(),
+        torch.are_deterministic_algorithms_enabled(),
     )
     queries = sequences if queries is None else queries
     inputs = Inputs(q, k, v, sequences, queries, bias, alibi, padding_mask, float(dropout_p))

@@ -6,7 +6,7 @@ dropout, which FlashAttention 3 and 4 and PyTorch's ``varlen_attn`` lack, teache
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Literal, NamedTuple
 
@@ -34,6 +34,7 @@ class Case:
     padding: bool = False  # a padding mask
     grad: bool = True  # a backward may follow
     compiling: bool = False  # inside of torch.compile
+    deterministic: bool = False  # torch.use_deterministic_algorithms
 
 
 @dataclass(frozen=True)
@@ -55,32 +56,36 @@ class Backend:
     biases: tuple[str, ...] = ("none",)
     padding: bool = False
     compiles: bool = True
+    deterministic: bool = True  # its backward, when PyTorch is told to be
+
+    def other_kind(self, case: Case) -> str:
+        """Why this backend is for something else: other devices, or tensors of another layout; empty if it is not."""
+        layout = "packed" if case.packed else "dense"
+        if self.devices is not None and case.device not in self.devices:
+            return f"runs on {' and '.join(self.devices)}, not on {case.device}"
+        if layout not in self.layouts:
+            return f"takes {' and '.join(self.layouts)} tensors, not {layout}"
+        return "is for a bias only" if case.bias == "none" and case.bias not in self.biases else ""
 
     def misfit(self, case: Case, capability: tuple[int, int]) -> str:
         """Why this backend does not take ``case`` on a GPU of ``capability``, whatever is installed; empty if it does.
 
         On other devices than GPUs the capability does not matter.
         """
-        if self.devices is not None and case.device not in self.devices:
-            return f"runs on {' and '.join(self.devices)}, not on {case.device}"
-        if case.device == "cuda":
-            reason = self._misfit_gpu(case, capability)
-            if reason:
-                return reason
-        layout = "packed" if case.packed else "dense"
+        reason = self.other_kind(case) or (self._misfit_gpu(case, capability) if case.device == "cuda" else "")
+        bias = {"none": "", "dense": "takes no bias", "alibi": "takes no ALiBi with a gradient"}[case.bias]
+        size = case.head_dim
         checks = (
+            (bool(reason), reason),
             (case.dtype not in self.dtypes, f"does not take {str(case.dtype).removeprefix('torch.')}"),
-            (case.head_dim > self.max_head_dim, f"head dim at most {self.max_head_dim}, not {case.head_dim}"),
-            (
-                case.head_dim % self.head_dim_multiple != 0,
-                f"head dim a multiple of {self.head_dim_multiple}, not {case.head_dim}",
-            ),
-            (layout not in self.layouts, f"takes {' and '.join(self.layouts)} tensors, not {layout}"),
+            (size > self.max_head_dim, f"takes a head dim of at most {self.max_head_dim}, not {size}"),
+            (size % self.head_dim_multiple != 0, f"takes a head dim of a multiple of {self.head_dim_multiple}"),
             (case.other_queries and not self.other_queries, "takes no other queries than keys"),
             (case.dropout and not self.dropout, "has no dropout"),
-            (case.bias not in self.biases, _bias_reason(case.bias)),
+            (case.bias not in self.biases, bias),
             (case.padding and not self.padding, "takes no padding mask"),
             (case.compiling and not self.compiles, "cannot be traced by torch.compile"),
+            (case.deterministic and case.grad and not self.deterministic, "has no deterministic backward"),
         )
         return next((reason for applies, reason in checks if applies), "")
 
@@ -94,10 +99,6 @@ class Backend:
         if case.grad and self.forward_only is not None and self.forward_only[0] <= capability < self.forward_only[1]:
             return f"has no backward where {this}"
         return ""
-
-
-def _bias_reason(bias: str) -> str:
-    return {"none": "is for a bias only", "dense": "takes no bias", "alibi": "takes no ALiBi with a gradient"}[bias]
 
 
 # Best first. A name may occur twice: the first entry that takes a case counts.
@@ -117,7 +118,7 @@ BACKENDS = (
     # PyTorch itself puts cuDNN first on these two generations
     Backend(
         "sdpa_cudnn", calls.sdpa_cudnn, "cudnn", capabilities=((9, 0), (11, 0)), max_head_dim=128,
-        head_dim_multiple=8, layouts=("dense",), dropout=False,
+        head_dim_multiple=8, layouts=("dense",), dropout=False, deterministic=False,
     ),
     Backend("torch_varlen", calls.torch_varlen, "flash", layouts=("packed",), dropout=False),
     Backend("fa2", calls.fa2, "flash_attn"),
@@ -125,6 +126,7 @@ BACKENDS = (
     Backend("aten_flash", calls.aten_flash, "flash", layouts=("packed",)),
     Backend(
         "sdpa_cudnn", calls.sdpa_cudnn, "cudnn", max_head_dim=128, head_dim_multiple=8, layouts=("dense",),
+        deterministic=False,
     ),
     Backend(
         "sdpa_efficient", calls.sdpa_efficient, capabilities=((5, 0), (99, 0)), dtypes=FLOAT, max_head_dim=1024,
@@ -137,7 +139,7 @@ BACKENDS = (
     Backend("xformers", calls.xformers, "xformers", dtypes=FLOAT, head_dim_multiple=8, compiles=False),
     Backend(
         "flex", calls.flex, "triton", dtypes=FLOAT, layouts=("dense",), dropout=False,
-        biases=("none", "dense", "alibi"),
+        biases=("none", "dense", "alibi"), deterministic=False,
     ),
     # On the CPU, and the last resort elsewhere
     Backend("each", calls.each, devices=("cpu",), dtypes=ALL, max_head_dim=2**16, layouts=("packed",), compiles=False),
@@ -151,6 +153,11 @@ BACKENDS = (
             layouts=("dense",), biases=("none", "dense", "alibi"), padding=True,
         )
         for name, call in (("sdpa", calls.sdpa), ("sdpa_math", calls.sdpa_math))
+    ),
+    # its reference, by name only: as a whole tensor of weights it is no better than the others
+    Backend(
+        "bias_attention", calls.bias_attention, devices=("cpu",), dtypes=ALL, max_head_dim=128, layouts=("dense",),
+        biases=("none", "dense", "alibi"),
     ),
 )  # fmt: skip
 NAMES = tuple(dict.fromkeys(backend.name for backend in BACKENDS))
@@ -232,13 +239,15 @@ class Choice(NamedTuple):
 def select(case: Case, capability: tuple[int, int] = (0, 0), lacks: Callable[[str], str] = lacks) -> Choice:
     """The first backend that takes ``case`` and is installed; there always is one.
 
+    Backends for other devices, other layouts or a bias that is not there do not count as passed over.
+
     Args:
         case: what is asked for.
         capability: of the GPU, if it is one.
         lacks: tells why a key of ``PROBES`` is missing; this machine's by default.
     """
     passed = []
-    for backend in BACKENDS:
+    for backend in (backend for backend in BACKENDS if not backend.other_kind(case)):
         reason = backend.misfit(case, capability)
         missing = "" if reason else lacks(backend.needs)
         if not reason and not missing:
@@ -307,3 +316,16 @@ RECIPES = {
     "float32 student": Case(dtype=torch.float32, dropout=True),
     "float32 student, packed": Case(dtype=torch.float32, dropout=True, packed=True),
 }
+
+
+def describe(case: Case, capability: tuple[int, int] = (0, 0), lacks: Callable[[str], str] = lacks) -> str:
+    """The backend for ``case`` and, in brackets, the better ones that are not used, each with the reason."""
+    choice = select(case, capability, lacks)
+    return f"{choice.backend.name} ({_list(choice.passed_over)})" if choice.passed_over else choice.backend.name
+
+
+def report() -> list[str]:
+    """One line for each of ``RECIPES``: what computes it on this machine, on its first GPU if it has one."""
+    device, capability = ("cuda", _capability(0)) if torch.cuda.is_available() else ("cpu", (0, 0))
+    width = max(map(len, RECIPES))
+    return [f"{name:<{width}}  {describe(replace(case, device=device), capability)}" for name, case in RECIPES.items()]

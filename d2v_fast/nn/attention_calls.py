@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from d2v_fast import ops
 from d2v_fast.nn.sequences import Sequences
 
 
@@ -125,10 +126,8 @@ def xformers(x: Inputs) -> Tensor:
 
 def bias_attention(x: Inputs) -> Tensor:
     """Our kernel: the bias and its gradient without a tensor of the logits' size."""
-    from d2v_fast.ops import bias_attention
-
     slopes, positions = x.alibi or (None, None)
-    return bias_attention(x.q, x.k, x.v, x.bias, slopes=slopes, positions=positions, p=x.dropout_p)
+    return ops.bias_attention(x.q, x.k, x.v, x.bias, slopes=slopes, positions=positions, p=x.dropout_p)
 
 
 def flex(x: Inputs) -> Tensor:
