@@ -11,11 +11,13 @@ from d2v_fast.nn import Data2VecConfig, PatchEmbed, SpeechFrontEnd, TextEmbeddin
 from d2v_fast.nn.config import (
     EMAConfig,
     EncoderConfig,
+    ImageFrontEndConfig,
     LossConfig,
     SpeechFrontEndConfig,
     TargetConfig,
     TextFrontEndConfig,
 )
+from d2v_fast.nn.sequences import Sequences
 
 
 def front(modality, **changes):
@@ -24,10 +26,17 @@ def front(modality, **changes):
     return kind(replace(config.frontend, **changes), config.encoder)
 
 
-def three_rows(lengths):
+def three_rows(lengths, **numbers):
     mask = np.zeros((3, 5), bool)
     mask[1, 2] = True
-    return make_batch(torch.zeros(3, 5), mask, np.array(lengths))
+    return make_batch(torch.zeros(3, 5), mask, np.array(lengths), **numbers)
+
+
+def packed_text(*lengths, tokens=None, token=9, ends=None):
+    sequences = Sequences.from_lengths(lengths)
+    if ends is not None:
+        sequences = replace(sequences, cu_seqlens=torch.tensor(ends, dtype=torch.int32))
+    return front("text")(torch.full((tokens or sum(lengths),), token), sequences=sequences)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +110,63 @@ def test_text_mask_token():
     assert torch.equal(masked, embedding(torch.tensor([[9, 49, 9, 9]])))
 
 
+def test_packed_text():
+    """As in a batch; a sequence without tokens takes no rows."""
+    embedding = front("text", dropout=0.0)
+    tokens = torch.randint(4, 49, (3, 6))
+    mask, padding = torch.rand(3, 6) < 0.5, torch.arange(6) >= torch.tensor([[4], [6], [1]])
+    valid = Sequences.from_mask(~padding.numpy())
+    rows, masked_rows = valid.take(tokens.flatten()), valid.take(mask.flatten())
+    want = embedding(tokens, mask, padding)[~padding]
+    assert torch.equal(embedding(rows, masked_rows, sequences=valid), want)
+    gap = replace(valid, cu_seqlens=torch.tensor([0, 4, 4, 10, 11, 11], dtype=torch.int32))
+    assert torch.equal(embedding(rows, masked_rows, sequences=gap), want)
+
+
+@pytest.mark.parametrize("modality", ["text", "packed text", "image"])
+def test_masked_and_clean(modality):
+    """One pass instead of two, with all gradients of the masked one."""
+    frontend = front(modality.split()[-1]).double()
+    if modality == "image":
+        mask = torch.rand(3, 36) < 0.5
+        args, how, mask_argument = (torch.randn(3, 3, 24, 24).double(),), {}, mask
+    else:
+        frontend.config = replace(frontend.config, dropout=0.0)
+        tokens, mask = torch.randint(4, 49, (3, 6)), torch.rand(3, 6) < 0.5
+        padding = torch.arange(6) >= torch.tensor([[4], [6], [1]])
+        mask, how = mask & ~padding, {"padding_mask": padding}
+        args, mask_argument = (tokens,), Sequences.from_mask(mask.numpy())
+        if modality == "packed text":
+            valid = Sequences.from_mask(~padding.numpy())
+            args, mask, how = (valid.take(tokens.flatten()),), valid.take(mask.flatten()), {"sequences": valid}
+            mask_argument = Sequences.from_mask(mask.numpy()[None])
+    masked, clean = frontend.masked_and_clean(*args, mask_argument, **how)
+    want = frontend(*args, mask, **how)
+    torch.testing.assert_close(masked, want)
+    torch.testing.assert_close(clean, frontend(*args, None, **how))
+    assert not clean.requires_grad
+    upstream = torch.randn_like(want)
+    for got, expected in zip(
+        *(torch.autograd.grad(x, list(frontend.parameters()), upstream, allow_unused=True) for x in (masked, want)),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_patches_are_a_convolution():
+    """The product over patches gives what the convolution gives that holds the parameters, gradients included."""
+    embed = front("image").double()
+    images = torch.randn(2, 3, 24, 24).double().to(memory_format=torch.channels_last).requires_grad_()
+    got = embed(images)[:, 1:]
+    want = embed.proj(images).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(got, want)
+    upstream, inputs = torch.randn_like(got), [images, embed.proj.weight, embed.proj.bias]
+    for a, b in zip(
+        torch.autograd.grad(got, inputs, upstream), torch.autograd.grad(want, inputs, upstream), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
 def test_image_patches_are_in_row_major_order():
     embed = front("image")
     images = torch.zeros(1, 3, 24, 24)
@@ -132,7 +198,32 @@ def test_image_patches_are_in_row_major_order():
         (lambda: front("text")(torch.randn(2, 5)), TypeError, "tokens must be int64 or int32 ids, got torch.float32"),
         (lambda: front("text")(torch.full((2, 5), 50)), ValueError, r"tokens must be ids in 0\.\.49, got 50\.\.50"),
         (lambda: front("text")(torch.arange(-1, 4)[None]), ValueError, r"tokens must be ids in 0\.\.49, got -1\.\.3"),
-        (lambda: front("text")(torch.ones(2, 31).long()), ValueError, r"tokens must be \[B, 1 <= T <= 30\], got \(2, 31\)"),
+        (
+            lambda: front("text")(torch.ones(2, 31).long()),
+            ValueError,
+            r"be \[B, 1 <= T <= 30\], got \(2, 31\)",
+        ),
+        (
+            lambda: front("text")(torch.ones(2, 0).long()),
+            ValueError,
+            r"be \[B, 1 <= T <= 30\], got \(2, 0\)",
+        ),
+        (lambda: packed_text(2, 4, tokens=5), ValueError, r"tokens must be \[6\], as packed, got \(5,\)"),
+        (
+            lambda: packed_text(31, 4),
+            ValueError,
+            "at most 30 tokens each, got one of max_length 31",
+        ),
+        (lambda: packed_text(2, 4, ends=[0, 4, 3, 6]), ValueError, r"rise from 0 to 6 by .* 30, got \[0, 4, 3, 6\]"),
+        (lambda: packed_text(2, 4, ends=[1, 4, 6]), ValueError, r"cu_seqlens must rise from 0 to 6 .*\[1, 4, 6\]"),
+        (lambda: packed_text(2, 4, ends=[0, 4, 5]), ValueError, r"cu_seqlens must rise from 0 to 6 .*\[0, 4, 5\]"),
+        (lambda: packed_text(2, 4, token=50), ValueError, r"tokens must be ids in 0\.\.49, got 50\.\.50"),
+        (lambda: front("image")(torch.randn(2, 3, 25, 25)), ValueError, "a grid of 6 x 6 patches of 4 pixels, got"),
+        (
+            lambda: ImageFrontEndConfig(image_size=25, patch_size=4),
+            ValueError,
+            "a multiple of patch_size, got 25",
+        ),
         (lambda: EncoderConfig(dim=30, heads=4), ValueError, "encoder.dim 30 must be a multiple of heads 4"),
         (lambda: EncoderConfig(dropout=1.0), ValueError, r"encoder.dropout must be in \[0, 1\), got 1.0"),
         (lambda: EncoderConfig(pos_conv_depth=-1), ValueError, "pos_conv_depth must be >= 0"),
@@ -156,6 +247,13 @@ def test_image_patches_are_in_row_major_order():
         (lambda: three_rows(lengths=[5, 6, 5]), ValueError, r"lengths must be in 1\.\.5, got \[5, 6, 5\]"),
         (lambda: three_rows(lengths=[5.0, 4.0, 5.0]), TypeError, "lengths must be integers, got float64"),
         (lambda: three_rows(lengths=[5, 2, 5]), ValueError, "mask must be False in the padding"),
+        (lambda: three_rows(lengths=[5, 4, 5], num_masked=0), ValueError, "num_masked must be from 1 to 14, .*got 0"),
+        (
+            lambda: three_rows(lengths=[5, 4, 5], num_masked=15),
+            ValueError,
+            "num_masked must be from 1 to 14, .*15",
+        ),
+        (lambda: three_rows(lengths=[5, 4, 5], num_valid=13), ValueError, "num_valid must be at least 14, .* got 13"),
     ],
 )
 def test_bad_input(make, error, match):
@@ -218,3 +316,29 @@ def test_batch_positions_and_padding():
     assert tiny_batch(tiny_config("text")).padding_mask is None
     moved = batch.to("cpu")
     assert torch.equal(moved.inputs, batch.inputs) and moved.skipped == ()
+
+
+def test_batch_sequences():
+    """Masked positions among all, and among valid ones; also where their numbers are fixed."""
+    mask = np.array([[1, 0, 1, 0, 0], [0, 0, 0, 0, 0], [0, 1, 1, 0, 0]], bool)
+    plain = make_batch(torch.zeros(3, 5), mask)
+    assert plain.valid is plain.masked_in_valid is plain.masked_alone is plain.padding_mask is None
+    assert plain.masked.rows.tolist() == plain.positions.tolist() == [0, 2, 11, 12]
+    lengths = np.array([4, 2, 5])
+    batch = make_batch(torch.zeros(3, 5), mask, lengths)
+    assert batch.valid.rows.tolist() == [0, 1, 2, 3, 5, 6, 10, 11, 12, 13, 14]
+    assert batch.masked_in_valid.rows.tolist() == [0, 2, 7, 8]
+    assert batch.masked_in_valid.cu_seqlens.tolist() == batch.masked.cu_seqlens.tolist() == [0, 2, 2, 4]
+
+    fixed = make_batch(torch.zeros(3, 5), mask, lengths, num_masked=7, num_valid=13)
+    assert fixed.num_masked == 4 and fixed.positions.tolist() == [0, -1, 2, -1, -1, 11, 12]
+    assert fixed.masked.rows.tolist() == [0, 1, 2, 3, 5, 11, 12] and fixed.masked.real.sum() == 4
+    assert fixed.masked_in_valid.rows.tolist() == [0, 1, 2, 3, 4, 7, 8]
+    assert fixed.masked_in_valid.cu_seqlens.tolist() == [0, 4, 5, 7, 7, 7, 7]  # none in the three that only fill up
+    assert fixed.valid.count == 6 and fixed.valid.num_rows == 13 and fixed.valid.real.sum() == 11
+    assert fixed.masked_alone.rows[:4].tolist() == [0, 2, 11, 12] and fixed.masked_alone.num_rows == 7
+    moved = fixed.to("meta")
+    for name in ("masked", "masked_alone", "valid", "masked_in_valid"):
+        assert getattr(moved, name).rows.is_meta and getattr(moved, name).max_length == 5
+    unpadded = make_batch(torch.zeros(3, 5), mask, num_valid=15)
+    assert not unpadded.padding_mask.any() and unpadded.lengths.tolist() == [5, 5, 5]

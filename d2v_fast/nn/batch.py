@@ -95,6 +95,9 @@ def make_batch(
     )
     if not padding.any() and num_valid is None:
         return batch
+    count = int((~padding).sum())
+    if num_valid is not None and num_valid < count:
+        raise ValueError(f"num_valid must be at least {count}, the valid positions, got {num_valid}")
     valid = Sequences.from_mask(~padding, num_rows=num_valid)
     return replace(
         batch,

@@ -41,8 +41,8 @@ class TextEmbedding(nn.Module):
 
         Raises:
             TypeError: the ids are not int64 or int32.
-            ValueError: not [B, T], or with ``sequences`` not their rows [N]; no token at all; a row or sequence longer
-                than the position table; ids outside of the vocabulary, or of padding among packed ones. The last two
+            ValueError: not [B, T] with T above 0, or with ``sequences`` not their rows [N]; a row or sequence longer
+                than the position table; ids outside of the vocabulary, or ``cu_seqlens`` that are none. The last two
                 are only looked for on the CPU: elsewhere that would wait for the device.
         """
         self._check(tokens, sequences)
@@ -96,20 +96,30 @@ class TextEmbedding(nn.Module):
         return kept.cumsum(1) * kept + self.config.pad_index  # [B, T]; padding gets pad_index
 
     def _check(self, tokens: Tensor, sequences: Sequences | None) -> None:
-        c = self.config
+        c, looks = self.config, tokens.device.type == "cpu" and not torch.compiler.is_compiling()
         if tokens.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"tokens must be int64 or int32 ids, got {tokens.dtype}")
-        if sequences is None:
-            if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= c.max_positions:
-                raise ValueError(f"tokens must be [B, 1 <= T <= {c.max_positions}], got {tuple(tokens.shape)}")
-        else:
-            if tokens.shape != (sequences.num_rows,):
-                raise ValueError(f"tokens must be [{sequences.num_rows}], as packed, got {tuple(tokens.shape)}")
-            if sequences.max_length > c.max_positions:
-                raise ValueError(
-                    f"sequences must have at most {c.max_positions} tokens each, got max_length {sequences.max_length}"
-                )
-        if tokens.device.type == "cpu" and tokens.numel() > 0 and not torch.compiler.is_compiling():
+        if sequences is not None:
+            self._check_packed(tokens, sequences, looks)
+        elif tokens.ndim != 2 or not 1 <= tokens.shape[1] <= c.max_positions:
+            raise ValueError(f"tokens must be [B, 1 <= T <= {c.max_positions}], got {tuple(tokens.shape)}")
+        if looks and tokens.numel() > 0:
             low, high = (bound.item() for bound in tokens.aminmax())
             if low < 0 or high >= c.vocab_size:
                 raise ValueError(f"tokens must be ids in 0..{c.vocab_size - 1}, got {low}..{high}")
+
+    def _check_packed(self, tokens: Tensor, sequences: Sequences, looks: bool) -> None:
+        most, ends = self.config.max_positions, sequences.cu_seqlens
+        if tokens.shape != (sequences.num_rows,):
+            raise ValueError(f"tokens must be [{sequences.num_rows}], as packed, got {tuple(tokens.shape)}")
+        if sequences.max_length > most:
+            raise ValueError(
+                f"sequences must have at most {most} tokens each, got one of max_length {sequences.max_length}"
+            )
+        if not looks:
+            return
+        lengths = ends.diff()
+        if ends[0] != 0 or ends[-1] != sequences.num_rows or lengths.min() < 0 or lengths.max() > most:
+            raise ValueError(
+                f"sequences.cu_seqlens must rise from 0 to {sequences.num_rows} by at most {most}, got {ends.tolist()}"
+            )
