@@ -2,7 +2,7 @@
 
 fairseq's side is what its trainer does: teacher step at the start (``set_num_updates``), loss, gradients divided by the
 number of masked positions, AdamW. Loss, every gradient, every weight and every weight of the teacher are compared at
-every update. Odd updates have padding. In float32 the learning rate is small: Adam's first steps move
+every update. Every second batch has padding. In float32 the learning rate is small: Adam's first steps move
 each weight by the learning rate times the sign of its gradient, and signs of the smallest gradients are rounding. In
 float64 (fairseq's casts to float32 taken away) it is the recipe's, and nothing is left of the differences.
 """
@@ -35,14 +35,14 @@ class Speech:
         return model.ema.fp32_params
 
     @staticmethod
-    def batch(config, update):
+    def batch(config, number):
         """Arguments of fairseq's forward, and our batch: 24 frames, with padding 24, 19 and 20."""
-        samples = np.array([8000, 6400, 6800]) if update % 2 else np.full(3, 8000)
+        samples = np.array([8000, 6400, 6800]) if number % 2 else np.full(3, 8000)
         frames = config.frontend.num_frames(samples)
         padding = torch.arange(8000) >= torch.from_numpy(samples)[:, None]
         waves = torch.randn(3, 8000).masked_fill(padding, 0)
-        mask = config.mask.draw(np.random.default_rng(update), frames, 24)
-        theirs = {"source": waves, "mask_indices": mask, "padding_mask": padding if update % 2 else None}
+        mask = config.mask.draw(np.random.default_rng(number), frames, 24)
+        theirs = {"source": waves, "mask_indices": mask, "padding_mask": padding if number % 2 else None}
         return theirs, make_batch(waves, mask, frames)
 
 
@@ -55,30 +55,34 @@ class Text:
         return model.encoder.ema.fp32_params
 
     @staticmethod
-    def batch(config, update):
+    def batch(config, number):
         """The same for rows of up to 37 tokens; the teacher reads the masked ones only."""
-        lengths = np.array([37, 25, 30]) if update % 2 else np.full(3, 37)
+        lengths = np.array([37, 25, 30]) if number % 2 else np.full(3, 37)
         valid = torch.arange(37) < torch.from_numpy(lengths)[:, None]
         tokens = torch.randint(4, VOCAB - 1, (3, 37)).where(valid, 1)
-        drawn = config.mask.draw(np.random.default_rng(update), lengths, 37)
+        drawn = config.mask.draw(np.random.default_rng(number), lengths, 37)
         mask = torch.from_numpy(drawn)
         theirs = {"src_tokens": tokens.where(~mask, VOCAB - 1), "target_tokens": tokens.where(mask, 1)}
         return theirs, make_batch(tokens, drawn, lengths)
 
 
-def fairseq_step(model, kind, batch, optimizer, clip_norm):
+def fairseq_step(model, kind, update, batches, optimizer, clip_norm):
     """One update as fairseq's trainer makes it; loss per masked position, and the gradients before clipping."""
-    out = model(**batch)
-    loss = out["losses"][kind.loss_name]
+    loss, count = 0.0, 0
     optimizer.zero_grad()
-    loss.backward()
+    for index, batch in enumerate(batches):
+        if index:
+            model.set_num_updates(update)  # steps the teacher once more
+        out = model(**batch)
+        out["losses"][kind.loss_name].backward()
+        loss, count = loss + out["losses"][kind.loss_name].detach(), count + out["sample_size"]
     for p in model.parameters():
-        p.grad = torch.zeros_like(p) if p.grad is None else p.grad / out["sample_size"]
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad / count
     grads = {name: x.clone() for name, x in gradients(model).items()}
     if clip_norm:
         peer.fairseq.utils.clip_grad_norm_(model.parameters(), clip_norm)
     optimizer.step()
-    return loss.detach() / out["sample_size"], grads
+    return loss / count, grads
 
 
 def adamw(theirs, ours, lr):
@@ -112,7 +116,7 @@ def keep_gradients(model):
     return kept
 
 
-def run(kind, *, lr, tolerance, optimizers=adamw, updates=UPDATES, clip_norm=0.0, **options):
+def run(kind, *, lr, tolerance, optimizers=adamw, updates=UPDATES, clip_norm=0.0, accumulate=1, **options):
     """Both sides through ``updates``; every difference is at most ``tolerance`` of the tensor."""
     theirs, ours = kind.pair(**options)
     layers = ours.config.encoder.layers
@@ -122,9 +126,10 @@ def run(kind, *, lr, tolerance, optimizers=adamw, updates=UPDATES, clip_norm=0.0
     for update in range(updates):
         theirs.set_num_updates(update)  # steps fairseq's teacher
         teacher_match(theirs, ours, kind, tolerance)
-        their_batch, batch = kind.batch(ours.config, update)
-        want, grads = fairseq_step(theirs, kind, their_batch, their_optimizer, clip_norm)
-        metrics = train_step(ours, [batch], optimizer, lr=lr, update=update, clip_norm=clip_norm)
+        numbers = range(update * accumulate, (update + 1) * accumulate)
+        their_batches, batches = zip(*(kind.batch(ours.config, number) for number in numbers), strict=True)
+        want, grads = fairseq_step(theirs, kind, update, their_batches, their_optimizer, clip_norm)
+        metrics = train_step(ours, batches, optimizer, lr=lr, update=update, clip_norm=clip_norm)
         assert relative(metrics.loss, want) <= tolerance
         assert_equal(kept, kind.renamed(grads, layers), tolerance)
         assert_equal({name: ours.get_parameter(name) for name in kept}, kind.weights(theirs, layers), tolerance)
@@ -153,6 +158,13 @@ def test_float32_at_the_published_widths(kind):
 def test_float64(kind, optimizers):
     with float64():
         run(kind, lr=5e-4, tolerance=1e-11, optimizers=optimizers)
+
+
+@KINDS
+def test_accumulated(kind):
+    """Two micro-batches an update, each of which steps fairseq's teacher."""
+    with float64():
+        run(kind, lr=5e-4, tolerance=1e-11, updates=4, accumulate=2)
 
 
 @KINDS
