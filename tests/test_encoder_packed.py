@@ -22,7 +22,8 @@ RECIPES = ("speech", "text", "image")
 
 def encoder_of(modality: str, **options) -> TransformerEncoder:
     """A tiny encoder without dropout whose weights are far from their initial values."""
-    encoder = TransformerEncoder(tiny_config(modality, **{**NO_DROPOUT, "layer_scale": 0.5, **options}).encoder, 6)
+    config = tiny_config(modality, **NO_DROPOUT, layer_scale=0.5).encoder
+    encoder = TransformerEncoder(replace(config, **options), 6)
     with torch.no_grad():
         for p in encoder.parameters():
             p.add_(0.1 * torch.randn_like(p))
