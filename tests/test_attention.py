@@ -1,63 +1,477 @@
-"""Attention against float64: dense and packed, biases, masks, other queries than keys; and which backend is taken."""
+"""Attention against float64: dense and packed, biases, masks, other queries than keys, bad input."""
 
+import re
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import torch
+from checks import DEVICE, assert_as_accurate_as_eager, no_synchronisation
 
 from d2v_fast.nn.attention import attention
-from d2v_fast.nn.attention_calls import Inputs, each, padded
+from d2v_fast.nn.attention_backends import BACKENDS, Case, lacks
 from d2v_fast.nn.sequences import Sequences
 
+H = 3
+LENGTHS = [5, 7, 0, 1, 30, 7, 7]
+ASKED = [2, 0, 1, 1, 11, 3, 3]
 
-def math_attention(q, k, v, bias=None, padding_mask=None):
-    """[B, T, H, D] in float64."""
-    q, k, v = (x.double().transpose(1, 2) for x in (q, k, v))
+
+def math_attention(q, k, v, bias=None, alibi=None, padding_mask=None, keep=None):
+    """[B, T, H, D], step by step in the dtype of q; rows without keys give 0. ``keep`` is a mask of kept weights."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     logits = q @ k.mT / q.shape[-1] ** 0.5
     if bias is not None:
-        logits = logits + bias.double()
+        logits = logits + bias
+    if alibi is not None:
+        slopes, positions = alibi
+        logits = logits - slopes[:, None, None] * (positions[:, None, :, None] - positions[:, None, None, :]).abs()
     if padding_mask is not None:
         logits = logits.masked_fill(padding_mask[:, None, None, :], float("-inf"))
-    return (logits.softmax(-1).nan_to_num() @ v).transpose(1, 2)
+    weights = logits.softmax(-1)
+    return ((weights if keep is None else weights * keep) @ v).transpose(1, 2)
 
 
-def math_packed(q, k, v, of_keys, of_queries):
-    parts = zip(q.split(of_queries), k.split(of_keys), v.split(of_keys), strict=True)
-    return torch.cat([math_attention(*(x[None] for x in part))[0] for part in parts])
+def math_packed(q, k, v, asked, lengths):
+    """Each sequence alone."""
+    parts = zip(q.split(asked), k.split(lengths), v.split(lengths), strict=True)
+    return torch.cat(
+        [math_attention(*(x[None] for x in part))[0] if part[1].numel() else part[0] * 0 for part in parts]
+    )
 
 
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("biased", [False, True])
-def test_dense(biased, padded):
-    q, k, v = torch.randn(3, 2, 13, 4, 8, requires_grad=True).unbind()
-    bias = torch.randn(4, 13, 13, requires_grad=True) if biased else None
-    padding = torch.arange(13) >= torch.tensor([[13], [9]]) if padded else None
-    got, want = attention(q, k, v, bias=bias, padding_mask=padding), math_attention(q, k, v, bias, padding)
-    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
-    upstream = torch.randn_like(got)
-    inputs = [q, k, v] + ([bias] if biased else [])
-    for a, b in zip(
-        torch.autograd.grad(got, inputs, upstream), torch.autograd.grad(want, inputs, upstream.double()), strict=True
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-def pack(lengths):
-    ends = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+def sequences_of(lengths, device="cpu"):
+    """Unlike ``Sequences.from_lengths``, some may be empty."""
+    ends = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
     return Sequences(ends, max(lengths), sum(lengths))
 
 
-@pytest.mark.parametrize("call", [each, padded])
-@pytest.mark.parametrize("asked", [None, [2, 0, 1, 3, 0]])
-def test_packed(call, asked):
-    lengths = [5, 7, 0, 1, 9]
-    sequences, queries = pack(lengths), pack(asked or lengths)
-    q = torch.randn(queries.num_rows, 3, 8, requires_grad=True)
-    k, v = torch.randn(2, sequences.num_rows, 3, 8, requires_grad=True).unbind()
-    got, want = call(Inputs(q, k, v, sequences, queries)), math_packed(q, k, v, lengths, asked or lengths)
-    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-6)
-    upstream = torch.randn_like(got)
-    for a, b in zip(
-        torch.autograd.grad(got, [q, k, v], upstream),
-        torch.autograd.grad(want, [q, k, v], upstream.double()),
-        strict=True,
+def random(*shape, dtype=torch.float32, device="cpu"):
+    return torch.randn(*shape, device=device).to(dtype).requires_grad_()
+
+
+def check(call, math, leaves, factor=2.0):
+    """Result and gradients of ``call`` against ``math`` in float64; the yardstick is the error of ``math``.
+
+    Both take the tensors of the dict ``leaves`` by name.
+    """
+    exact = {name: x.detach().double().requires_grad_() for name, x in leaves.items()}
+    outputs = call(**leaves), math(**leaves), math(**exact)
+    upstream = torch.randn_like(outputs[0])
+    grads = [
+        torch.autograd.grad(y, list(xs.values()), upstream.to(y.dtype))
+        for y, xs in zip(outputs, (leaves, leaves, exact), strict=True)
+    ]
+    assert outputs[0].dtype == next(iter(leaves.values())).dtype
+    for name, *results in zip(
+        ["output", *leaves], *([y, *gs] for y, gs in zip(outputs, grads, strict=True)), strict=True
     ):
+        try:
+            assert_as_accurate_as_eager(*results, factor=factor)
+        except AssertionError as error:
+            raise AssertionError(f"{name}: {error}") from None
+
+
+def check_dense(backend, dtype=torch.float32, B=2, T=13, D=16, extra="none", padded=False, device="cpu"):
+    leaves = {"qkv": random(B, T, 3, H, D, dtype=dtype, device=device)}
+    positions = torch.arange(T, device=device).mul(3).remainder(T).expand(B, T).to(torch.int32)
+    padding = torch.arange(T, device=device) >= torch.tensor([[T], *[[T - 3]] * (B - 1)], device=device)
+    if extra == "bias":
+        leaves["bias"] = random(H, T, T, device=device)
+    elif extra == "alibi":
+        leaves["slopes"] = random(H, device=device)
+
+    def options(bias=None, slopes=None):
+        alibi = None if slopes is None else (slopes, positions)
+        return {"bias": bias, "alibi": alibi, "padding_mask": padding if padded else None}
+
+    def math(qkv, **more):
+        more = {name: x.to(qkv.dtype) for name, x in more.items()}
+        return math_attention(*qkv.unbind(2), **options(**more))
+
+    check(lambda qkv, **more: attention(*qkv.unbind(2), **options(**more), backend=backend), math, leaves)
+
+
+def check_packed(backend, dtype=torch.float32, D=16, lengths=LENGTHS, asked=None, device="cpu"):
+    keys, queries = sequences_of(lengths, device), sequences_of(asked, device) if asked else None
+    leaves = {"kv": random(keys.num_rows, 2, H, D, dtype=dtype, device=device)}
+    leaves["q"] = random(sum(asked or lengths), H, D, dtype=dtype, device=device)
+
+    def call(kv, q):
+        return attention(q, *kv.unbind(1), sequences=keys, queries=queries, backend=backend)
+
+    check(call, lambda kv, q: math_packed(q, *kv.unbind(1), asked or lengths, lengths), leaves)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("extra", ["none", "bias", "alibi"])
+@pytest.mark.parametrize("backend", ["auto", "sdpa", "sdpa_math", "bias_attention"])
+def test_dense(backend, extra, padded):
+    if backend == "bias_attention" and padded:
+        pytest.skip("it takes no padding mask")
+    check_dense(backend, extra=extra, padded=padded)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_dense_dtypes(dtype):
+    check_dense("auto", dtype, T=40)
+    check_dense("auto", dtype, extra="bias")
+
+
+@pytest.mark.parametrize(("B", "T", "D"), [(1, 1, 8), (3, 65, 20), (1, 130, 64)])
+def test_dense_sizes(B, T, D):
+    check_dense("auto", B=B, T=T, D=D)
+
+
+@pytest.mark.parametrize("asked", [None, ASKED], ids=["all", "asked"])
+@pytest.mark.parametrize("backend", ["auto", "each", "padded"])
+def test_packed(backend, asked):
+    check_packed(backend, asked=asked)
+
+
+@pytest.mark.parametrize("backend", ["each", "padded"])
+@pytest.mark.parametrize("lengths", [[1, 2], [0, 4], [6, 6, 6], [0, 0, 2]])
+def test_packed_sizes(backend, lengths):
+    check_packed(backend, torch.float64, 8, lengths)
+    check_packed(backend, torch.bfloat16, 8, lengths, asked=[2] * len(lengths))
+
+
+def test_fewer_queries_than_keys():
+    q, kv = random(2, 5, H, 8), random(2, 9, 2, H, 8)
+    leaves = {"q": q, "kv": kv, "bias": random(H, 5, 9)}
+    check(
+        lambda q, kv, bias: attention(q, *kv.unbind(2), bias=bias),
+        lambda q, kv, bias: math_attention(q, *kv.unbind(2), bias=bias),
+        leaves,
+    )
+
+
+@pytest.mark.parametrize("backend", ["each", "padded"])
+def test_dense_packed_and_one_by_one_agree(backend):
+    """A padded batch, its valid rows packed, and every sample alone."""
+    valid = np.arange(12) < np.array([[12], [5], [8]])
+    qkv, sequences = torch.randn(3, 12, 3, H, 16), Sequences.from_mask(valid)
+    dense = attention(*qkv.unbind(2), padding_mask=torch.from_numpy(~valid)).flatten(0, 1)
+    packed = attention(*sequences.take(qkv.flatten(0, 1)).unbind(1), sequences=sequences, backend=backend)
+    alone = [attention(*row[None, :n].unbind(2))[0] for row, n in zip(qkv, valid.sum(1), strict=True)]
+    torch.testing.assert_close(packed, torch.cat(alone), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(packed, sequences.take(dense), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["each", "padded"])
+@pytest.mark.parametrize("fill", ["tail", "inside"])
+def test_fixed_number_of_rows(backend, fill):
+    """Rows that only fill up change nothing in the others' results, wherever they are."""
+    mask = np.random.default_rng(0).random((4, 9)) < 0.4
+    mask[2] = False
+    kv, keys = torch.randn(4 * 9, 2, H, 8), Sequences.even(4, 9)
+    k, v = kv.unbind(1)
+    exact = Sequences.from_mask(mask)
+    more = Sequences.from_mask(mask, num_rows=exact.num_rows + 11, fill=fill)
+    if fill == "tail":  # they fill up keys and queries alike
+        want = attention(*(exact.take(x) for x in (k, k, v)), sequences=exact, backend=backend)
+        got = attention(*(more.take(x) for x in (k, k, v)), sequences=more, backend=backend)
+    else:
+        want = attention(exact.take(k), k, v, sequences=keys, queries=exact, backend=backend)
+        got = attention(more.take(k), k, v, sequences=keys, queries=more, backend=backend)
+    assert got.isfinite().all()
+    torch.testing.assert_close(got[more.real], want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["auto", "sdpa_math"])
+def test_samples_of_padding_alone(backend):
+    qkv = random(2, 6, 3, H, 8)
+    padding = torch.tensor([[False] * 5 + [True], [True] * 6])
+    y = attention(*qkv.unbind(2), padding_mask=padding, backend=backend)
+    (grad,) = torch.autograd.grad(y, qkv, torch.randn_like(y))
+    assert y.isfinite().all() and grad.isfinite().all()
+    assert not grad[0, 5, 1:].any()  # padding gets no gradient as key or value
+
+
+@pytest.mark.parametrize("backend", ["each", "padded"])
+def test_nan_stays_in_its_sequence(backend):
+    sequences = sequences_of([4, 3, 6])
+    qkv = torch.randn(13, 3, H, 8)
+    clean = attention(*qkv.unbind(1), sequences=sequences, backend=backend)
+    qkv[5, 1] = float("nan")  # a key of the second
+    got = attention(*qkv.unbind(1), sequences=sequences, backend=backend)
+    assert got[4:7].isnan().all()
+    rest = torch.arange(13).logical_and((torch.arange(13) < 4) | (torch.arange(13) >= 7))
+    torch.testing.assert_close(got[rest], clean[rest])
+
+
+def dropped_weights(backend, packed, p, T=96, device="cpu", dtype=torch.float32):
+    """The weights [U, H, T, T] after dropout, where all were 1 / T before; times T."""
+    U, D = 3, T
+    v = torch.eye(T, device=device, dtype=dtype)[None, :, None].expand(U, T, H, D).contiguous()
+    q = torch.zeros_like(v)
+    if packed:
+        rows = (x.flatten(0, 1) for x in (q, q, v))
+        sequences = Sequences.even(U, T, torch.device(device))
+        y = attention(*rows, sequences=sequences, dropout_p=p, backend=backend).unflatten(0, (U, T))
+    else:
+        y = attention(q, q, v, dropout_p=p, backend=backend)
+    return y.transpose(1, 2).double() * T
+
+
+def check_dropout(weights, p):
+    kept = weights != 0
+    assert kept.double().mean().item() == pytest.approx(1 - p, abs=0.01)
+    torch.testing.assert_close(weights[kept], torch.full_like(weights[kept], 1 / (1 - p)), rtol=1e-2, atol=0)
+    rows = kept.flatten(0, 2).double()
+    assert (rows.mean(1) - (1 - p)).abs().max() < 0.25 and len(rows.unique(dim=0)) == len(rows)  # each draws its own
+
+
+@pytest.mark.parametrize(
+    ("backend", "packed"),
+    [("sdpa", False), ("sdpa_math", False), ("bias_attention", False), ("each", True), ("padded", True)],
+)
+def test_dropout(backend, packed):
+    p = 0.3
+    torch.manual_seed(1)
+    weights = dropped_weights(backend, packed, p)
+    check_dropout(weights, p)
+    torch.manual_seed(1)
+    assert torch.equal(dropped_weights(backend, packed, p), weights)
+    assert not torch.equal(dropped_weights(backend, packed, p), weights)
+
+
+def check_compiled(step, inputs, **options):
+    """One graph, with eager's results and gradients."""
+    outputs = step(*inputs), torch.compile(step, fullgraph=True, backend="aot_eager", **options)(*inputs)
+    upstream = torch.randn_like(outputs[0])
+    want, got = ([y, *torch.autograd.grad(y, inputs, upstream)] for y in outputs)
+    for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_compiles_in_one_graph():
+    keys, queries = sequences_of(LENGTHS), sequences_of(ASKED)
+    inputs = [random(2, 7, 3, H, 8), random(H, 7, 7)]
+    check_compiled(lambda qkv, bias: attention(*qkv.unbind(2), bias=bias, backend="sdpa_math"), inputs)
+    inputs = [random(queries.num_rows, H, 8), random(keys.num_rows, 2, H, 8)]
+    check_compiled(lambda q, kv: attention(q, *kv.unbind(1), sequences=keys, queries=queries), inputs)
+
+
+def test_compiles_for_unknown_sizes():
+    check_compiled(lambda qkv: attention(*qkv.unbind(2)), [random(2, 7, 3, H, 8)], dynamic=True)
+
+
+def test_rows_without_unit_stride():
+    q, k, v = torch.randn(3, 2, H, 8, 6).unbind()
+    q, k, v = (x.permute(0, 3, 1, 2).as_strided((2, 6, H, 8), (144, 1, 48, 6)) for x in (q, k, v))
+    want = math_attention(q.double(), k.double(), v.double())
+    torch.testing.assert_close(attention(q, k, v).double(), want, rtol=1e-5, atol=1e-6)
+
+
+def good(packed=False):
+    x = torch.randn(12, H, 8) if packed else torch.randn(2, 6, H, 8)
+    arguments = {"q": x, "k": x, "v": x}
+    return {**arguments, "sequences": sequences_of([7, 5])} if packed else arguments
+
+
+BAD = [
+    ({"q": [1.0]}, TypeError, "q must be a tensor, got list"),
+    ({"q": torch.zeros(2, 6, H, 8, dtype=torch.int32)}, TypeError, "q must be float32, bfloat16 or float16"),
+    (
+        {"k": torch.zeros(2, 6, H, 8, dtype=torch.bfloat16)},
+        TypeError,
+        "k must be torch.float32 like q, got torch.bfloat16",
+    ),
+    ({"q": torch.zeros(6, H, 8)}, ValueError, "q must be [B, T, H, D], got shape (6, 3, 8)"),
+    ({"v": torch.zeros(2, 6, H, 0)}, ValueError, "v must be [B, T, H, D], got shape (2, 6, 3, 0)"),
+    ({"q": torch.zeros(2, 6, 2, 8)}, ValueError, "k must have the samples, heads and channels of q (2, 6, 2, 8)"),
+    ({"q": torch.zeros(1, 6, H, 8)}, ValueError, "k must have the samples, heads and channels of q (1, 6, 3, 8)"),
+    ({"v": torch.zeros(2, 5, H, 8)}, ValueError, "v must have shape (2, 6, 3, 8) like k, got (2, 5, 3, 8)"),
+    ({"v": torch.zeros(2, 6, H, 8, device="meta")}, ValueError, "v must be on cpu, got meta"),
+    ({"dropout_p": 1.0}, ValueError, "dropout_p must lie in [0, 1), got 1.0"),
+    ({"dropout_p": -0.1}, ValueError, "dropout_p must lie in [0, 1), got -0.1"),
+    ({"dropout_p": "0.1"}, TypeError, "dropout_p must be a number, got str"),
+    ({"queries": sequences_of([3, 3])}, ValueError, "queries must be None without sequences of keys"),
+    ({"bias": torch.zeros(H, 6, 5)}, ValueError, "bias must have shape (3, 6, 6), got (3, 6, 5)"),
+    ({"bias": torch.zeros(H, 6, 6, dtype=torch.int64)}, TypeError, "bias must be float32, bfloat16 or float16"),
+    ({"padding_mask": torch.zeros(2, 6)}, TypeError, "padding_mask must be bool, got torch.float32"),
+    (
+        {"padding_mask": torch.zeros(2, 5, dtype=torch.bool)},
+        ValueError,
+        "padding_mask must have shape (2, 6), got (2, 5)",
+    ),
+    ({"alibi": (torch.zeros(H), torch.zeros(2, 6))}, TypeError, "positions must be int32 or int64, got torch.float32"),
+    ({"alibi": (torch.zeros(2), torch.zeros(2, 6, dtype=torch.int32))}, ValueError, "alibi must be slopes [3]"),
+    (
+        {"bias": torch.zeros(H, 6, 6), "alibi": (torch.zeros(H), torch.zeros(2, 6, dtype=torch.int32))},
+        ValueError,
+        "bias must be None with alibi",
+    ),
+    ({"backend": "fast"}, ValueError, "backend must be 'auto' or one of 'bias_attention', 'fa3', "),
+    ({"backend": "each"}, ValueError, "backend 'each' cannot compute this attention (takes packed tensors, not dense)"),
+    ({"backend": "fa2"}, ValueError, "(runs on cuda, not on cpu); these can: sdpa, sdpa_math"),
+]
+KEYS = sequences_of([7, 5])
+BAD_PACKED = [
+    ({"k": torch.zeros(2, 6, H, 8)}, ValueError, "k must be [N, H, D], got shape (2, 6, 3, 8)"),
+    ({"bias": torch.zeros(H, 6, 6)}, ValueError, "bias must be None for packed rows"),
+    ({"padding_mask": torch.zeros(2, 6, dtype=torch.bool)}, ValueError, "padding_mask must be None for packed rows"),
+    ({"alibi": (torch.zeros(H), torch.zeros(2, 6))}, ValueError, "alibi must be None for packed rows"),
+    ({"queries": sequences_of([4, 4, 4])}, ValueError, "queries must be 2 sequences like those of keys, got 3"),
+    ({"q": torch.zeros(9, H, 8)}, ValueError, "queries must be of the 9 rows there are, got 12"),
+    (
+        {"sequences": replace(KEYS, cu_seqlens=torch.tensor([0, 7, 12]))},
+        TypeError,
+        "sequences.cu_seqlens must be int32",
+    ),
+    (
+        {"sequences": replace(KEYS, cu_seqlens=KEYS.cu_seqlens[None])},
+        ValueError,
+        "sequences.cu_seqlens must be [U + 1] with U at least 1, got (1, 3)",
+    ),
+    ({"sequences": replace(KEYS, num_rows=11)}, ValueError, "sequences must be of the 12 rows there are, got 11"),
+    ({"sequences": replace(KEYS, max_length=6)}, ValueError, "sequences.max_length must be at least 7, got 6"),
+    *(
+        (
+            {"sequences": replace(KEYS, cu_seqlens=torch.tensor(ends, dtype=torch.int32))},
+            ValueError,
+            f"sequences.cu_seqlens must rise from 0 to 12 and never fall, got {ends}",
+        )
+        for ends in ([0, 13, 12], [1, 7, 12], [0, 7, 11])
+    ),
+]
+
+
+@pytest.mark.parametrize(("changed", "kind", "message"), BAD)
+def test_bad_input(changed, kind, message):
+    with pytest.raises(kind, match=re.escape(message)):
+        attention(**{**good(), **changed})
+
+
+@pytest.mark.parametrize(("changed", "kind", "message"), BAD_PACKED)
+def test_bad_packed_input(changed, kind, message):
+    with pytest.raises(kind, match=re.escape(message)):
+        attention(**{**good(packed=True), **changed})
+
+
+def backends_here(**case):
+    """Names of the backends that take a case on this machine's GPU, each once; nothing without one."""
+    if DEVICE != "cuda":
+        return ["none here"]
+    case, capability = Case(**case), torch.cuda.get_device_capability()
+    able = (b.name for b in BACKENDS if not b.misfit(case, capability) and not lacks(b.needs))
+    return ["auto", *dict.fromkeys(able)]
+
+
+LOW = (torch.bfloat16, torch.float16)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize("D", [64, 80])
+@pytest.mark.parametrize("backend", backends_here())
+def test_gpu_dense(backend, D, dtype):
+    check_dense(backend, dtype, 3, 197, D, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("extra", ["bias", "alibi"])
+@pytest.mark.parametrize("backend", backends_here(bias="dense"))
+def test_gpu_bias(backend, extra):
+    check_dense(backend, torch.bfloat16, 3, 197, 64, extra, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", backends_here(padding=True))
+def test_gpu_padding(backend):
+    check_dense(backend, torch.bfloat16, 3, 100, 64, padded=True, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("D", [64, 80, 12])
+@pytest.mark.parametrize("backend", backends_here(packed=True))
+def test_gpu_packed(backend, D):
+    if backend == "fa4" and D == 12:
+        pytest.skip("it takes multiples of 8")
+    check_packed(backend, torch.bfloat16, D, [200, 64, 0, 1, 129], device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", backends_here(packed=True, other_queries=True))
+def test_gpu_packed_queries(backend):
+    check_packed(backend, torch.bfloat16, 64, [200, 64, 0, 1, 129], [17, 0, 3, 1, 129], device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", backends_here(dtype=torch.float32))
+def test_gpu_float32_dense(backend):
+    check_dense(backend, T=100, D=64, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", backends_here(dtype=torch.float32, packed=True))
+def test_gpu_float32_packed(backend):
+    check_packed(backend, D=64, device="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("backend", sorted({*backends_here(dropout=True), *backends_here(dropout=True, packed=True)}))
+def test_gpu_dropout(backend, packed):
+    if backend not in backends_here(dropout=True, packed=packed):
+        pytest.skip("for the other layout")
+    check_dropout(dropped_weights(backend, packed, 0.3, T=128, device="cuda", dtype=torch.bfloat16), 0.3)
+
+
+def gpu_step(packed, backend="auto", p=0.1):
+    """A function that runs forward and backward, and its inputs."""
+    sequences = sequences_of([200, 64, 1, 129], "cuda") if packed else None
+    shape = (394, 3, 12, 64) if packed else (2, 197, 3, 12, 64)
+    qkv = random(*shape, dtype=torch.bfloat16, device="cuda")
+    upstream = torch.randn_like(qkv.select(-3, 0))
+
+    def step(qkv):
+        y = attention(*qkv.unbind(-3), sequences=sequences, dropout_p=p, backend=backend)
+        return y, *torch.autograd.grad(y, qkv, upstream)
+
+    return step, qkv
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+def test_gpu_waits_for_nothing(packed):
+    step, qkv = gpu_step(packed)
+    step(qkv)
+    with no_synchronisation():
+        step(qkv)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+def test_gpu_graph(packed):
+    """A captured graph gives eager's results; with dropout, another mask at every replay."""
+    for p in (0.0, 0.1):
+        step, qkv = gpu_step(packed, p=p)
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            want = step(qkv)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            got = step(qkv)
+        graph.replay()
+        first = [x.clone() for x in got]
+        if p == 0:
+            torch.testing.assert_close(first[0], want[0])
+            torch.testing.assert_close(first[1], want[1], rtol=2e-2, atol=2e-2)
+        graph.replay()
+        assert torch.equal(first[0], got[0]) == (p == 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+def test_gpu_compiles_in_one_graph(packed):
+    step, qkv = gpu_step(packed, p=0.0)
+
+    def forward(qkv):
+        sequences = sequences_of([200, 64, 1, 129], "cuda") if packed else None
+        return attention(*qkv.unbind(-3), sequences=sequences)
+
+    got = torch.compile(forward, fullgraph=True, backend="aot_eager")(qkv)
+    torch.testing.assert_close(got, step(qkv)[0], rtol=1e-2, atol=1e-2)
