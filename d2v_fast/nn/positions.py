@@ -53,4 +53,6 @@ class RelativePositionBias(nn.Module):
 
     def forward(self) -> Tensor:
         """Bias [H, 1 + P, 1 + P] for P patches."""
-        return F.embedding(self.index, self.table).permute(2, 0, 1)
+        size = self.index.shape[0]
+        index = F.pad(self.index, (0, -size % 16))  # attention reads rows of a multiple of 16 entries where they are
+        return F.embedding(index, self.table).permute(2, 0, 1).contiguous()[..., :size]
