@@ -163,7 +163,8 @@ def save_fairseq(model: Data2Vec, path: str | Path) -> Report:
     tensors = scatter(rules_for(config), model, report)
     teacher = {name.removeprefix("_ema."): tensors.pop(name) for name in list(tensors) if name.startswith("_ema.")}
     if config.modality == "text":
-        tensors[f"{SENTENCE}version"] = teacher["version"] = torch.tensor([3.0])
+        teacher["version"] = torch.tensor([3.0])
+        tensors[f"{SENTENCE}version"] = teacher["version"].to(model.head[0].weight.dtype)
     root = "" if config.modality == "speech" else "encoder."
     history = {"criterion_name": "ModelCriterion", "optimizer_name": "FairseqAdam", "lr_scheduler_state": {}}
     content = {

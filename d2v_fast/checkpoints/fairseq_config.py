@@ -339,6 +339,8 @@ def _write_text(config: Data2VecConfig) -> tuple[dict[str, Any], dict[str, Any]]
         "layernorm_embedding": True,
         "no_scale_embedding": True,
         "encoder": encoder,
+        # there is no decoder, but fairseq looks these up, by default where data2vec has nothing
+        "decoder": {"embed_dim": e.dim, "input_dim": e.dim, "output_dim": e.dim},
     }
     task = {
         "_name": "masked_lm",
