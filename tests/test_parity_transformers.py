@@ -37,7 +37,7 @@ def with_weights(theirs, config, to_state):
     theirs, ours = theirs.eval(), Data2Vec(config).eval()
     with torch.no_grad():
         for p in theirs.parameters():
-            p.add_(0.05 * torch.randn_like(p))
+            p.add_(0.02 * torch.randn_like(p))
     missing = ours.load_state_dict(to_state(theirs.state_dict(), config.encoder.layers), strict=False).missing_keys
     assert all(k.startswith(("teacher.", "head.", "frontend.mask_embedding")) for k in missing), missing
     return theirs, ours
