@@ -84,6 +84,17 @@ def test_each_flag_changes_nothing(modality, profile, norm, padded):
         assert_same(losses_and_gradients(built(config, prune), batch), want)
 
 
+@pytest.mark.parametrize("modality", ["speech", "text"])
+def test_statistics_over_padding(modality):
+    """What the teacher makes of padding is a part of the targets then: it is computed."""
+    config = case_config(modality, norm="instance")
+    config = replace(config, targets=replace(config.targets, padding_aware=False))
+    batch = double(tiny_batch(config, padded=True))
+    assert_same(
+        losses_and_gradients(built(config, PruneConfig()), batch), losses_and_gradients(built(config, NONE), batch)
+    )
+
+
 def test_images_that_average_the_front_end():
     """The recipe: the teacher has patches of its own."""
     config = case_config("image")

@@ -100,9 +100,11 @@ def test_they_follow_whatever_happens_to_the_averages():
     state = {name: x + 1 for name, x in teacher.state_dict().items()}
     pointer = network(teacher).first.weight.data_ptr()
     teacher.load_state_dict(state)
+    assert not teacher._low.stale()  # at once: a captured graph reads them without asking
     assert torch.equal(network(teacher).first.weight, state["module.first.weight"].to(torch.bfloat16))
     assert network(teacher).first.weight.data_ptr() == pointer
     teacher.load_ema_state({name: x - 2 for name, x in teacher.ema_state().items()})
+    assert not teacher._low.stale()
     assert_current(teacher)
     teacher.load_state_dict({name: x + 3 for name, x in state.items()}, assign=True)
     assert_current(teacher)
