@@ -196,6 +196,20 @@ def test_encode_and_hidden_states(modality):
         assert torch.equal(final, states[-1])
 
 
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_low_precision_model(modality):
+    """A bfloat16 model runs its teacher in bfloat16, the averages staying float32."""
+    model = Data2Vec(tiny_config(modality, **NO_DROPOUT)).eval()
+    batch = tiny_batch(model.config)
+    want = model(batch).loss.item()
+    model.bfloat16()
+    output = model(replace(batch, inputs=batch.inputs.bfloat16() if modality != "text" else batch.inputs))
+    assert output.loss.item() == pytest.approx(want, rel=0.02)
+    output.loss.backward()
+    assert model.encoder.layers[0].fc1.weight.grad.isfinite().all()
+    assert all(x.dtype == torch.float32 for x in model.teacher.averages().values())
+
+
 @pytest.mark.parametrize(
     ("modality", "profile", "padded"),
     [("text", "paper", False), ("text", "fairseq", True), ("speech", "paper", True), ("image", "paper", False)],

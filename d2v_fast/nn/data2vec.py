@@ -4,6 +4,8 @@ Dims: B batch, T positions, P encoder positions (T, plus the class token of imag
 N packed rows.
 """
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor, nn
 
@@ -89,9 +91,17 @@ class Data2Vec(Interchange, nn.Module):
             teacher.take(inputs), padding_mask=teacher.padding_mask, sequences=teacher.packed
         )
 
+    def _teacher_precision(self, device_type: str) -> AbstractContextManager:
+        """The averages are float32 also in a bfloat16 or float16 model, whose precision their matrices then run in."""
+        dtype = self.head[0].weight.dtype
+        if dtype not in (torch.bfloat16, torch.float16) or torch.is_autocast_enabled(device_type):
+            return nullcontext()
+        return torch.autocast(device_type, dtype)
+
     @torch.no_grad()
     def _teacher_frontend(self, inputs: Tensor, **how: Tensor | Sequences | None) -> Tensor:
-        return self.teacher.network(inputs.device.type)["frontend"](inputs, None, **how)
+        with self._teacher_precision(inputs.device.type):
+            return self.teacher.network(inputs.device.type)["frontend"](inputs, None, **how)
 
     @torch.no_grad()
     def _layer_results(self, x: Tensor, rows: Rows, batch: Batch) -> tuple[list[Tensor], Tensor]:
@@ -101,15 +111,15 @@ class Data2Vec(Interchange, nn.Module):
         all rows R then. The last result, if it was computed at M of these rows only, is put where it belongs in memory
         that is not even set: the others, K - 1 of them, would have to be gathered, and nothing reads other rows.
         """
-        encoder = self.teacher.network(x.device.type)["encoder"]
-        results = encoder(
-            x,
-            sequences=rows.packed,
-            padding_mask=rows.padding_mask,
-            top_k=self.config.targets.top_k,
-            select=rows.select,
-            results_only=self.config.prune.teacher_stop,
-        ).layer_results
+        with self._teacher_precision(x.device.type):
+            results = self.teacher.network(x.device.type)["encoder"](
+                x,
+                sequences=rows.packed,
+                padding_mask=rows.padding_mask,
+                top_k=self.config.targets.top_k,
+                select=rows.select,
+                results_only=self.config.prune.teacher_stop,
+            ).layer_results
         if uses_time(self.config.targets):
             first = 1 if self.config.modality == "image" else 0  # without the class token
             return [rows.batched(result, batch.mask.shape)[:, first:] for result in results], batch.positions
@@ -117,7 +127,7 @@ class Data2Vec(Interchange, nn.Module):
             last = results[-1]
             whole = last.new_empty(x.shape[:-1].numel(), last.shape[1])
             results[-1] = whole.index_copy_(0, rows.masked.rows, last)
-        return [result.view(1, -1, result.shape[-1]) for result in results], rows.positions
+        return [result.reshape(1, -1, result.shape[-1]) for result in results], rows.positions
 
     def _check_device(self, name: str, x: Tensor | None) -> None:
         device = self.head[0].weight.device
