@@ -32,6 +32,7 @@ from d2v_fast.errors import CheckpointError
 from d2v_fast.nn import Data2Vec, Data2VecConfig
 
 TABLE, INDEX = "rel_pos_bias.relative_position_bias_table", "rel_pos_bias.relative_position_index"
+HEAD_DIM = 64  # of every model of the fork
 LAYER = {
     "attention.out": ("attn.proj",),
     "norm1": ("norm1",),
@@ -116,7 +117,7 @@ def read(path: str | Path, dtype: torch.dtype | None = torch.float32) -> Loaded:
 
 
 def _sizes(path: str | Path, args: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:
-    """What the tensors' shapes say of the network; without a table, the heads follow from the model's name."""
+    """What the tensors' shapes say of the network; without a table, they do not tell the heads and the image size."""
     wanted = {"patch_embed.proj.weight": 4, "blocks.0.mlp.fc1.weight": 2, "blocks.0.attn.qkv.weight": 2}
     found = {name: tensors.get(f"model.{name}") for name in (*wanted, TABLE)}
     wrong = [n for n, dims in wanted.items() if not isinstance(found[n], Tensor) or found[n].dim() != dims]
@@ -128,10 +129,9 @@ def _sizes(path: str | Path, args: dict[str, Any], tensors: dict[str, Any]) -> d
     if isinstance(table, Tensor) and table.dim() == 2:
         grid = (round(max(1, len(table) - 3) ** 0.5) + 1) // 2  # (2 grid - 1)^2 offsets and 3 for the class token
         return sizes | {"heads": table.shape[1], "image_size": grid * patch_size, "relative_bias": True}
-    large = "large" in str(args.get("model", ""))
     size = args.get("input_size", 224)
-    heads = 16 if large else 12
-    return sizes | {"heads": heads, "image_size": size if type(size) is int else 224, "relative_bias": False}
+    size = size if type(size) is int else 224
+    return sizes | {"heads": dim // HEAD_DIM, "image_size": size, "relative_bias": False}
 
 
 def _config(

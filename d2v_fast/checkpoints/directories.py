@@ -32,8 +32,8 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file.
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
 
     Raises:
         CheckpointError: missing, truncated, or no safetensors file; or the package safetensors is not installed.
@@ -44,7 +44,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise _needs_safetensors() from None
     try:
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise CheckpointError(f"no file at {path}") from None
     except (SafetensorError, OSError, RuntimeError, ValueError) as error:
@@ -61,7 +61,7 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: no weights, a piece is missing or outside of the directory, or a file cannot be read.
     """
-    for name, read in ((WEIGHTS, lambda path: read_safetensors(path)[0]), (TORCH_WEIGHTS, read_torch)):
+    for name, read in ((WEIGHTS, read_safetensors), (TORCH_WEIGHTS, read_torch)):
         index = folder / f"{name}.index.json"
         if (folder / name).exists():
             pieces = [name]
@@ -86,9 +86,7 @@ def _pieces(index: Path) -> list[str]:
     return sorted(set(names.values()))
 
 
-def write_directory(
-    folder: str | Path, config: dict[str, Any], tensors: dict[str, Tensor], metadata: dict[str, str]
-) -> None:
+def write_directory(folder: str | Path, config: dict[str, Any], tensors: dict[str, Tensor]) -> None:
     """Write ``model.safetensors`` and then ``config.json``, each beside and renamed.
 
     Raises:
@@ -100,7 +98,7 @@ def write_directory(
         raise _needs_safetensors() from None
     folder = Path(folder)
     try:
-        weights = save({name: x.contiguous() for name, x in tensors.items()}, metadata)
+        weights = save({name: x.contiguous() for name, x in tensors.items()}, {"format": "pt"})
         replace_file(folder / WEIGHTS, lambda file: file.write(weights))
         text = json.dumps(config, indent=2) + "\n"
         replace_file(folder / CONFIG, lambda file: file.write(text.encode()))

@@ -39,8 +39,8 @@ LAYER = {
 }
 EMBEDDINGS = {"tokens": "embed_tokens.weight", "positions": "embed_positions.weight"}
 RENAMED = (("decoder.", "encoder."), (".emb_layer_norm.", ".layernorm_embedding."), (".lm_head.", ".regression_head."))
-# heads of other tasks; the version of the layout, which text models carry
-DROPPED = r"classification_heads\.|(encoder\.sentence_encoder|_ema)\.version$"
+# heads of other tasks; the teacher of the first text models; the version of the layout, which text models carry
+DROPPED = r"classification_heads\.|encoder\.target_model\.|(encoder\.sentence_encoder|_ema)\.version$"
 
 
 def _layers(ours: str, theirs: str, count: int, group: str) -> list[Rule]:

@@ -35,7 +35,7 @@ def save_pretrained(model: Data2Vec, folder: str | Path) -> Report:
     report = Report(f"native {model.config.modality}", mapped=[Rule(name, (name,)) for name in own])
     config = {"format": FORMAT, "version": VERSION, "d2v_fast": __version__, "model": dataclasses.asdict(model.config)}
     tensors = {name: x.detach().cpu().clone() for name, x in own.items()}
-    write_directory(folder, config, tensors, {"format": "pt", "written_by": f"d2v_fast {__version__}"})
+    write_directory(folder, config, tensors)
     return report
 
 
@@ -55,7 +55,7 @@ def read(folder: str | Path, dtype: torch.dtype | None = torch.float32) -> Loade
     if not is_native(values) or values.get("version") != VERSION:
         raise CheckpointError(f"{folder / CONFIG} must be of format {FORMAT!r}, version {VERSION}")
     config = config_from_dict(folder / CONFIG, values.get("model"))
-    tensors, _ = read_safetensors(folder / WEIGHTS)
+    tensors = read_safetensors(folder / WEIGHTS)
     check_counts(folder, config, tensors, r"encoder\.layers\.(\d+)\.")
     # what the teacher shares with the student was written once
     skipped = tuple(f"teacher.module.{name.removesuffix('.')}." for name in config.ema.skip)

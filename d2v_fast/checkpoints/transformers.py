@@ -186,5 +186,5 @@ def save_transformers(model: Data2Vec, folder: str | Path) -> Report:
         tensors[TYPES] = torch.zeros_like(tensors[POSITIONS][:1])
     dtypes = {x.dtype for x in tensors.values()}
     values["dtype"] = str(dtypes.pop()).removeprefix("torch.") if len(dtypes) == 1 else "float32"
-    write_directory(folder, values, tensors, {"format": "pt"})
+    write_directory(folder, values, tensors)
     return report
