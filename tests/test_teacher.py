@@ -276,6 +276,26 @@ def test_skip_flag_and_averages_moved_elsewhere():
     torch.testing.assert_close(teacher.module.body.weight, (start + student.body.weight.detach()) / 2)
 
 
+def test_decay_on_the_device():
+    """In place of the schedule's, together with skip; and a graph's replay is noted without a step."""
+    student = Student()
+    teacher, other = EMATeacher(student, HALF), EMATeacher(student, EMAConfig(decay=0.9, end_decay=1, anneal_updates=0))
+    moved(student)
+    teacher.update_(1)
+    assert other.update_(1, decay=torch.tensor(0.5, dtype=torch.float64), skip=torch.tensor(0.0)) == 1
+    for mine, want in zip(other.module.parameters(), teacher.module.parameters(), strict=True):
+        torch.testing.assert_close(mine, want)
+    kept = other.module.body.weight.clone()
+    other.update_(2, decay=torch.tensor(0.5), skip=torch.tensor(1.0))
+    assert torch.equal(other.module.body.weight, kept)
+    teacher.note_update(2)
+    kept = teacher.module.body.weight.clone()
+    teacher.update_(2)
+    assert torch.equal(teacher.module.body.weight, kept)
+    with pytest.raises(TypeError, match="decay must be a tensor, got float"):
+        teacher.update_(3, decay=0.5)
+
+
 def test_averages_maps_student_to_teacher():
     student = Student()
     teacher = EMATeacher(student, HALF, skip=("copied.",))

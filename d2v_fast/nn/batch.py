@@ -1,5 +1,6 @@
 """What a data loader hands to the model: inputs, where they are masked, and where they are padding."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -35,7 +36,8 @@ class Batch:
         """Number of masked positions; a host integer, never read back from the device."""
         return self.positions.numel() if self.real_masked is None else self.real_masked
 
-    def _map(self, function) -> "Batch":
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same with ``function`` applied to every tensor, those of its sequences included."""
         changed = {}
         for field in fields(self):
             value = getattr(self, field.name)
@@ -47,11 +49,11 @@ class Batch:
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> "Batch":
         """Copy every tensor to ``device``."""
-        return self._map(lambda t: t.to(device, non_blocking=non_blocking))
+        return self.map(lambda t: t.to(device, non_blocking=non_blocking))
 
     def pin_memory(self) -> "Batch":
         """Page-lock every tensor (the hook that ``torch.utils.data.DataLoader(pin_memory=True)`` calls)."""
-        return self._map(lambda t: t.pin_memory())
+        return self.map(lambda t: t.pin_memory())
 
 
 def make_batch(

@@ -107,8 +107,16 @@ class EMATeacher(nn.Module):
         return {theirs: mine for mine, theirs in self._pairs().averaged}
 
     @torch.no_grad()
-    def update_(self, update: int, *, again: bool = False, averaged: bool = False, skip: Tensor | None = None) -> float:
-        """Move towards the student as it is after ``update`` optimizer updates; return the decay that was used.
+    def update_(
+        self,
+        update: int,
+        *,
+        again: bool = False,
+        averaged: bool = False,
+        skip: Tensor | None = None,
+        decay: Tensor | None = None,
+    ) -> float:
+        """Move towards the student as it is after ``update`` optimizer updates; return the schedule's decay.
 
         A second call with the same ``update`` does nothing. A decay of 1 leaves the averages as they are (fairseq), and
         still copies the rest.
@@ -118,35 +126,47 @@ class EMATeacher(nn.Module):
             again: step even so (fairseq data2vec 1.0 steps once per micro-batch).
             averaged: the averages have been moved already; only the rest is left to do.
             skip: [] fp32 or fp64 on the device; the averages stay as they are unless it is 0.
+            decay: [] fp32 or fp64 on the device, read there instead of the schedule's, as a captured CUDA graph needs.
 
         Raises:
-            TypeError: ``skip`` is not a tensor.
+            TypeError: ``skip`` or ``decay`` is not a tensor.
             ValueError: student and teacher no longer have the same tensors, or are sharded or laid out differently.
         """
-        if skip is not None and not isinstance(skip, Tensor):
-            raise TypeError(f"skip must be a tensor, got {type(skip).__name__}")
-        decay = self.schedule.decay_at(update)
+        for name, x in (("skip", skip), ("decay", decay)):
+            if x is not None and not isinstance(x, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+        scheduled = self.schedule.decay_at(update)
         if update == self._last_update and not again:
-            return decay
+            return scheduled
         pairs = self._pairs()
-        if decay < 1 and pairs.averaged and not averaged:
-            used = decay if skip is None else torch.where(skip == 0, decay, torch.ones_like(skip, dtype=torch.float64))
-            low = self._copied(pairs)
-            for each, copies in [(pairs.averaged, None)] if low is None else low.updates:
-                mine, theirs = zip(*map(_shards, each), strict=True)
-                ema_update_(mine, theirs, used, copies=copies)
-            if low is not None:
-                low.note_()
-        elif averaged:
+        if averaged:
             self._refresh()
+        elif pairs.averaged and (decay is not None or scheduled < 1):
+            used = scheduled if decay is None else decay
+            if skip is not None:
+                used = torch.where(skip == 0, used, torch.ones_like(skip, dtype=torch.float64))
+            self._average(pairs, used)
         self._share(pairs)
         for mine, theirs in pairs.copied:
             _copy(mine, theirs)
         for mine, theirs in pairs.shared:
             if local_shard(mine).data_ptr() != local_shard(theirs).data_ptr():
                 _copy(mine, theirs)
+        self.note_update(update)
+        return scheduled
+
+    def note_update(self, update: int) -> None:
+        """Take ``update`` as done: a replayed CUDA graph did what :meth:`update_` does."""
         self._last_update = update
-        return decay
+
+    def _average(self, pairs: _Pairs, decay: float | Tensor) -> None:
+        """Move the averages, writing the low-precision copies in the same pass."""
+        low = self._copied(pairs)
+        for each, copies in [(pairs.averaged, None)] if low is None else low.updates:
+            mine, theirs = zip(*map(_shards, each), strict=True)
+            ema_update_(mine, theirs, decay, copies=copies)
+        if low is not None:
+            low.note_()
 
     def shares(self, name: str) -> bool:
         """Whether every parameter of the part ``name`` of ``module`` is the student's own memory."""
