@@ -122,3 +122,26 @@ def xformers_residual() -> Callable:
         return {"y": y, "h": h} if return_residual else {"y": y}
 
     return run
+
+
+def flash_attn_2() -> Callable:
+    """``flash_attn_func`` of flash-attn 2, as an own training loop would call it."""
+    attention = _module("flash_attn").flash_attn_func
+
+    def run(qkv: Tensor, *, p: float) -> dict:
+        return {"y": attention(*qkv.unbind(2), dropout_p=p)}
+
+    return run
+
+
+def flash_attn_3() -> Callable:
+    """``flash_attn_func`` of FlashAttention 3, which has no dropout."""
+    attention = _module("flash_attn_interface").flash_attn_func
+
+    def run(qkv: Tensor, *, p: float) -> dict:
+        if p > 0:
+            raise NotInstalled("dropout in FlashAttention 3")
+        y = attention(*qkv.unbind(2))
+        return {"y": y[0] if isinstance(y, tuple) else y}
+
+    return run
