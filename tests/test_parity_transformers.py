@@ -17,7 +17,9 @@ from d2v_fast.nn import Data2Vec, Data2VecConfig  # noqa: E402
 
 TINY = {"layers": 3, "dim": 64, "ffn_dim": 96, "heads": 4}
 BASE = {"layers": 2, "dim": 768, "ffn_dim": 3072, "heads": 12}  # the published widths
-SIZES = pytest.mark.parametrize("sizes", [TINY, BASE], ids=["tiny", "base"])
+PADDED = pytest.mark.parametrize(
+    ("padded", "sizes"), [(False, TINY), (True, TINY), (True, BASE)], ids=["tiny", "tiny-padded", "base-padded"]
+)
 VOCAB = 60
 KINDS = ("weight", "bias")
 
@@ -225,9 +227,8 @@ def upstream(x, valid=None):
     return grad if valid is None else grad * valid[..., None]
 
 
-@SIZES
-@pytest.mark.parametrize("padded", [False, True])
-def test_audio(sizes, padded):
+@PADDED
+def test_audio(padded, sizes):
     theirs, ours = audio_pair(sizes, "fairseq")  # transformers computes padded batches as fairseq does
     samples = torch.tensor([8000, 6400]) if padded else torch.full((2,), 8000)
     waves = torch.randn(2, 8000)
@@ -243,9 +244,8 @@ def test_audio(sizes, padded):
     gradients_match(ours, audio_state(gradients(theirs), sizes["layers"]))
 
 
-@SIZES
-@pytest.mark.parametrize("padded", [False, True])
-def test_text(sizes, padded):
+@PADDED
+def test_text(padded, sizes):
     theirs, ours = text_pair(sizes)
     lengths = torch.tensor([20, 13]) if padded else torch.full((2,), 20)
     valid = torch.arange(20) < lengths[:, None]
@@ -259,9 +259,10 @@ def test_text(sizes, padded):
     gradients_match(ours, text_state(gradients(theirs), sizes["layers"]))
 
 
-@SIZES
-@pytest.mark.parametrize("shared", [True, False], ids=["shared", "per-layer"])
-def test_image(sizes, shared):
+@pytest.mark.parametrize(
+    ("shared", "sizes"), [(True, TINY), (False, TINY), (True, BASE)], ids=["tiny", "tiny-per-layer", "base"]
+)
+def test_image(shared, sizes):
     theirs, ours = image_pair(sizes, shared)
     c = ours.config
     images = torch.randn(2, 3, c.frontend.image_size, c.frontend.image_size)
