@@ -313,8 +313,9 @@ BAD_PACKED = [
     ({"bias": torch.zeros(H, 6, 6)}, ValueError, "bias must be None for packed rows"),
     ({"padding_mask": torch.zeros(2, 6, dtype=torch.bool)}, ValueError, "padding_mask must be None for packed rows"),
     ({"alibi": (torch.zeros(H), torch.zeros(2, 6))}, ValueError, "alibi must be None for packed rows"),
+    ({"queries": sequences_of([4, 4])}, ValueError, "queries must be of the 12 rows there are, got 8"),
     ({"queries": sequences_of([4, 4, 4])}, ValueError, "queries must be 2 sequences like those of keys, got 3"),
-    ({"q": torch.zeros(9, H, 8)}, ValueError, "queries must be of the 9 rows there are, got 12"),
+    ({"q": torch.zeros(9, H, 8)}, ValueError, "q must have shape (12, 3, 8) like k without queries, got (9, 3, 8)"),
     (
         {"sequences": replace(KEYS, cu_seqlens=torch.tensor([0, 7, 12]))},
         TypeError,

@@ -125,7 +125,7 @@ def test_named():
 
 
 def test_strict(monkeypatch):
-    backends._backend.cache_clear()
+    backends._index.cache_clear()
     monkeypatch.setattr(backends, "_capability", lambda index: H100)
     monkeypatch.setattr(backends, "select", lambda case, capability: select(case, capability, only("flash_attn")))
     arguments = ("cuda", torch.bfloat16, 64)
@@ -138,7 +138,7 @@ def test_strict(monkeypatch):
     with pytest.raises(RuntimeError, match=re.escape(message)):
         backends.backend_index("auto", True, 0, *arguments)
     assert BACKENDS[backends.backend_index("auto", False, 0, *arguments)].name == "sdpa_cudnn"
-    backends._backend.cache_clear()
+    backends._index.cache_clear()
 
 
 def test_strict_on_the_cpu():

@@ -107,9 +107,12 @@ def _check(
         raise ValueError(f"dropout_p must lie in [0, 1), got {dropout_p}")
     if sequences is not None:
         _check_sequences("sequences", sequences, k)
-        _check_sequences("queries", queries or sequences, q)
-        if queries is not None and queries.count != sequences.count:
-            raise ValueError(f"queries must be {sequences.count} sequences like those of keys, got {queries.count}")
+        if queries is None and q.shape != k.shape:
+            raise ValueError(f"q must have shape {tuple(k.shape)} like k without queries, got {tuple(q.shape)}")
+        if queries is not None:
+            _check_sequences("queries", queries, q)
+            if queries.count != sequences.count:
+                raise ValueError(f"queries must be {sequences.count} sequences like those of keys, got {queries.count}")
     elif queries is not None:
         raise ValueError("queries must be None without sequences of keys")
 

@@ -280,22 +280,25 @@ def _capability(index: int) -> tuple[int, int]:
 
 
 @cache
-def _backend(name: str, strict: bool, index: int, case: Case) -> Backend:
+def _index(name: str, strict: bool, index: int, case: Case) -> int:
     capability = _capability(index) if case.device == "cuda" else (0, 0)
     if name != "auto":
-        return named(name, case, capability)
+        return BACKENDS.index(named(name, case, capability))
     choice = select(case, capability)
     if strict and choice.missing:
         raise RuntimeError(
             f"strict attention: {choice.backend.name} would be used in place of a better backend; "
             f"{_list(choice.missing)}"
         )
-    return choice.backend
+    return BACKENDS.index(choice.backend)
 
 
 def backend_index(name: str, strict: bool, index: int, *case: str | bool | int | torch.dtype) -> int:
-    """Index in ``BACKENDS`` of the backend for a case, its fields in order; torch.compile runs it while tracing."""
-    return BACKENDS.index(_backend(name, strict, index, Case(*case)))
+    """Index in ``BACKENDS`` of the backend for a case, its fields in order, on the device ``index``.
+
+    torch.compile runs it while tracing.
+    """
+    return _index(name, strict, index, Case(*case))
 
 
 backend_index._dynamo_marked_constant = True  # as for attention_calls.load
