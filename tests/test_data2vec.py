@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from checks import INTERPRET
+from checks import INTERPRET, no_synchronisation
 from tiny import NO_DROPOUT, tiny_batch, tiny_config
 from torch import nn
 
-from d2v_fast.nn import Data2Vec, Data2VecConfig
+from d2v_fast.nn import Data2Vec, Data2VecConfig, make_batch
 from d2v_fast.nn.encoder import TransformerEncoder
 from d2v_fast.nn.frontends import build_frontend
 from d2v_fast.nn.heads import build_head
@@ -194,6 +194,32 @@ def test_encode_and_hidden_states(modality):
         torch.testing.assert_close(final, model.encoder.norm(states[-1]), rtol=1e-5, atol=1e-6)
     else:
         assert torch.equal(final, states[-1])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fixed", [False, True])
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_no_synchronisation(modality, fixed):
+    """With padding, packed rows and the teacher's copies, under autocast."""
+    model = Data2Vec(tiny_config(modality, layerdrop=0.0)).cuda().train()
+    batch = tiny_batch(model.config, padded=modality != "image")
+    if fixed:
+        lengths = None if batch.lengths is None else batch.lengths.numpy()
+        numbers = {"num_masked": batch.num_masked + 3} | ({} if lengths is None else {"num_valid": batch.mask.numel()})
+        batch = make_batch(batch.inputs, batch.mask.numpy(), lengths, **numbers)
+    batch = batch.to("cuda")
+
+    def step(update):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(batch).loss
+        loss.backward()
+        model.teacher.update_(update)
+        return loss
+
+    step(1)
+    with no_synchronisation():
+        loss = step(2)
+    assert loss.isfinite()
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
