@@ -250,6 +250,7 @@ FAIRSEQ_OPTIONS = [
     ("speech", {"conv_feature_layers": "__import__('os').system('true')"}, "conv_feature_layers must be a list"),
     ("speech", {"conv_feature_layers": "[(512, 3, 2)] * 99999999999"}, "conv_feature_layers must be a list"),
     ("speech", {"conv_feature_layers": "[(1, 2)]"}, "conv_feature_layers must be a list"),
+    ("speech", {"conv_pos_groups": 0}, "pos_conv_groups|modulo by zero"),
     ("speech", {"encoder_layers": 10**9}, "3 layers, the configuration says 1000000000"),
     ("speech", {"pos_conv_depth": 10**9}, "the configuration says 1000000000 position convolutions"),
     ("text", {"head_layers": 10**9}, "the configuration says 1000000000 layers of the head"),
@@ -263,7 +264,7 @@ def test_options_that_cannot_be_followed(modality, values, message, tmp_path):
     rewrite(tmp_path / "x.pt", fairseq_model(values))
     with pytest.raises(CheckpointError) as error:
         load_fairseq(tmp_path / "x.pt")
-    assert message in str(error.value)
+    assert any(part in str(error.value) for part in message.split("|"))
 
 
 def test_options_of_training_are_noted(tmp_path):
@@ -297,6 +298,7 @@ def test_interpolated_options(tmp_path):
         ("image", {"use_relative_position_bias": True}, "together are not supported"),
         ("image", {"image_size": [24, 32]}, "image_size must be one integer, got [24, 32]"),
         ("image", {"image_size": 25}, "image_size must be a multiple of patch_size"),
+        ("image", {"layer_scale_init_value": 1e308}, "a configuration that no model can have"),
         ("image", {"num_attention_heads": 0}, "encoder.heads must be positive"),
     ],
 )

@@ -176,8 +176,8 @@ def test_configurations_become_plain_values(zipped, tmp_path):
         "set": {1, 2},
     }
     found = read_torch(save(tmp_path / "x.pt", content, zipped))
-    assert plain(found["cfg"]) == values
-    assert plain(found["args"])["lr"] == [0.1]
+    assert plain("x", found["cfg"]) == values
+    assert plain("x", found["args"])["lr"] == [0.1]
     assert dict(found["metrics"]) == {"loss": 1.5, "count": 2, "flag": True} and found["set"] == {1, 2}
     assert torch.equal(found["parameter"], torch.ones(2))
 
@@ -189,11 +189,11 @@ def test_configurations_that_multiply_are_refused(tmp_path):
         value = [value] * 10
     found = read_torch(save(tmp_path / "x.pt", {"args": argparse.Namespace(x=value)}))
     with pytest.raises(CheckpointError, match="at most 100000 values"):
-        plain(found["args"])
+        plain("x", found["args"])
     loop: dict = {}
     loop["again"] = loop
     with pytest.raises(CheckpointError, match="must not contain itself"):
-        plain(loop)
+        plain("x", loop)
 
 
 @FORMATS

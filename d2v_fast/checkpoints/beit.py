@@ -105,10 +105,10 @@ def from_content(path: str | Path, content: Any, dtype: torch.dtype | None = tor
     teacher = content.get("model_ema")
     if isinstance(teacher, Mapping):
         tensors |= {f"model_ema.{name}": x for name, x in teacher.items()}
-    args = plain(content.get("args"))
+    args = plain(path, content.get("args"))
     config, notes = _config(path, args if isinstance(args, dict) else {}, tensors)
     report = Report("beit image", notes=notes)
-    return build(config, gather(path, report, config, rules_for(config), tensors, DROPPED), report, dtype)
+    return build(path, config, gather(path, report, config, rules_for(config), tensors, DROPPED), report, dtype)
 
 
 def read(path: str | Path, dtype: torch.dtype | None = torch.float32) -> Loaded:
@@ -143,7 +143,7 @@ def _config(
     o.only(ONLY)
     try:
         config = _settings(o, sizes, layers, "model.blocks.0.gamma_1" in tensors)
-    except (TypeError, ValueError) as error:  # of our own configuration's checks
+    except (TypeError, ValueError, ArithmeticError) as error:  # of our own configuration's checks
         o.problems.append(str(error))
     require(path, what, o.problems)
     return config, o.notes(NOTED)

@@ -72,8 +72,9 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
         for piece in pieces:
             content = read(folder / piece)
-            if not isinstance(content, Mapping):
-                raise CheckpointError(f"{folder / piece} must hold tensors by name, got {type(content).__name__}")
+            named = isinstance(content, Mapping) and all(isinstance(key, str) for key in content)
+            if not named or not all(isinstance(x, Tensor) for x in content.values()):
+                raise CheckpointError(f"{folder / piece} must hold tensors by name, and nothing else")
             tensors |= content
         return tensors
     raise CheckpointError(f"{folder} must hold {WEIGHTS} or {TORCH_WEIGHTS}, whole or with an index of pieces")

@@ -137,7 +137,7 @@ def from_content(path: str | Path, content: Any, dtype: torch.dtype | None = tor
     check_counts(path, config, tensors, r"encoder\.(?:sentence_encoder\.)?layers\.(\d+)\.")
     report = Report(f"fairseq {config.modality}", notes=notes)
     state = gather(path, report, config, rules_for(config), tensors, DROPPED)
-    return build(config, state, report, dtype)
+    return build(path, config, state, report, dtype)
 
 
 def read(path: str | Path, dtype: torch.dtype | None = torch.float32) -> Loaded:

@@ -5,6 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from d2v_fast.checkpoints.options import Options, resolved
 from d2v_fast.checkpoints.rules import require
 from d2v_fast.checkpoints.safe_load import plain
@@ -123,7 +125,7 @@ def read_config(
             config, notes = _speech(options), options.notes(AUDIO_NOTED)
         else:
             config, notes = _text(options, tensors), []
-    except (TypeError, ValueError) as error:  # of our own configuration's checks
+    except (TypeError, ValueError, ArithmeticError) as error:  # of our own configuration's checks
         require(path, what, [*options.problems, str(error)])
     require(path, what, options.problems)
     return config, notes
@@ -131,7 +133,7 @@ def read_config(
 
 def _model_options(path: str | Path, content: dict[str, Any]) -> tuple[Any, dict[str, Any], dict[str, Any]]:
     """Name of the model, its options, and the whole configuration, from ``cfg`` or from the older ``args``."""
-    cfg, args = plain(content.get("cfg")), plain(content.get("args"))
+    cfg, args = plain(path, content.get("cfg")), plain(path, content.get("args"))
     if isinstance(cfg, dict) and isinstance(cfg.get("model"), dict):
         values = cfg["model"]
         if values.get("_name") == TEXT or "transformer" in values:
@@ -246,7 +248,7 @@ def _text(o: Options, tensors: dict[str, Any]) -> Data2VecConfig:
             o.problems.append(f"{name}={got!r} is not supported, only {known!r}")
     base = Data2VecConfig.text(profile="fairseq")
     tokens = tensors.get("encoder.sentence_encoder.embed_tokens.weight")
-    if tokens is None or tokens.dim() != 2:
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2:
         o.problems.append("encoder.sentence_encoder.embed_tokens.weight [vocabulary, channels] is missing")
     else:
         base = replace(base, frontend=replace(base.frontend, vocab_size=len(tokens)))

@@ -62,7 +62,7 @@ def read(folder: str | Path, dtype: torch.dtype | None = torch.float32) -> Loade
     expected = shapes(folder, config)
     rules = [Rule(name, (name,), name if f"{name}.".startswith(skipped) else STUDENT) for name in expected]
     report = Report(f"native {config.modality}")
-    return build(config, gather(folder, report, config, rules, tensors, "(?!)"), report, dtype)
+    return build(folder, config, gather(folder, report, config, rules, tensors, "(?!)"), report, dtype)
 
 
 def config_from_dict(path: str | Path, values: Any) -> Data2VecConfig:
@@ -79,7 +79,7 @@ def config_from_dict(path: str | Path, values: Any) -> Data2VecConfig:
     kinds = {"frontend": type(recipe.frontend), "mask": type(recipe.mask)}
     try:
         config = _build(Data2VecConfig, values, "model", problems, kinds)
-    except (TypeError, ValueError) as error:  # the configuration's own checks
+    except (TypeError, ValueError, ArithmeticError) as error:  # the configuration's own checks
         config = problems.append(str(error))
     require(path, "not a configuration of this version", problems)
     return config

@@ -123,10 +123,19 @@ class Loaded:
 
 def shapes(path: str | Path, config: Data2VecConfig) -> dict[str, torch.Size]:
     """Names and shapes of a model's tensors, without making one."""
+    with torch.device("meta"):
+        return {name: x.shape for name, x in make_model(path, config).state_dict().items()}
+
+
+def make_model(path: str | Path, config: Data2VecConfig) -> Data2Vec:
+    """A fresh model.
+
+    Raises:
+        CheckpointError: a configuration that no model can have, with sizes for instance that no tensor can have.
+    """
     try:
-        with torch.device("meta"):
-            return {name: x.shape for name, x in Data2Vec(config).state_dict().items()}
-    except (RuntimeError, OverflowError) as error:  # sizes whose product no tensor can have
+        return Data2Vec(config)
+    except (RuntimeError, ArithmeticError, TypeError, ValueError) as error:
         raise CheckpointError(f"{path}: a configuration that no model can have: {error}") from None
 
 
@@ -206,12 +215,14 @@ def _wrong(name: str, x: object, shape: tuple[int, ...]) -> str:
     return ""
 
 
-def build(config: Data2VecConfig, state: dict[str, Tensor], report: Report, dtype: torch.dtype | None) -> Loaded:
+def build(
+    path: str | Path, config: Data2VecConfig, state: dict[str, Tensor], report: Report, dtype: torch.dtype | None
+) -> Loaded:
     """A model with ``state``, what is missing initialised afresh (the teacher's: the student's values), in eval mode.
 
     ``dtype`` is the student's, None that of the file; the teacher is float32 in any case.
     """
-    model = Data2Vec(config)
+    model = make_model(path, config)
     student = [x.dtype for name, x in state.items() if not name.startswith("teacher.")]
     for kind in student[1:]:
         student[0] = torch.promote_types(student[0], kind)

@@ -209,7 +209,7 @@ def _check_file(path: Path) -> None:
         raise CheckpointError(f"{path} is damaged: wrong checksum of {broken}")
 
 
-def plain(value: Any) -> Any:
+def plain(path: str | Path, value: Any) -> Any:
     """Configurations of omegaconf, argparse and dataclasses, as :func:`read_torch` left them, as nested plain values.
 
     Raises:
@@ -217,14 +217,16 @@ def plain(value: Any) -> Any:
     """
     try:
         return _plain(value, [MAX_CONFIG_NODES])
+    except OverflowError:
+        raise CheckpointError(f"{path}: a configuration must have at most {MAX_CONFIG_NODES} values") from None
     except RecursionError:
-        raise CheckpointError("a configuration must not contain itself") from None
+        raise CheckpointError(f"{path}: a configuration must not contain itself") from None
 
 
 def _plain(value: Any, left: list[int]) -> Any:
     left[0] -= 1
     if left[0] < 0:
-        raise CheckpointError(f"a configuration must have at most {MAX_CONFIG_NODES} values")
+        raise OverflowError
     if isinstance(value, Mapping):
         return {str(key): _plain(x, left) for key, x in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):

@@ -142,7 +142,7 @@ def read(source: str | Path | Any, dtype: torch.dtype | None = torch.float32) ->
     if values.get("use_relative_position_bias"):
         tensors = _one_table(path, tensors, config.encoder.layers)
         report.notes.append("the relative-position tables of the layers are equal, and one here")
-    return build(config, gather(path, report, config, rules_for(config), tensors, DROPPED), report, dtype)
+    return build(path, config, gather(path, report, config, rules_for(config), tensors, DROPPED), report, dtype)
 
 
 def _without_types(tensors: dict[str, Tensor], report: Report) -> dict[str, Tensor]:

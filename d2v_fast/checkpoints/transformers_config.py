@@ -69,11 +69,10 @@ def read_config(
     Raises:
         CheckpointError: another kind of model, or options that we cannot follow; all of them are listed.
     """
-    modality = MODALITIES.get(values.get("model_type"))
-    if modality is None:
-        raise CheckpointError(
-            f"{path} must hold a model of type {', '.join(MODALITIES)}, got {values.get('model_type')!r}"
-        )
+    kind = values.get("model_type")
+    if not isinstance(kind, str) or kind not in MODALITIES:
+        raise CheckpointError(f"{path} must hold a model of type {', '.join(MODALITIES)}, got {kind!r}")
+    modality = MODALITIES[kind]
     defaults, read = {
         "speech": (AUDIO_DEFAULTS, _speech),
         "text": (TEXT_DEFAULTS, _text),
@@ -82,7 +81,7 @@ def read_config(
     options = Options(values, defaults)
     try:
         config = read(getattr(Data2VecConfig, modality)(), options)
-    except (TypeError, ValueError) as error:  # of our own configuration's checks
+    except (TypeError, ValueError, ArithmeticError) as error:  # of our own configuration's checks
         require(path, what, [*options.problems, str(error)])
     require(path, what, options.problems)
     return config
