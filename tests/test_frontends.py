@@ -227,6 +227,7 @@ def test_image_patches_are_in_row_major_order():
         (lambda: EncoderConfig(dim=30, heads=4), ValueError, "encoder.dim 30 must be a multiple of heads 4"),
         (lambda: EncoderConfig(dropout=1.0), ValueError, r"encoder.dropout must be in \[0, 1\), got 1.0"),
         (lambda: EncoderConfig(pos_conv_depth=-1), ValueError, "pos_conv_depth must be >= 0"),
+        (lambda: EncoderConfig(pos_conv_depth=1, pos_conv_groups=0), ValueError, "a multiple of pos_conv_groups 0"),
         (lambda: EncoderConfig(layer_scale=-1.0), ValueError, "encoder.layer_scale must be >= 0, got -1.0"),
         (lambda: EncoderConfig(init_std=0), ValueError, "encoder.init_std must be positive, got 0"),
         (lambda: TextFrontEndConfig(position_init_std=0), ValueError, "frontend.position_init_std must be positive"),

@@ -162,7 +162,7 @@ class EncoderConfig:
             f"got {self.pos_conv_depth} and {self.pos_conv_width}",
         )
         _require(
-            self.pos_conv_depth == 0 or self.dim % self.pos_conv_groups == 0,
+            self.pos_conv_depth == 0 or (self.pos_conv_groups > 0 and self.dim % self.pos_conv_groups == 0),
             f"encoder.dim {self.dim} must be a multiple of pos_conv_groups {self.pos_conv_groups}",
         )
 
