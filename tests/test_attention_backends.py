@@ -65,7 +65,9 @@ STUDENT, TEACHER = Case(dropout=True), Case(grad=False)
         (Case(dtype=torch.float32, packed=True), H100, nothing_missing, "aten_efficient"),
         (Case(dtype=torch.float64), H100, nothing_missing, "sdpa"),
         (Case(device="cpu", dtype=torch.float32), (0, 0), nothing_missing, "sdpa"),
-        (Case(device="cpu", bias="dense", dropout=True), (0, 0), nothing_missing, "sdpa"),
+        (Case(device="cpu", bias="dense", dropout=True), (0, 0), nothing_missing, "sdpa"),  # bfloat16
+        (Case(device="cpu", dtype=torch.float32, bias="dense", dropout=True), (0, 0), nothing_missing, "by_sample"),
+        (Case(device="cpu", dtype=torch.float32, dropout=True, compiling=True), (0, 0), nothing_missing, "sdpa"),
         (Case(device="cpu", packed=True), (0, 0), nothing_missing, "each"),
         (Case(device="cpu", packed=True, compiling=True), (0, 0), nothing_missing, "padded"),
         (Case(device="mps", packed=True), (0, 0), nothing_missing, "padded"),
@@ -152,7 +154,7 @@ def test_report_names_every_recipe():
     for line, name in zip(lines, RECIPES, strict=True):
         assert line.startswith(name)
     if not torch.cuda.is_available():
-        assert lines[0].split()[-1] == "sdpa" and lines[1].split()[-1] == "each"
+        assert [line.split()[-1] for line in lines[:4]] == ["by_sample", "each", "each", "sdpa"]
 
 
 def stand_in(monkeypatch, name, **attributes):

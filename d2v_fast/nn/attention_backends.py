@@ -53,18 +53,21 @@ class Backend:
     layouts: tuple[str, ...] = ("dense", "packed")
     other_queries: bool = True
     dropout: bool = True
+    without_dropout: bool = True
     biases: tuple[str, ...] = ("none",)
     padding: bool = False
     compiles: bool = True
     deterministic: bool = True  # its backward, when PyTorch is told to be
 
     def other_kind(self, case: Case) -> str:
-        """Why this backend is for something else: other devices, or tensors of another layout; empty if it is not."""
+        """Why this backend is for something else: other devices, tensors of another layout; empty if it is not."""
         layout = "packed" if case.packed else "dense"
         if self.devices is not None and case.device not in self.devices:
             return f"runs on {' and '.join(self.devices)}, not on {case.device}"
         if layout not in self.layouts:
             return f"takes {' and '.join(self.layouts)} tensors, not {layout}"
+        if not case.dropout and not self.without_dropout:
+            return "is for dropout only"
         return "is for a bias only" if case.bias == "none" and case.bias not in self.biases else ""
 
     def misfit(self, case: Case, capability: tuple[int, int]) -> str:
@@ -142,6 +145,10 @@ BACKENDS = (
         biases=("none", "dense", "alibi"), deterministic=False,
     ),
     # On the CPU, and the last resort elsewhere
+    Backend(
+        "by_sample", calls.by_sample, devices=("cpu",), dtypes=ALL[2:], max_head_dim=2**16, layouts=("dense",),
+        without_dropout=False, biases=("none", "dense", "alibi"), padding=True, compiles=False,
+    ),
     Backend("each", calls.each, devices=("cpu",), dtypes=ALL, max_head_dim=2**16, layouts=("packed",), compiles=False),
     Backend(
         "padded", calls.padded, devices=None, capabilities=((0, 0), (99, 0)), dtypes=ALL, max_head_dim=2**16,
@@ -239,7 +246,7 @@ class Choice(NamedTuple):
 def select(case: Case, capability: tuple[int, int] = (0, 0), lacks: Callable[[str], str] = lacks) -> Choice:
     """The first backend that takes ``case`` and is installed; there always is one.
 
-    Backends for other devices, other layouts or a bias that is not there do not count as passed over.
+    Backends for other devices or layouts, or for a bias or dropout that is not there, do not count as passed over.
 
     Args:
         case: what is asked for.
@@ -328,7 +335,10 @@ def describe(case: Case, capability: tuple[int, int] = (0, 0), lacks: Callable[[
 
 
 def report() -> list[str]:
-    """One line for each of ``RECIPES``: what computes it on this machine, on its first GPU if it has one."""
-    device, capability = ("cuda", _capability(0)) if torch.cuda.is_available() else ("cpu", (0, 0))
+    """One line for each of ``RECIPES``: what computes it here, on the first GPU or in float32 on the CPU."""
     width = max(map(len, RECIPES))
-    return [f"{name:<{width}}  {describe(replace(case, device=device), capability)}" for name, case in RECIPES.items()]
+    if torch.cuda.is_available():
+        used = {name: describe(case, _capability(0)) for name, case in RECIPES.items()}
+    else:
+        used = {name: describe(replace(case, device="cpu", dtype=torch.float32)) for name, case in RECIPES.items()}
+    return [f"{name:<{width}}  {text}" for name, text in used.items()]
