@@ -5,6 +5,8 @@ The formats as the libraries themselves write them: test_parity_checkpoints.py.
 
 import argparse
 import json
+import subprocess
+import sys
 from dataclasses import asdict, replace
 
 import pytest
@@ -570,6 +572,31 @@ def test_a_failed_write_leaves_what_was_there(tmp_path):
     with pytest.raises(CheckpointError, match="could not write"):
         save_pretrained(model, path)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["x.pt"]
+
+
+ALONE = """
+import sys
+for name in ("transformers", "fairseq", "omegaconf", "hydra", "typer", "pydantic", "triton"):
+    sys.modules[name] = None  # as if not installed
+import d2v_fast
+for load, path in (("load_transformers", "hf"), ("load_fairseq", "fairseq.pt")):
+    print(getattr(d2v_fast, load)(sys.argv[1] + "/" + path).config.modality)
+"""
+
+
+def test_other_libraries_are_not_needed(tmp_path):
+    """Not even for configurations made of their objects."""
+    omegaconf = pytest.importorskip("omegaconf", reason="needs omegaconf to write its objects")
+    model = make("speech")
+    model.save_transformers(tmp_path / "hf")
+    path = tmp_path / "fairseq.pt"
+    model.save_fairseq(path)
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "cfg": omegaconf.OmegaConf.create(content["cfg"])}, path)
+    command = [sys.executable, "-c", ALONE, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["speech", "speech"]
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
