@@ -1,153 +1,168 @@
-"""A whole speech-base training step (forward, backward, AdamW, teacher): fairseq's Data2VecAudioModel and ours.
+"""Whole training steps (forward, backward, AdamW, teacher): fairseq's and BEiT's as they were written, and ours.
 
-python benchmarks/bench_train_step.py --smoke      # CPU: 2 clips of 5 s, float32; OMP_NUM_THREADS=2
-python benchmarks/bench_train_step.py --batch 12 --seconds 20 --json out.json
+python benchmarks/bench_train_step.py --smoke                 # CPU, float32: one ratio for each modality
+python benchmarks/bench_train_step.py --modality text --rounds 5
 
-Both sides run in one process on the same waveforms and masks, taking turns; the loss of both is printed, from equal
-weights with dropout off, before anything is timed. Without ve-fairseq (requirements/peers.txt) only ours runs.
+Speech base on 2 clips of 5 s, text base on 4 rows of 512 tokens (the teacher reads the masked ones, as released), ViT-B
+on 2 images. Both sides run in one process on the same inputs and masks, taking turns; before anything is timed, their
+losses must be equal, with equal weights, and without dropout. Without ve-fairseq (requirements/peers.txt) only the
+image step has a peer.
 """
 
 import argparse
 import math
 import sys
+import time
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 
 import numpy as np
+import step_peers
 import torch
-from common import DEVICE, interleaved, ratios, summary, write_json
+from common import DEVICE, write_json
+from step_peers import Peer
 
 from d2v_fast.nn import Batch, Data2Vec, Data2VecConfig, make_batch
 from d2v_fast.train.optim import OptimConfig, build_optimizer
 from d2v_fast.train.step import train_step
 
 OPTIM = OptimConfig(lr=5e-4)
+SIZES = {"speech": (2, 5 * 16_000), "text": (4, 512), "image": (2, 224)}  # rows; samples, tokens or pixels
+FIRST = {"speech": (2, 16_000), "text": (1, 32), "image": (1, 224)}  # of the step that allocates and is not timed
+NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "drop_path": 0.0}
 
 
-def load_peer():
-    """The tests' fairseq helper (tests/fairseq_peer.py), or None where ve-fairseq is not installed."""
-    try:
-        import fairseq  # noqa: F401
-    except ImportError:
-        return None
-    sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
-    import fairseq_peer
-
-    return fairseq_peer
-
-
-def speech_config(dropout: bool) -> Data2VecConfig:
-    config = Data2VecConfig.speech(profile="fairseq")
-    if not dropout:
-        config = replace(config, encoder=replace(config.encoder, dropout=0.0, attention_dropout=0.0, layerdrop=0.0))
-    # LayerDrop would make the two sides do different amounts of work in a round
-    return replace(config, encoder=replace(config.encoder, layerdrop=0.0))
+def make_config(modality: str, dropout: bool = True, layers: int = 12) -> Data2VecConfig:
+    """The released base recipe, without LayerDrop, which would make the two sides do different work in a round."""
+    config = getattr(Data2VecConfig, modality)(profile="fairseq")
+    encoder = replace(config.encoder, layerdrop=0.0, layers=layers, **({} if dropout else NO_DROPOUT))
+    frontend = config.frontend
+    if modality == "text" and not dropout:
+        frontend = replace(frontend, dropout=0.0)
+    top_k = min(config.targets.top_k, layers)
+    return replace(config, encoder=encoder, frontend=frontend, targets=replace(config.targets, top_k=top_k))
 
 
-def fairseq_model(peer, dropout: bool):
-    p = 0.1 if dropout else 0.0
-    config = peer.audio.Data2VecAudioConfig(
-        extractor_mode="layer_norm",
-        conv_pos=95,
-        pos_conv_depth=5,
-        average_top_k_layers=8,
-        instance_norm_target_layer=True,
-        dropout=p,
-        attention_dropout=p,
-        encoder_layerdrop=0.0,
-        ema_decay=0.999,
-        ema_end_decay=0.9999,
-        ema_anneal_end_step=30_000,
-        max_update=400_000,
-    )
-    model = peer.audio.Data2VecAudioModel(config).to(DEVICE)
-    model.set_num_updates(0)
-    return model.train()
+def random_batch(config: Data2VecConfig, rows: int, size: int) -> Batch:
+    """Noise, and a mask of the recipe."""
+    frontend = config.frontend
+    if config.modality == "text":
+        inputs = torch.randint(4, frontend.vocab_size - 1, (rows, size))
+    else:
+        inputs = torch.randn((rows, size) if config.modality == "speech" else (rows, 3, size, size))
+    positions = {
+        "speech": lambda: frontend.num_frames(size),
+        "text": lambda: size,
+        "image": lambda: frontend.num_patches,
+    }
+    T = positions[config.modality]()
+    return make_batch(inputs, config.mask.draw(np.random.default_rng(0), np.full(rows, T), T)).to(DEVICE)
 
 
-def our_step(config: Data2VecConfig, batch: Batch) -> Callable[[], None]:
-    model = Data2Vec(config).to(DEVICE).train()
-    optimizer = build_optimizer(model, OPTIM)
-    autocast = DEVICE.type == "cuda"
-    return lambda: train_step(model, [batch], optimizer, lr=OPTIM.lr, update=1, autocast=autocast)
+def our_step(model: Data2Vec) -> Callable[[Batch], None]:
+    """One update of ``model``."""
+    optimizer, autocast, updates = build_optimizer(model, OPTIM), DEVICE.type == "cuda", iter(range(1_000_000))
 
-
-def fairseq_step(peer, waves: torch.Tensor, mask: np.ndarray) -> Callable[[], None]:
-    model = fairseq_model(peer, dropout=True)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=OPTIM.lr, betas=OPTIM.betas, eps=OPTIM.eps, weight_decay=OPTIM.weight_decay, fused=True
-    )
-    count = 0
-
-    def step() -> None:
-        nonlocal count
-        count += 1
-        model.set_num_updates(count)  # the teacher's step
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
-            out = model(waves, mask_indices=mask)
-        loss = out["losses"]["regression"] / out["sample_size"]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), math.inf, foreach=True)  # fairseq logs the norm as well
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    def step(batch: Batch) -> None:
+        train_step(model, [batch], optimizer, lr=OPTIM.lr, update=next(updates), autocast=autocast)
 
     return step
 
 
-def check_equal_losses(peer, batch: Batch, mask: np.ndarray) -> None:
-    """Refuse to time two models that do not compute the same thing."""
-    theirs = fairseq_model(peer, dropout=False)
-    ours = Data2Vec(speech_config(dropout=False)).to(DEVICE).train()
-    state = peer.speech_state(theirs, ours.config.encoder.layers)
-    ours.load_state_dict({**state, **peer.teacher_state(ours, state)})
+def peer_step(peer: Peer) -> Callable[[Batch], None]:
+    """One update of ``peer`` with PyTorch's fused AdamW; both trainers compute the norm of the gradients."""
+    settings = {"lr": OPTIM.lr, "betas": OPTIM.betas, "eps": OPTIM.eps, "weight_decay": OPTIM.weight_decay}
+    optimizer, updates = torch.optim.AdamW(peer.parameters, **settings, fused=True), iter(range(1, 1_000_000))
+
+    def step(batch: Batch) -> None:
+        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
+            loss = peer.loss(batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(peer.parameters, math.inf, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        peer.follow(next(updates))
+
+    return step
+
+
+def check_equal_losses(modality: str) -> None:
+    """Refuse to time two models that do not compute the same thing; two layers of the full width show it."""
+    torch.manual_seed(1)
+    ours = Data2Vec(make_config(modality, dropout=False, layers=2)).to(DEVICE).train()
+    peer = step_peers.load(ours)
+    batch = random_batch(ours.config, *FIRST[modality])
     with torch.no_grad():
-        a = ours(batch).loss.item()
-        b = theirs(batch.inputs, mask_indices=mask)["losses"]["regression"].item()
-    print(f"loss on equal weights: d2v_fast {a:.6f}, fairseq {b:.6f}, relative difference {abs(a - b) / b:.1e}")
-    if abs(a - b) > 1e-5 * b:
+        a, b = ours(batch).loss.item() / batch.num_masked, peer.loss(batch).item()
+    print(f"{modality}: loss on equal weights: d2v_fast {a:.6f}, {peer.name} {b:.6f}, apart {abs(a - b) / b:.1e}")
+    if not abs(a - b) <= 1e-5 * b:
         sys.exit("the losses differ: nothing was timed")
+
+
+@dataclass
+class Taken:
+    """Seconds of every round: by the clock, and of processor time, which other programs lengthen less."""
+
+    wall: list[float] = field(default_factory=list)
+    processor: list[float] = field(default_factory=list)
+
+
+def measure(modality: str, rounds: int, layers: int = 12) -> dict[str, Taken]:
+    """Both sides, taking turns; the first name is the peer's, if there is one."""
+    torch.manual_seed(0)
+    model = Data2Vec(make_config(modality, layers=layers)).to(DEVICE).train()
+    peer = step_peers.load(model)
+    steps = {} if peer is None else {peer.name: peer_step(peer)}
+    steps["d2v_fast"] = our_step(model)
+    for step in steps.values():
+        step(random_batch(model.config, *FIRST[modality]))
+    batch = random_batch(model.config, *SIZES[modality])
+    taken = {name: Taken() for name in steps}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            wall, processor = time.perf_counter(), time.process_time()
+            step(batch)
+            taken[name].wall.append(time.perf_counter() - wall)
+            taken[name].processor.append(time.process_time() - processor)
+    return taken
+
+
+def ratios(taken: dict[str, Taken]) -> dict[str, float]:
+    """The peer's time over ours, of the fastest rounds; and the slowest and fastest round by the clock."""
+    (_, theirs), (_, ours) = taken.items()
+    rounds = [a / b for a, b in zip(theirs.wall, ours.wall, strict=True)]
+    return {
+        "wall": min(theirs.wall) / min(ours.wall),
+        "processor": min(theirs.processor) / min(ours.processor),
+        "least": min(rounds),
+        "most": max(rounds),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="2 clips of 5 s, few rounds")
-    parser.add_argument("--batch", type=int, default=2, help="clips")
-    parser.add_argument("--seconds", type=float, default=5.0, help="of a clip")
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--smoke", action="store_true", help="one round")
+    parser.add_argument("--modality", nargs="+", choices=list(SIZES), default=list(SIZES))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", help="write the numbers here")
     parser.add_argument("--commit", help="what to record where the checkout has no .git")
     args = parser.parse_args()
-    if args.smoke:
-        args.batch, args.seconds, args.rounds = 2, 5.0, 5
-
-    torch.manual_seed(0)
-    config = speech_config(dropout=True)
-    waves = torch.randn(args.batch, int(args.seconds * config.frontend.sample_rate), device=DEVICE)
-    frames = config.frontend.num_frames(waves.shape[1])
-    mask = config.mask.draw(np.random.default_rng(0), np.full(args.batch, frames), frames)
-    batch = make_batch(waves, mask).to(DEVICE)
-
-    providers = {"d2v_fast": our_step(config, batch)}
-    peer = load_peer()
-    if peer is None:
-        print("fairseq: not installed")
-    else:
-        check_equal_losses(peer, batch, mask)
-        providers["fairseq"] = fairseq_step(peer, waves, mask)
-    times = interleaved(providers, args.rounds)
-    results = ratios(times, "d2v_fast")
-
-    print(f"speech base, {args.batch} x {args.seconds:g} s, {frames} frames, {DEVICE.type}")
-    for name, r in results.items():
-        absolute = ""
-        if DEVICE.type == "cuda":  # a CPU's times say nothing beyond the machine, and are not kept
-            r.update(summary(times[name]))
-            absolute = f", median {1000 * r['median']:.1f} ms"
-        print(f"{name:9} time / d2v_fast {r['ratio']:.3f} (p20 {r['p20']:.3f}, p80 {r['p80']:.3f}){absolute}")
+    torch.set_num_threads(args.threads)
+    results = {}
+    for modality in args.modality:
+        check_equal_losses(modality)
+        taken = measure(modality, 1 if args.smoke else args.rounds, args.layers)
+        r = results[modality] = ratios(taken)
+        rows, size = SIZES[modality]
+        print(
+            f"{modality} base, {rows} x {size}, {args.threads} threads: {next(iter(taken))} / d2v_fast = "
+            f"{r['wall']:.2f} ({r['least']:.2f} to {r['most']:.2f}; processor time {r['processor']:.2f})",
+            flush=True,
+        )
     if args.json:
-        record = {"benchmark": "train_step", "arguments": vars(args), "results": results}
-        write_json(args.json, record, args.commit)
+        write_json(args.json, {"benchmark": "train_step", "arguments": vars(args), "results": results}, args.commit)
 
 
 if __name__ == "__main__":

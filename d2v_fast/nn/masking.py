@@ -79,6 +79,11 @@ class SpanMask:
             mask[whole] = _random_subset(rng, mask[whole], count[whole])
         return _random_subset(rng, mask, np.full_like(count, count.min())) if self.equalize else mask
 
+    def most(self, num_positions: int) -> int:
+        """No row of so many positions gets more of them masked than this."""
+        spans = max(int(self.prob * num_positions / self.length) + 1, self.min_spans)
+        return min(spans * self.length, num_positions - 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenSpanMask:
@@ -102,6 +107,10 @@ class TokenSpanMask:
         inside = np.arange(num_positions) < lengths[:, None]
         starts = _random_subset(rng, inside, np.maximum(spans, 1))
         return _spread(starts, min(self.length, num_positions)) & inside
+
+    def most(self, num_positions: int) -> int:
+        """No row of so many positions gets more of them masked than this."""
+        return min((int(self.prob * num_positions / self.length) + 1) * self.length, num_positions)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,3 +168,7 @@ class BlockMask:
         empty = np.flatnonzero(~mask.any(1))
         mask[empty, rng.integers(num_positions, size=empty.size)] = True
         return mask
+
+    def most(self, num_positions: int) -> int:
+        """No image gets more patches masked than this."""
+        return self.num_masked

@@ -102,6 +102,7 @@ def read(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]
     if not isinstance(content, dict) or content.get("format") != FORMAT or not content.keys() >= KEYS:
         raise CheckpointError(f"{path} is not a d2v_fast checkpoint of format {FORMAT}")
     content["config"]["model"] = complete_model(content["config"]["model"])
+    content["config"].setdefault("cuda_graph", "off")  # of older ones
     return content
 
 

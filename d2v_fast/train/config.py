@@ -64,6 +64,9 @@ class TrainConfig:
     accumulate: int = 1  # micro-batches per update
     seed: int = 1
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast on CUDA, fp32 on CPU
+    # Updates are replayed from CUDA graphs (train/graph.py) where possible, or "strict": always. Batches have few
+    # shapes then; those of speech need a data.crop_multiple of a second or so as well. Not yet timed on a GPU.
+    cuda_graph: Literal["off", "auto", "strict"] = "off"
     reference_gpus: int = 1  # GPUs of the published recipe that this batch size is per GPU of; for information
     out: str = "runs/default"
     device: str = "auto"

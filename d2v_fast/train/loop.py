@@ -12,6 +12,7 @@ import time
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from d2v_fast.train.config import TrainConfig, config_to_dict
 from d2v_fast.train.data import DataConfig, PretrainData, TextData, TextDataConfig, batches, build_data
 from d2v_fast.train.errors import CheckpointError, ConfigError, TrainingStopped
 from d2v_fast.train.files import replace_file
+from d2v_fast.train.graph import CapturedStep
 from d2v_fast.train.logging import MetricLog, plot_curves, read_metrics
 from d2v_fast.train.optim import build_optimizer, learning_rate
 from d2v_fast.train.step import StepMetrics, train_step
@@ -194,7 +196,9 @@ class Trainer:
         self.device = resolve_device(config.device)
         self.config = config = resolve_precision(config, self.device)
         self.folder, found = open_run(config, resume)
-        self.data: PretrainData = build_data(self._data_config(found), config.model, config.seed)
+        self.data: PretrainData = build_data(
+            self._data_config(found), config.model, config.seed, static_shapes=config.cuda_graph != "off"
+        )
         logger.info("%s", self.data.describe())
         self.described = checkpoint.describe_data(self.data)
         torch.manual_seed(config.seed)
@@ -206,6 +210,12 @@ class Trainer:
             self.progress = checkpoint.restore(content, found, self.model, self.optimizer, config, self.described)
             self.saved = self.progress.update
             logger.info("continuing from %s (update %d)", found, self.progress.update)
+        how = {"clip_norm": config.optim.clip_norm, "autocast": config.precision == "bf16"}
+        self.captured: CapturedStep | None = None
+        if config.cuda_graph != "off":
+            strict = config.cuda_graph == "strict"
+            self.captured = CapturedStep(self.model, self.optimizer, strict=strict, **how)
+        self.step = self.captured or partial(train_step, self.model, optimizer=self.optimizer, **how)
         self.consistent = True  # False while an update is under way
         self.skipped_files: set[str] = {name for name, _ in self.data.skipped}
         with writing(self.folder):
@@ -266,15 +276,8 @@ class Trainer:
             seed_update(config.seed, update)
             lr = learning_rate(update, config.updates, config.optim, config.schedule)
             self.consistent = False
-            metrics = train_step(
-                self.model,
-                [self.data.augment(batch.to(self.device)) for _, _, batch in group],
-                self.optimizer,
-                lr=lr,
-                update=update,
-                clip_norm=config.optim.clip_norm,
-                autocast=config.precision == "bf16",
-            )
+            micro_batches = [self.data.augment(batch.to(self.device)) for _, _, batch in group]
+            metrics = self.step(micro_batches, lr=lr, update=update)
             self.progress = Progress(update + 1, group[-1][0], group[-1][1] + 1)
             self.consistent = True
             window.add(metrics)
@@ -286,6 +289,8 @@ class Trainer:
                 record |= {"masked": metrics.num_masked, "seconds_per_update": elapsed / since}
                 record |= {"data_wait": waited / elapsed, "epoch": self.progress.epoch}
                 record |= {"skipped_files": len(self.skipped_files)}
+                if self.captured is not None:
+                    record |= {"graph_replays": self.captured.replays, "graph_fallbacks": self.captured.fallbacks}
                 mark, waited, since = time.monotonic(), 0.0, 0
                 log.write(record)
                 check_guards(window, record, config)

@@ -30,8 +30,8 @@ __all__ = [
 _CLASSES = {SpeechDataConfig: SpeechData, ImageDataConfig: ImageData, TextDataConfig: TextData}
 
 
-def build_data(config: DataConfig, model: Data2VecConfig, seed: int) -> PretrainData:
-    """The dataset that belongs to the type of ``config``.
+def build_data(config: DataConfig, model: Data2VecConfig, seed: int, *, static_shapes: bool = False) -> PretrainData:
+    """The dataset that belongs to the type of ``config``; ``static_shapes`` as in :class:`PretrainData`.
 
     Raises:
         TypeError: ``config`` is none of the three data configs.
@@ -41,4 +41,6 @@ def build_data(config: DataConfig, model: Data2VecConfig, seed: int) -> Pretrain
     if type(config) not in _CLASSES:
         expected = ", ".join(c.__name__ for c in _CLASSES)
         raise TypeError(f"config must be one of {expected}, got {type(config).__name__}")
-    return _CLASSES[type(config)](config, model, seed)
+    data = _CLASSES[type(config)](config, model, seed)
+    data.static_shapes = static_shapes
+    return data

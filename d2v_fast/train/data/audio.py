@@ -158,14 +158,18 @@ class SpeechData(PretrainData):
         return [*(name.encode() for name in self.names), self.lengths.tobytes()]
 
     def plan(self, epoch: int) -> list[tuple[int, ...]]:
-        """Longest first with random ties, packed while items times longest fit ``max_tokens``, batches shuffled."""
+        """Longest first with random ties, packed while items times longest fit ``max_tokens``, batches shuffled.
+
+        With ``static_shapes`` the longest counts as the next multiple of ``crop_multiple``: batches have few sizes.
+        """
         rng = self.rng(self.ORDER, epoch)
         lengths = np.minimum(self.lengths, self.max_samples)
         order = np.lexsort((rng.permutation(len(lengths)), -lengths))
+        unit = self.config.crop_multiple if self.static_shapes else 1
         packed: list[tuple[int, ...]] = []
         start = 0
         while start < len(order):
-            count = self.config.max_tokens // int(lengths[order[start]])
+            count = self.config.max_tokens // min(-(-int(lengths[order[start]]) // unit) * unit, self.max_samples)
             packed.append(tuple(order[start : start + count].tolist()))
             start += count
         return [packed[i] for i in rng.permutation(len(packed))]
@@ -183,7 +187,7 @@ class SpeechData(PretrainData):
         inputs = np.stack([w[s : s + size] for w, s in zip(waves, starts, strict=True)])  # [B, S]
         frames = self.model.frontend.num_frames(size)
         mask = self.model.mask.draw(self.rng(self.MASK, epoch, index), np.full(len(waves), frames), frames)
-        return make_batch(torch.from_numpy(inputs), mask, skipped=skipped)
+        return make_batch(torch.from_numpy(inputs), mask, skipped=skipped, num_masked=self.num_masked(mask))
 
     def _read(self, item: int) -> np.ndarray:
         wave = read_waveform(self.files[item])

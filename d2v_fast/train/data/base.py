@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from d2v_fast.nn.batch import Batch
+from d2v_fast.nn.config import Data2VecConfig
 from d2v_fast.train.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -41,10 +42,16 @@ class UnreadableFile(DataError):
 
 
 class PretrainData(Dataset, ABC):
-    """A source of pretraining batches. Subclasses define :meth:`plan`, :meth:`load` and :meth:`describe`."""
+    """A source of pretraining batches. Subclasses define :meth:`plan`, :meth:`load` and :meth:`describe`.
+
+    With ``static_shapes`` batches of as many and as long items have the same shapes, whatever is masked in them, as
+    CUDA graphs need; masks and losses stay the same.
+    """
 
     ORDER, CROP, MASK = range(3)  # independent random streams, see rng
 
+    model: Data2VecConfig  # of the subclass
+    static_shapes = False
     skipped: Sequence[tuple[str, str]] = ()  # (file, reason), found while scanning
     unread: Skipped = ()  # what made the last load return None
 
@@ -83,6 +90,10 @@ class PretrainData(Dataset, ABC):
     def augment(self, batch: Batch) -> Batch:
         """Random changes that are cheap on the batch's device; they draw from torch's global generator."""
         return batch
+
+    def num_masked(self, mask: np.ndarray) -> int | None:
+        """Rows to be computed for ``mask`` [B, T], for ``make_batch``: as many as any mask of this shape can need."""
+        return mask.shape[0] * self.model.mask.most(mask.shape[1]) if self.static_shapes else None
 
     def rng(self, stream: int, epoch: int, index: int = 0) -> np.random.Generator:
         """A generator for one purpose (ORDER, CROP or MASK) in one batch."""

@@ -138,7 +138,7 @@ class ImageData(PretrainData):
         inputs = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()  # [B, C, D, D]
         patches = self.model.frontend.num_patches
         mask = self.model.mask.draw(self.rng(self.MASK, epoch, index), np.full(len(images), patches), patches)
-        return make_batch(inputs, mask, skipped=skipped)
+        return make_batch(inputs, mask, skipped=skipped, num_masked=self.num_masked(mask))
 
     def _read(self, item: int) -> np.ndarray:
         return read_image(self.files[item], self.decode_size, self.model.frontend.channels)

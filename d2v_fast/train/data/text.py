@@ -125,7 +125,7 @@ class TextData(PretrainData):
         for row, block in zip(inputs, items, strict=True):
             row[1:] = self.ids[block * (size - 1) : (block + 1) * (size - 1)]
         mask = self.model.mask.draw(self.rng(self.MASK, epoch, index), np.full(len(items), size), size)
-        return make_batch(torch.from_numpy(inputs), mask)
+        return make_batch(torch.from_numpy(inputs), mask, num_masked=self.num_masked(mask))
 
     def __getstate__(self) -> dict[str, Any]:
         # a memory map would be pickled with all its contents when workers are spawned

@@ -1,0 +1,146 @@
+"""The other side of ``bench_train_step.py``: whole training steps as their authors wrote them, on our weights.
+
+Speech and text are fairseq's own models (ve-fairseq), images BEiT's Transformer in plain PyTorch
+(``tests/vision_restated.py``), with the dropout, DropPath and teacher of the published recipe.
+"""
+
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from common import DEVICE
+from torch import Tensor, nn
+
+from d2v_fast.nn import Batch, Data2Vec
+
+TESTS = Path(__file__).parent.parent / "tests"
+
+
+@dataclass
+class Peer:
+    """A model of somebody else's, in training mode."""
+
+    name: str
+    parameters: list[nn.Parameter]  # that are trained
+    loss: Callable[[Batch], Tensor]  # mean over the masked positions, differentiable
+    follow: Callable[[int], object]  # the teacher's step after so many updates
+
+
+def load(ours: Data2Vec) -> Peer | None:
+    """The peer of ``ours``, with its weights copied into ours; None where it is not installed."""
+    if str(TESTS) not in sys.path:
+        sys.path.append(str(TESTS))
+    if ours.config.modality == "image":
+        return _beit(ours)
+    try:
+        import fairseq  # noqa: F401
+    except ImportError:
+        return None
+    return {"speech": _speech, "text": _text}[ours.config.modality](ours)
+
+
+def _speech(ours: Data2Vec) -> Peer:
+    import fairseq_peer
+
+    config, encoder = ours.config, ours.config.encoder
+    model = fairseq_peer.audio.Data2VecAudioModel(
+        fairseq_peer.audio.Data2VecAudioConfig(
+            extractor_mode="layer_norm",
+            conv_feature_layers=str(list(config.frontend.conv_layers)),
+            conv_pos=encoder.pos_conv_width,
+            pos_conv_depth=encoder.pos_conv_depth,
+            encoder_layers=encoder.layers,
+            encoder_embed_dim=encoder.dim,
+            encoder_ffn_embed_dim=encoder.ffn_dim,
+            encoder_attention_heads=encoder.heads,
+            average_top_k_layers=config.targets.top_k,
+            instance_norm_target_layer=True,
+            dropout=encoder.dropout,
+            attention_dropout=encoder.attention_dropout,
+            encoder_layerdrop=encoder.layerdrop,
+            ema_decay=config.ema.decay,
+            ema_end_decay=config.ema.end_decay,
+            ema_anneal_end_step=config.ema.anneal_updates,
+            max_update=400_000,
+        )
+    )
+    _share_weights(model, ours, fairseq_peer.speech_state, fairseq_peer.teacher_state)
+
+    def loss(batch: Batch) -> Tensor:
+        out = model(batch.inputs, mask_indices=batch.mask.cpu().numpy())  # fairseq's own are drawn on the host as well
+        return out["losses"]["regression"] / out["sample_size"]
+
+    return Peer("fairseq", list(model.parameters()), loss, model.set_num_updates)
+
+
+def _text(ours: Data2Vec) -> Peer:
+    import fairseq_peer
+
+    config, encoder, frontend = ours.config, ours.config.encoder, ours.config.frontend
+    settings = fairseq_peer.text.Data2VecTextConfig()
+    settings.max_positions, settings.head_layers = frontend.max_positions, config.head_layers
+    settings.average_top_k_layers, settings.layer_norm_target_layer = config.targets.top_k, True
+    settings.loss_beta, settings.loss_scale = config.loss.beta, 1.0
+    settings.ema_decay, settings.ema_end_decay = config.ema.decay, config.ema.end_decay
+    settings.ema_anneal_end_step = config.ema.anneal_updates
+    t = settings.transformer
+    t.dropout, t.attention_dropout, t.activation_dropout = encoder.dropout, encoder.attention_dropout, 0.0
+    t.activation_fn, t.layernorm_embedding, t.no_scale_embedding = "gelu", True, True
+    t.max_source_positions, t.encoder.learned_pos, t.encoder.normalize_before = frontend.max_positions, True, False
+    t.encoder.embed_dim, t.encoder.ffn_embed_dim = encoder.dim, encoder.ffn_dim
+    t.encoder.layers, t.encoder.attention_heads = encoder.layers, encoder.heads
+    dictionary = fairseq_peer.fairseq.data.Dictionary()
+    for i in range(frontend.vocab_size - len(dictionary) - 1):
+        dictionary.add_symbol(f"w{i}")
+    mask_index = dictionary.add_symbol("<mask>")
+    task = SimpleNamespace(source_dictionary=dictionary, cfg=SimpleNamespace(data=""))
+    model = fairseq_peer.text.Data2VecTextModel.build_model(settings, task)
+    _share_weights(model, ours, fairseq_peer.text_state, fairseq_peer.teacher_state)
+
+    def loss(batch: Batch) -> Tensor:
+        out = model(
+            src_tokens=batch.inputs.masked_fill(batch.mask, mask_index),
+            target_tokens=batch.inputs.masked_fill(~batch.mask, frontend.pad_index),
+        )
+        return out["losses"]["main"] / out["sample_size"]
+
+    return Peer("fairseq", list(model.parameters()), loss, model.set_num_updates)
+
+
+def _share_weights(model: nn.Module, ours: Data2Vec, to_state: Callable, to_teacher: Callable) -> None:
+    model.to(DEVICE).set_num_updates(0)  # makes the teacher
+    model.train()
+    state = to_state(model, ours.config.encoder.layers)
+    ours.load_state_dict({**state, **to_teacher(ours, state)})
+
+
+def _beit(ours: Data2Vec) -> Peer:
+    import vision_restated
+
+    config, encoder = ours.config, ours.config.encoder
+    sizes = {name: getattr(encoder, name) for name in ("layers", "dim", "ffn_dim", "heads")}
+    frontend = config.frontend
+    student = vision_restated.Vision(
+        frontend.image_size, frontend.patch_size, sizes, scale=encoder.layer_scale, drop_path=encoder.drop_path,
+        attention_dropout=encoder.attention_dropout,
+    ).to(DEVICE)  # fmt: skip
+    with torch.no_grad():
+        for p in student.parameters():
+            if p.ndim > 1:
+                p.normal_(std=0.02)
+    teacher = copy.deepcopy(student).eval().requires_grad_(False)
+    weights = vision_restated.renamed(student.state_dict())
+    averages = {name: x for name, x in weights.items() if not name.startswith("head.")}
+    ours.load_state_dict(weights | {f"teacher.module.{name}": x for name, x in averages.items()})
+
+    def loss(batch: Batch) -> Tensor:
+        return vision_restated.loss(student, teacher, batch.inputs, batch.mask, config.targets.top_k, config.loss.beta)
+
+    decay = config.ema.decay
+    return Peer(
+        "BEiT", list(student.parameters()), loss, lambda update: vision_restated.follow(teacher, student, decay)
+    )
