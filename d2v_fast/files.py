@@ -1,7 +1,7 @@
 """Files that are replaced as a whole: written beside under a temporary name, then renamed."""
 
 import os
-import tempfile
+import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
@@ -14,13 +14,13 @@ def replace_file(path: Path, write: Callable[[BinaryIO], object]) -> None:
         OSError: no space, no permission. The old file is untouched and nothing is left beside it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with open(partial, "xb") as file:  # not by tempfile, whose files only their owner can read
             write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException:
-        os.unlink(partial)
+        partial.unlink(missing_ok=True)
         raise

@@ -608,3 +608,13 @@ def test_methods_of_the_model(modality, tmp_path):
     assert (tmp_path / "hf/config.json").exists()
     (model.save_beit if modality == "image" else model.save_fairseq)(tmp_path / "x.pt")
     assert_same(dict(read_any(tmp_path / "x.pt").model.state_dict()), dict(model.state_dict()))
+
+
+def test_written_files_can_be_shared(tmp_path):
+    """They have the permissions of any new file."""
+    model = make("speech")
+    model.save_fairseq(tmp_path / "x.pt")
+    model.save_pretrained(tmp_path / "native")
+    (tmp_path / "any").touch()
+    for path in (tmp_path / "x.pt", *(tmp_path / "native").iterdir()):
+        assert path.stat().st_mode == (tmp_path / "any").stat().st_mode
