@@ -21,6 +21,7 @@ from d2v_fast.train.data import (
     read_waveform,
 )
 from d2v_fast.train.errors import ConfigError
+from d2v_fast.train.graph import signature
 
 MODEL = Data2VecConfig.speech("base")
 RATE = 16_000
@@ -88,6 +89,18 @@ def test_plan_packs_by_length(folder):
         assert len(batch) * max(lengths[list(batch)]) <= 3 * RATE
         assert (len(batch) + 1) * max(lengths[list(batch)]) > 3 * RATE  # full
         assert min(lengths[list(batch)]) >= max(lengths[list(following)])  # buckets do not overlap
+
+
+def test_static_shapes(folder):
+    """Batches of few sizes, with crops of few lengths; what is masked does not change their shapes."""
+    crops = {"crop_multiple": RATE // 4}
+    plain, static = (build_data(config(folder, **crops), MODEL, 0, static_shapes=flag) for flag in (False, True))
+    sizes = []
+    for data in (plain, static):
+        found = [batch for _, _, batch in take(data, 4 * len(data.plan(0)))]
+        assert all(b.inputs.shape[0] * b.inputs.shape[1] <= 3 * RATE for b in found)
+        sizes.append(({tuple(b.inputs.shape) for b in found}, {signature(b) for b in found}))
+    assert len(sizes[1][0]) == len(sizes[1][1]) <= len(sizes[0][0]) < len(sizes[0][1])
 
 
 def test_ties_are_shuffled(tmp_path):

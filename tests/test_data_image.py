@@ -13,6 +13,7 @@ from d2v_fast.nn.config import Data2VecConfig, EncoderConfig, ImageFrontEndConfi
 from d2v_fast.nn.masking import BlockMask
 from d2v_fast.train.data import DataError, ImageData, ImageDataConfig, UnreadableFile, batches, build_data, read_image
 from d2v_fast.train.errors import ConfigError
+from d2v_fast.train.graph import signature
 
 SIZE = 32  # pixels; patches of 8
 
@@ -74,6 +75,16 @@ def test_batch_layout(folder):
     assert batch.mask.shape == (4, 16) and (batch.mask.sum(1) <= 8).all() and batch.num_masked > 0
     assert ImageData(config(folder, decode_size=50), model(), 0).load(0, 0, (1,)).inputs.shape[-1] == 50
     assert "10 files" in data.describe()
+
+
+def test_static_shapes(folder):
+    """The same masks, in batches of one shape."""
+    plain, static = (build_data(config(folder), model(), 0, static_shapes=flag) for flag in (False, True))
+    shapes = set()
+    for a, b in zip(take(plain, 4), take(static, 4), strict=True):
+        assert torch.equal(a[2].mask, b[2].mask) and a[2].num_masked == b[2].num_masked
+        shapes.add(signature(b[2]))
+    assert len(shapes) == 1 and b[2].positions.shape == (4 * 8,)
 
 
 def test_small_folder_makes_one_small_batch(folder):

@@ -15,6 +15,7 @@ from d2v_fast.nn.config import Data2VecConfig, TextFrontEndConfig
 from d2v_fast.train.data import DataError, TextData, TextDataConfig, batches, build_data
 from d2v_fast.train.data.tokenizer import load_tokenizer, train_tokenizer
 from d2v_fast.train.errors import ConfigError
+from d2v_fast.train.graph import signature
 
 VOCAB = 300
 MODEL = replace(Data2VecConfig.text("base"), frontend=TextFrontEndConfig(vocab_size=VOCAB, max_positions=64))
@@ -63,6 +64,17 @@ def test_batches_depend_on_seed_and_place_only(folder, tmp_path):
     assert_same(take(data, count, num_workers=2), alone)
     assert_same(take(TextData(config(folder), MODEL, 3), 5, epoch=0, index=count - 5), alone[-5:])
     assert not torch.equal(take(TextData(config(folder), MODEL, 4), 1)[0][2].inputs, alone[0][2].inputs)
+
+
+def test_static_shapes(folder):
+    """The same masks, in batches of one shape."""
+    plain, static = (build_data(config(folder), MODEL, 0, static_shapes=flag) for flag in (False, True))
+    shapes, counts = set(), set()
+    for a, b in zip(take(plain, 8), take(static, 8), strict=True):
+        assert torch.equal(a[2].mask, b[2].mask) and a[2].num_masked == b[2].num_masked
+        shapes.add(signature(b[2]))
+        counts.add(b[2].num_masked)
+    assert len(shapes) == 1 < len(counts)
 
 
 def test_blocks_hold_the_documents_in_order(folder):

@@ -229,6 +229,21 @@ def test_run_folder(text_folder, tmp_path):
     assert not model.training and equal(model.state_dict(), weights(result.checkpoint))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_cuda_graphs_fall_back_visibly(text_folder, tmp_path):
+    """Without a CUDA device: counted in the metrics, or refused; an older checkpoint does not know the key."""
+    out = tmp_path / "run"
+    arguments = overrides(text_folder, out, "cuda_graph=auto", "updates=4")
+    path = pretrain(load_config("text_demo", arguments)).checkpoint
+    assert [(row["graph_replays"], row["graph_fallbacks"]) for row in read_metrics(out)] == [(0, 1), (0, 3), (0, 4)]
+    with pytest.raises(ConfigError, match="needs a CUDA device and accumulate = 1, got cpu and 1"):
+        pretrain(load_config("text_demo", overrides(text_folder, tmp_path / "other", "cuda_graph=strict")))
+    content = torch.load(path, weights_only=True)
+    del content["config"]["cuda_graph"]
+    torch.save(content, path)
+    assert checkpoint.read(path)["config"]["cuda_graph"] == "off"
+
+
 def test_training_reduces_the_loss(text_folder, tmp_path):
     more = ("updates=60", "log_every=20", "schedule.warmup_updates=5", "model.ema.decay=0.99")
     result = pretrain(load_config("text_demo", overrides(text_folder, tmp_path / "run", *more)))

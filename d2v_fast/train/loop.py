@@ -214,6 +214,9 @@ class Trainer:
         self.captured: CapturedStep | None = None
         if config.cuda_graph != "off":
             strict = config.cuda_graph == "strict"
+            if strict and (self.device.type != "cuda" or config.accumulate > 1):
+                given = f"{self.device.type} and {config.accumulate}"
+                raise ConfigError(f'cuda_graph: "strict" needs a CUDA device and accumulate = 1, got {given}')
             self.captured = CapturedStep(self.model, self.optimizer, strict=strict, **how)
         self.step = self.captured or partial(train_step, self.model, optimizer=self.optimizer, **how)
         self.consistent = True  # False while an update is under way
