@@ -44,9 +44,9 @@ class Data2Vec(Interchange, nn.Module):
 
         Raises:
             TypeError: inputs, masks or positions of another dtype than :class:`Batch` says.
-            ValueError: masks that do not fit the inputs (they count frames, patches or tokens), or positions that are
-                not as many as the mask's; the latter is only looked at on the CPU, elsewhere it would wait for the
-                device.
+            ValueError: masks that do not fit the inputs (they count frames, patches or tokens), sequences of another
+                number of rows than positions, or positions that are not as many as the mask's; the last is only looked
+                at on the CPU, elsewhere it would wait for the device.
         """
         self._check_batch(batch)
         student, teacher = student_rows(self.config, batch), teacher_rows(self.config, batch)

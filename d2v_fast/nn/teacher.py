@@ -65,7 +65,7 @@ class EMATeacher(nn.Module):
             copies and loads.
 
     Raises:
-        TypeError: ``student`` is no module, or ``skip`` a string.
+        TypeError: ``student`` is no module, ``skip`` a string, or ``copies`` another dtype.
         ValueError: an entry of ``skip`` matches no parameter, or a parameter to be averaged is not dense.
     """
 
@@ -83,6 +83,8 @@ class EMATeacher(nn.Module):
             raise TypeError(f"student must be a module, got {type(student).__name__}")
         if isinstance(skip, str):
             raise TypeError(f"skip must be a tuple of names, got the string {skip!r}")
+        if copies not in (None, torch.bfloat16, torch.float16):
+            raise TypeError(f"copies must be torch.bfloat16, torch.float16 or None, got {copies}")
         names = [name for name, _ in student.named_parameters()]
         for prefix in skip:
             if not any(_within(name, prefix) for name in names):
