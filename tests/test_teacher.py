@@ -223,7 +223,10 @@ def test_skip_names_whole_components():
     [
         (lambda t: EMATeacher(None, HALF), "student must be a module, got NoneType"),
         (lambda t: EMATeacher(Student(), HALF, skip="body"), "skip must be a tuple of names, got the string 'body'"),
-        (lambda t: EMATeacher(Student(), HALF, copies=torch.float32), "copies must be torch.bfloat16, .* torch.float32"),
+        (
+            lambda t: EMATeacher(Student(), HALF, copies=torch.float32),
+            "copies must be torch.bfloat16, .* torch.float32",
+        ),
         (lambda t: t.update_(1, skip=True), "skip must be a tensor, got bool"),
         (
             lambda t: t.load_ema_state({**t.ema_state(), "frozen": None}),
