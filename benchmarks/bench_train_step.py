@@ -10,7 +10,6 @@ image step has a peer.
 """
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Callable
@@ -70,15 +69,15 @@ def our_step(model: Data2Vec) -> Callable[[Batch], None]:
 
 
 def peer_step(peer: Peer) -> Callable[[Batch], None]:
-    """One update of ``peer`` with PyTorch's fused AdamW; both trainers compute the norm of the gradients."""
+    """One update of ``peer``."""
     settings = {"lr": OPTIM.lr, "betas": OPTIM.betas, "eps": OPTIM.eps, "weight_decay": OPTIM.weight_decay}
-    optimizer, updates = torch.optim.AdamW(peer.parameters, **settings, fused=True), iter(range(1, 1_000_000))
+    optimizer, updates = peer.adamw(peer.parameters, **settings), iter(range(1, 1_000_000))
 
     def step(batch: Batch) -> None:
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
             loss = peer.loss(batch)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(peer.parameters, math.inf, foreach=True)
+        peer.norm(peer.parameters)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         peer.follow(next(updates))

@@ -1,19 +1,22 @@
 """The other side of ``bench_train_step.py``: whole training steps as their authors wrote them, on our weights.
 
-Speech and text are fairseq's own models (ve-fairseq), images BEiT's Transformer in plain PyTorch
-(``tests/vision_restated.py``), with the dropout, DropPath and teacher of the published recipe.
+Speech and text are fairseq's own models, optimizer and norm of the gradients (ve-fairseq), images BEiT's Transformer in
+plain PyTorch (``tests/vision_restated.py``), with the dropout, DropPath and teacher of the published recipe.
 """
 
 import copy
+import math
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 from common import DEVICE
 from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
 
 from d2v_fast.nn import Batch, Data2Vec
 
@@ -22,12 +25,14 @@ TESTS = Path(__file__).parent.parent / "tests"
 
 @dataclass
 class Peer:
-    """A model of somebody else's, in training mode."""
+    """A model of somebody else's, in training mode, and how its trainer makes a step."""
 
     name: str
     parameters: list[nn.Parameter]  # that are trained
     loss: Callable[[Batch], Tensor]  # mean over the masked positions, differentiable
     follow: Callable[[int], object]  # the teacher's step after so many updates
+    adamw: Callable[..., torch.optim.Optimizer]  # as its authors call it: tensor by tensor
+    norm: Callable[[list[nn.Parameter]], Tensor]  # of the gradients, which both trainers log
 
 
 def load(ours: Data2Vec) -> Peer | None:
@@ -74,7 +79,7 @@ def _speech(ours: Data2Vec) -> Peer:
         out = model(batch.inputs, mask_indices=batch.mask.cpu().numpy())  # fairseq's own are drawn on the host as well
         return out["losses"]["regression"] / out["sample_size"]
 
-    return Peer("fairseq", list(model.parameters()), loss, model.set_num_updates)
+    return _of_fairseq(model, loss)
 
 
 def _text(ours: Data2Vec) -> Peer:
@@ -108,7 +113,15 @@ def _text(ours: Data2Vec) -> Peer:
         )
         return out["losses"]["main"] / out["sample_size"]
 
-    return Peer("fairseq", list(model.parameters()), loss, model.set_num_updates)
+    return _of_fairseq(model, loss)
+
+
+def _of_fairseq(model: nn.Module, loss: Callable[[Batch], Tensor]) -> Peer:
+    from fairseq.optim.adam import Adam  # with decoupled weight decay, as AdamW
+    from fairseq.utils import clip_grad_norm_
+
+    parameters = list(model.parameters())
+    return Peer("fairseq", parameters, loss, model.set_num_updates, Adam, lambda params: clip_grad_norm_(params, 0))
 
 
 def _share_weights(model: nn.Module, ours: Data2Vec, to_state: Callable, to_teacher: Callable) -> None:
@@ -140,7 +153,8 @@ def _beit(ours: Data2Vec) -> Peer:
     def loss(batch: Batch) -> Tensor:
         return vision_restated.loss(student, teacher, batch.inputs, batch.mask, config.targets.top_k, config.loss.beta)
 
-    decay = config.ema.decay
-    return Peer(
-        "BEiT", list(student.parameters()), loss, lambda update: vision_restated.follow(teacher, student, decay)
-    )
+    def follow(update: int) -> None:
+        vision_restated.follow(teacher, student, config.ema.decay)
+
+    adamw = partial(torch.optim.AdamW, foreach=False)
+    return Peer("BEiT", list(student.parameters()), loss, follow, adamw, partial(clip_grad_norm_, max_norm=math.inf))
