@@ -6,7 +6,7 @@ Dropout and DropPath are those of the recipes; they are off where results are co
 bench_pos_conv.py. "matmul" is the share of the rate of a large product that the layers' own products reach (MFU, by
 formula), "held MiB" the activations kept for backward. "fill": lengths as in bench_attention_packed.py fill 55 % of the
 batch; "d2v_fast" has the rows that count, packed, "d2v_fast padded" and all others the padded batch. Parameters are
-float32 under autocast, as in training; fairseq's are bfloat16, as with its --bf16.
+float32 under autocast, as in training; fairseq's are bfloat16, as with its --bf16. For images "fairseq" is BEiT.
 """
 
 from collections.abc import Callable
@@ -149,10 +149,10 @@ BENCH = Bench(
         "d2v_fast": ours(of_module, prepare=packed_module),
         "d2v_fast padded": ours(of_module, prepare=as_module),
         "d2v_fast+compile": compiled(of_module, prepare=packed_module),
-        "fairseq or BEiT": eager(as_released, prepare=as_stored),
+        "fairseq": eager(as_released, prepare=as_stored),
         "eager": eager(written(encoder_eager.modern)),
         "eager+compile": compiled(written(encoder_eager.modern)),
-        "fairseq or BEiT+compile": compiled(as_released, prepare=as_stored),
+        "fairseq+compile": compiled(as_released, prepare=as_stored),
     },
     minimal_bytes=minimal_bytes(passes),
     passes=passes,

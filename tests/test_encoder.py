@@ -181,7 +181,7 @@ def test_scaled_branch_as_layer_result_in_training():
     options = {"layer_result": "ffn", "layer_scale": 0.5, "dropout": 0.3, "drop_path": 0.5}
     encoder = TransformerEncoder(replace(tiny_config("image").encoder, norm="pre", **options), 6)
     layer = encoder.layers[-1]
-    h = torch.randn(8, 37, 32)
+    h = torch.randn(16, 37, 32)
     (y, out, _), ffn = layer(Stream(layer.norm1(h), h), encoder.norm, Scope())
     torch.testing.assert_close(y, F.layer_norm(out, (32,), eps=1e-6))
     dropped = (ffn == 0).flatten(1).double().mean(1)

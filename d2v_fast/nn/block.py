@@ -7,7 +7,6 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_fast.nn.checkpointing import Again, linear
@@ -15,6 +14,7 @@ from d2v_fast.nn.config import EncoderConfig
 from d2v_fast.nn.self_attention import Scope, SelfAttention
 from d2v_fast.nn.sequences import Sequences
 from d2v_fast.ops import bias_gelu, residual_dropout_layer_norm
+from d2v_fast.ops._dropout import dropout
 from d2v_fast.ops._rows import runs_reference
 
 
@@ -43,7 +43,7 @@ def drop_path_scale(x: Tensor, p: float, training: bool, sequences: Sequences | 
 
 def scale_branch(x: Tensor, p: float, column_scale: Tensor | None, row_scale: Tensor | None) -> Tensor:
     """Dropout, LayerScale [C] and DropPath [B] of a residual branch x [B, ..., C], without the residual."""
-    x = F.dropout(x, p)
+    x = dropout(x, p)
     x = x if column_scale is None else x * column_scale
     return x if row_scale is None else x * row_scale.to(x.dtype).view(-1, *(1,) * (x.dim() - 1))
 
@@ -88,7 +88,7 @@ class Block(nn.Module):
         bias = None if in_product else self.fc1.bias
         hidden = bias_gelu(x, bias)
         if self.training and self.activation_dropout > 0:
-            hidden = F.dropout(hidden, self.activation_dropout)
+            hidden = dropout(hidden, self.activation_dropout)
         elif self.selective:
             return linear(hidden, self.fc2.weight, self.fc2.bias, Again(bias_gelu, (x, bias)))
         return self.fc2(hidden)

@@ -7,7 +7,6 @@ C channels, H heads.
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_fast.nn.block import Block, Stream
@@ -16,6 +15,7 @@ from d2v_fast.nn.config import EncoderConfig
 from d2v_fast.nn.positions import ConvPositions, RelativePositionBias
 from d2v_fast.nn.self_attention import Scope
 from d2v_fast.nn.sequences import Sequences
+from d2v_fast.ops._dropout import dropout
 
 
 class EncoderOutput(NamedTuple):
@@ -159,7 +159,7 @@ class TransformerEncoder(nn.Module):
             x = x + self._convolved(x, sequences, padding_mask)
         if self.norm is not None and self.config.norm == "post":
             x = self.norm(x)
-        return x if self.pos_conv is None else F.dropout(x, self.config.dropout, self.training)
+        return x if self.pos_conv is None or not self.training else dropout(x, self.config.dropout)
 
     def _convolved(self, x: Tensor, sequences: Sequences | None, padding_mask: Tensor | None) -> Tensor:
         if sequences is not None:

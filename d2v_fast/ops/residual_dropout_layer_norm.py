@@ -14,11 +14,11 @@ PyTorch's own operators one by one, ``dropout`` among them.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from d2v_fast.ops import _rows
 from d2v_fast.ops._dispatch import check_device, cpu_runs_triton
+from d2v_fast.ops._dropout import dropout
 
 
 def residual_dropout_layer_norm_ref(
@@ -38,7 +38,7 @@ def residual_dropout_layer_norm_ref(
     if factor is not None:
         wide = wide * factor
     elif p > 0:
-        wide = F.dropout(wide, p)
+        wide = dropout(wide, p)
     total = stream + _scaled(wide, scale, row_scale)
     (h,) = _rows.cast(residual.dtype, total)
     if h is not total:  # the value of h, whose own gradient would be rounded
