@@ -10,6 +10,7 @@ import torch
 from checks import INTERPRET
 from tiny import NO_DROPOUT, tiny_config
 
+from d2v_fast.nn import block
 from d2v_fast.nn.block import drop_path_scale
 from d2v_fast.nn.encoder import TransformerEncoder
 from d2v_fast.nn.sequences import Sequences
@@ -141,6 +142,26 @@ def test_selected_rows_with_drop_path(modality):
         torch.manual_seed(5)
         outputs.append(encoder(x, **options).x.reshape(-1, 32))
     assert_same(encoder, [(outputs[1], select.take(outputs[0]))])
+
+
+@pytest.mark.parametrize("selected", [False, True])
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_dropped_samples_are_not_computed(norm, selected, monkeypatch):
+    """DropPath multiplies their branches by 0: to leave them out changes nothing, also where none is left."""
+    encoder = encoder_of("image", norm=norm, drop_path=0.6, layers=4).train()
+    x, options = torch.randn(3, T, 32), {"select": Sequences.from_mask(MASKED)} if selected else {}
+    sizes: list[int] = []
+    for layer in encoder.layers:
+        layer.fc2.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    for seed in range(4):
+        torch.manual_seed(seed)
+        got = encoder(x, top_k=4, **options)
+        with monkeypatch.context() as patch:
+            patch.setattr(block, "of_kept", lambda branch, y, row_scale: branch(y))
+            torch.manual_seed(seed)
+            want = encoder(x, top_k=4, **options)
+        assert_same(encoder, [(got.x, want.x), *zip(got.layer_results, want.layer_results, strict=True)])
+    assert 0 in sizes and len(set(sizes)) > 2
 
 
 def test_drop_path_of_packed_rows():

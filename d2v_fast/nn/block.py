@@ -3,6 +3,7 @@
 Dims: B batch, T positions, N packed rows, U sequences, M selected rows, C channels, F hidden channels.
 """
 
+from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
@@ -48,6 +49,20 @@ def scale_branch(x: Tensor, p: float, column_scale: Tensor | None, row_scale: Te
     return x if row_scale is None else x * row_scale.to(x.dtype).view(-1, *(1,) * (x.dim() - 1))
 
 
+def of_kept(branch: Callable[[Tensor], Tensor], y: Tensor, row_scale: Tensor | None) -> Tensor:
+    """``branch(y)`` for the samples, along the first dim, that DropPath keeps, and 0 for the others.
+
+    On the CPU alone, where reading the draw costs nothing; elsewhere for all samples.
+    """
+    if row_scale is None or y.device.type != "cpu" or torch.compiler.is_compiling():
+        return branch(y)
+    kept = row_scale.nonzero()[:, 0]
+    if len(kept) == len(y):
+        return branch(y)
+    x = branch(y.index_select(0, kept))
+    return x.new_zeros(y.shape).index_copy(0, kept, x)
+
+
 def _norm_again(h: Tensor, weight: Tensor, bias: Tensor, *, eps: float, dtype: torch.dtype) -> Tensor:
     """The layer norm of ``h`` as the fused op computes it, for a sublayer that adds nothing."""
     nothing = h.new_zeros(h.shape[-1:], dtype=dtype).expand(h.shape)
@@ -81,6 +96,12 @@ class Block(nn.Module):
         rates = (self.dropout, self.activation_dropout, self.drop_path, self.attention.dropout)
         return self.training and any(rates)
 
+    def _attend(self, stream: Stream, scope: Scope, select: Sequences | None, row_scale: Tensor | None) -> Tensor:
+        if select is None and scope.sequences is None and scope.padding_mask is None:
+            y, again = stream.y, stream.again
+            return of_kept(lambda x: self.attention(x, scope, again=again if x is y else None), y, row_scale)
+        return self.attention(stream.y, scope, select, stream.again)
+
     def _ffn(self, y: Tensor, again: Again | None) -> Tensor:
         # the bias goes into GELU, where it is free; PyTorch's operators on the CPU have it free in the product
         in_product = runs_reference(y, y.dtype)
@@ -93,11 +114,8 @@ class Block(nn.Module):
             return linear(hidden, self.fc2.weight, self.fc2.bias, Again(bias_gelu, (x, bias)))
         return self.fc2(hidden)
 
-    def _factors(
-        self, x: Tensor, scale: Tensor | None, sequences: Sequences | None
-    ) -> dict[str, float | Tensor | None]:
-        """What happens to a sublayer's output x [B, T, C] or [N, C] on its way into the residual stream."""
-        row_scale = drop_path_scale(x, self.drop_path, self.training, sequences)
+    def _factors(self, scale: Tensor | None, row_scale: Tensor | None) -> dict[str, float | Tensor | None]:
+        """What happens to a sublayer's output on its way into the residual stream."""
         return {"p": self.dropout if self.training else 0.0, "column_scale": scale, "row_scale": row_scale}
 
     def _add_norm(self, x: Tensor, h: Tensor, norm: nn.LayerNorm, **factors) -> Stream:
@@ -128,14 +146,17 @@ class Block(nn.Module):
         the stream out.
         """
         middle, last = (self.norm2, next_norm) if self.pre_norm else (self.norm1, self.norm2)
-        x = self.attention(stream.y, scope, select, stream.again)
-        h = stream.h if select is None else select.take(stream.h.flatten(0, -2))
         sequences = scope.sequences if select is None else select
-        y, h, again = self._add_norm(x, h, middle, **self._factors(x, self.scale1, sequences))
-        ffn = self._ffn(y, again)
-        if self.ffn_result and not self.pre_norm and result_only:
+        row_scale = drop_path_scale(stream.y, self.drop_path, self.training, sequences)
+        x = self._attend(stream, scope, select, row_scale)
+        h = stream.h if select is None else select.take(stream.h.flatten(0, -2))
+        y, h, again = self._add_norm(x, h, middle, **self._factors(self.scale1, row_scale))
+        row_scale = drop_path_scale(y, self.drop_path, self.training, sequences)
+        whole = self.ffn_result and not self.pre_norm  # the result is what leaves the FFN, for all samples
+        ffn = of_kept(lambda x: self._ffn(x, again if x is y else None), y, None if whole else row_scale)
+        if whole and result_only:
             return None, ffn
-        factors = self._factors(ffn, self.scale2, sequences)
+        factors = self._factors(self.scale2, row_scale)
         if self.ffn_result and self.pre_norm:  # it has to exist on its own
             ffn, factors = scale_branch(ffn, **factors), {}
             if result_only:
