@@ -172,3 +172,18 @@ def pos_conv(x: Tensor, weights: list[Tensor], biases: list[Tensor], *, groups: 
         x = F.layer_norm(x.transpose(-2, -1), x.shape[1:2], eps=eps).transpose(-2, -1) if norm else x
         x = F.gelu(x)
     return {"y": x.transpose(1, 2)}
+
+
+def bias_attention(
+    qkv: Tensor, bias: Tensor | None, slopes: Tensor | None, positions: Tensor | None, *, p: float
+) -> dict:
+    """BEiT's ``Attention`` on [B, T, 3, H, D], and ALiBi as data2vec 2.0 adds it: all logits and weights in memory."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    logits = q * q.shape[-1] ** -0.5 @ k.mT
+    if bias is not None:
+        logits = logits + bias
+    if slopes is not None:
+        distances = (positions[:, None, :, None] - positions[:, None, None, :]).abs()
+        logits = logits - slopes[:, None, None] * distances
+    weights = F.dropout(logits.softmax(-1), p)
+    return {"y": (weights.to(v.dtype) @ v).transpose(1, 2)}

@@ -197,3 +197,15 @@ def pos_conv(x: Tensor, weights: list[Tensor], biases: list[Tensor], *, groups: 
         x = F.conv1d(x, weight, bias, padding=kernel // 2, groups=groups)[..., : x.shape[-1]]
         x = F.gelu(F.layer_norm(x.mT, x.shape[1:2], eps=eps).mT if norm else x)
     return {"y": x.mT}
+
+
+def bias_attention(
+    qkv: Tensor, bias: Tensor | None, slopes: Tensor | None, positions: Tensor | None, *, p: float
+) -> dict:
+    """scaled_dot_product_attention with the bias as its mask, which is expanded to all samples inside."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    mask = None if bias is None else bias[None].to(q.dtype)
+    if slopes is not None:
+        distances = (positions[:, None, :, None] - positions[:, None, None, :]).abs()
+        mask = (-slopes[:, None, None] * distances).to(q.dtype)
+    return {"y": F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p).transpose(1, 2)}

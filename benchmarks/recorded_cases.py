@@ -191,6 +191,24 @@ def residual_dropout_layer_norm(
     return backward(call, *(v for v in (x, r, weight, b, scale) if v is not None))
 
 
+def bias_attention(
+    B: int, T: int, H: int, D: int, dtype=BF16, bias=None, slopes=False, lengths=False, p=0.0, grad=True
+) -> Call:
+    """``bias``: its dtype; queries, keys and values are slices of one tensor."""
+    q, k, v = (x.requires_grad_() for x in torch.empty(B, T, 3, H, D, dtype=dtype).unbind(2))
+    table = None if bias is None else _leaf(H, T, T, dtype=bias)
+    options: dict[str, Any] = {"p": p, "lengths": torch.full((B,), T, dtype=torch.int32) if lengths else None}
+    if slopes:
+        options |= {"slopes": _leaf(H), "positions": torch.zeros(B, T, dtype=torch.int32)}
+
+    def call() -> Tensor:
+        return ops.bias_attention(q, k, v, table, **options)
+
+    if not grad:
+        return torch.no_grad()(call)
+    return backward(call, *(x for x in (q, k, v, table, options.get("slopes")) if x is not None))
+
+
 def _case(op: str, name: str, build: Callable[..., Call], vector: bool = True, **arguments: Any) -> Case:
     return Case(op, name, build, arguments, vector)
 
@@ -204,6 +222,9 @@ VISION_LARGE = VISION | {"shape": (64, 196, 1024)}
 BASE = model_sizes(94_000_000, 204)
 
 LAYER_SCALE = {"residual": FP32, "p": 0.0, "column_scale": True, "row_scale": True, "return_residual": True}
+
+VIT_BASE = {"B": 128, "T": 197, "H": 12, "D": 64, "bias": BF16}
+VIT_LENGTHS = VIT_BASE | {"D": 32, "bias": FP16}
 
 CASES = [
     _case("masked_smooth_l1", "bf16 768", masked_smooth_l1, rows=5230, width=768),
@@ -357,4 +378,10 @@ CASES = [
         shape=(64, 197, 1024),
         **LAYER_SCALE,
     ),
+    _case("bias_attention", "bf16 64, vision base", bias_attention, **VIT_BASE, p=0.05),
+    _case("bias_attention", "bf16 64, fp32 bias", bias_attention, **VIT_BASE | {"bias": FP32}),
+    _case("bias_attention", "bf16 64, ALiBi", bias_attention, B=64, T=512, H=12, D=64, slopes=True, p=0.1),
+    _case("bias_attention", "bf16 80, vision huge", bias_attention, **VIT_BASE | {"D": 80}, p=0.05),
+    _case("bias_attention", "fp16 32, lengths", bias_attention, **VIT_LENGTHS, dtype=FP16, lengths=True),
+    _case("bias_attention", "fp32 64", bias_attention, **VIT_BASE | {"bias": FP32}, dtype=FP32, p=0.05),
 ]

@@ -41,14 +41,15 @@ _LOW_PRECISION = {
 }
 
 
-def config_for(q: Tensor, kernel: str) -> LaunchConfig:
-    """The tiles of ``kernel`` ("fwd", "dq", "dkv" or "dbias") for ``q`` [B, Tq, H, D].
+def config_for(q: Tensor, k: Tensor, kernel: str) -> LaunchConfig:
+    """The tiles of ``kernel`` ("fwd", "dq", "dkv" or "dbias") for ``q`` [B, Tq, H, D] and ``k`` [B, Tk, H, D].
 
     float32 is multiplied without tensor cores, which would round it to 10 bits, and its tiles are in registers.
     """
     wide = head_block(q.shape[3]) > 64
     if launch.interpreted(q):
-        return LaunchConfig(128, 128, num_warps=4, num_stages=1)
+        block_m, block_n = (min(max(triton.next_power_of_2(x.shape[1]), 16), 128) for x in (q, k))
+        return LaunchConfig(block_m, block_n, num_warps=4, num_stages=1)
     if q.dtype == torch.float32:
         return LaunchConfig(16 if wide else 32, 32, num_warps=8, num_stages=1)
     return _LOW_PRECISION[kernel, 128 if wide else 64]
@@ -176,7 +177,7 @@ def _two_bits(bits, threshold):
 
 @triton.jit
 def keep_bits(seed, head, rows, start, threshold, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """[BLOCK_M, 8 for every 64 keys] int32: bits of eight keys of a query, eight apart, set where dropout keeps them."""
+    """[BLOCK_M, 8 for every 64 keys] int32: bits of eight keys of a query, eight apart, set where they are kept."""
     DRAWS: tl.constexpr = 8 * ((BLOCK_N + 63) // 64)
     none = tl.zeros((BLOCK_M, DRAWS), dtype=tl.int32)
     draw = start // 64 * 8 + tl.arange(0, DRAWS)[None, :] + none

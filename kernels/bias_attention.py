@@ -256,7 +256,7 @@ def bias_attention_fwd(
 ) -> tuple[Tensor, Tensor]:
     """The result [B, Tq, H, D] in q's dtype, contiguous, and log2 of the sum of exp2 of the logits [B, H, Tq] fp32."""
     B, Tq, H, D = q.shape
-    config = config or config_for(q, "fwd")
+    config = config or config_for(q, k, "fwd")
     out = torch.empty((B, Tq, H, D), device=q.device, dtype=q.dtype)
     lse = torch.empty((B, H, Tq), device=q.device, dtype=torch.float32)
     if out.numel() > 0:

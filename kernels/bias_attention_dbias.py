@@ -125,7 +125,7 @@ def bias_attention_dbias(
     """Gradient of the bias [H, Tq, Tk] fp32."""
     B, Tq, H, _ = q.shape
     Tk = k.shape[1]
-    config = config or config_for(q, "dbias")
+    config = config or config_for(q, k, "dbias")
     width = triton.cdiv(Tk, ROW_ALIGNMENT) * ROW_ALIGNMENT
     tiles = triton.cdiv(Tq, config.block_m) * triton.cdiv(Tk, config.block_n) * H
     slices = num_slices(B, tiles, q.device)

@@ -339,7 +339,7 @@ def bias_attention_dq(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient of q, contiguous, of the slopes [H] fp32 (empty without), and sums of ``grad * out`` [B, H, Tq] fp32."""
     B, Tq, H, _ = q.shape
-    config = config or config_for(q, "dq")
+    config = config or config_for(q, k, "dq")
     blocks = triton.cdiv(Tq, config.block_m)
     delta, grad_q = torch.empty_like(lse), torch.empty(q.shape, device=q.device, dtype=q.dtype)
     parts = torch.empty((B, H, blocks if extras.slopes is not None else 0), device=q.device, dtype=torch.float32)
@@ -365,7 +365,7 @@ def bias_attention_dkv(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of k and v, contiguous and in their dtype."""
     B, Tq, H, _ = q.shape
-    config = config or config_for(q, "dkv")
+    config = config or config_for(q, k, "dkv")
     grad_k, grad_v = (torch.empty(x.shape, device=x.device, dtype=x.dtype) for x in (k, v))
     values = numbers(extras, (grad, q, k, v))
     with launch.device_guard(q):

@@ -31,19 +31,27 @@ def _logits(
     slopes: Tensor | None,
     pos_q: Tensor | None,
     pos_k: Tensor | None,
-    lengths: Tensor | None,
+    outside: Tensor | None,  # [B, Tk] bool
     scale: float,
-) -> tuple[Tensor, Tensor | None]:
-    """[B, H, Tq, Tk], -inf at keys beyond ``lengths``, and where those are [B, 1, 1, Tk]."""
+) -> Tensor:
+    """[B, H, Tq, Tk], -inf at keys outside."""
     s = q.transpose(1, 2) @ k.permute(0, 2, 3, 1) * scale
     if bias is not None:
         s = s + bias
     if slopes is not None:
         s = s - slopes.view(-1, 1, 1) * _distances(pos_q, pos_k).to(s.dtype)
+    return s if outside is None else s.masked_fill(outside[:, None, None], -math.inf)
+
+
+def _outside(lengths: Tensor | None, *keys: Tensor) -> tuple[Tensor | None, ...]:
+    """Which keys lie beyond ``lengths`` [B, Tk], and the tensors ``keys`` [B, Tk, H, D] with 0 there.
+
+    Nothing that is stored there is to reach a result, not even as a product with 0.
+    """
     if lengths is None:
-        return s, None
-    outside = torch.arange(k.shape[1], device=k.device) >= lengths.view(-1, 1, 1, 1)
-    return s.masked_fill(outside, -math.inf), outside
+        return None, *keys
+    outside = torch.arange(keys[0].shape[1], device=lengths.device) >= lengths[:, None]
+    return outside, *(x.masked_fill(outside[..., None, None], 0.0) for x in keys)
 
 
 def _distances(pos_q: Tensor, pos_k: Tensor) -> Tensor:
@@ -65,8 +73,9 @@ def bias_attention_ref(
 ) -> tuple[Tensor, Tensor]:
     """Result [B, Tq, H, D] and log2 of the sums of exp2 [B, H, Tq]: the op in plain PyTorch, differentiable."""
     acc = _rows.accumulation(q, bias, slopes)
-    wide = _rows.cast(acc, q, k, v, bias, slopes)
-    s, _ = _logits(*wide[:2], *wide[3:], pos_q, pos_k, lengths, scale)
+    wide_q, wide_k, wide_v, b, m = _rows.cast(acc, q, k, v, bias, slopes)
+    outside, wide_k, wide_v = _outside(lengths, wide_k, wide_v)
+    s = _logits(wide_q, wide_k, b, m, pos_q, pos_k, outside, scale)
     dead = (s == -math.inf).all(-1, keepdim=True)  # a query without keys: its result is 0, and has no gradient
     s = s.masked_fill(dead, 0.0)
     weights = s.softmax(-1).masked_fill(dead, 0.0)
@@ -75,7 +84,7 @@ def bias_attention_ref(
         weights = weights * factor
     elif p > 0:
         weights = F.dropout(weights, p)
-    return (weights @ wide[2].transpose(1, 2)).transpose(1, 2).to(q.dtype), lse
+    return (weights @ wide_v.transpose(1, 2)).transpose(1, 2).to(q.dtype), lse
 
 
 def bias_attention_grad_ref(
@@ -96,7 +105,8 @@ def bias_attention_grad_ref(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, bias and slopes, each in its dtype; the last two empty where there are none."""
     g, o, wide_q, wide_k, wide_v, b, m = _rows.cast(lse.dtype, grad, out, q, k, v, bias, slopes)
-    s, outside = _logits(wide_q, wide_k, b, m, pos_q, pos_k, lengths, scale)
+    outside, wide_k, wide_v = _outside(lengths, wide_k, wide_v)
+    s = _logits(wide_q, wide_k, b, m, pos_q, pos_k, outside, scale)
     weights = (s * math.log(2) ** -1 - lse[..., None]).exp2()
     g_heads = g.transpose(1, 2)  # [B, H, Tq, D]
     grad_weights = g_heads @ wide_v.permute(0, 2, 3, 1)
@@ -105,17 +115,16 @@ def bias_attention_grad_ref(
         kept, grad_weights = weights * factor, grad_weights * factor
     grad_s = weights * (grad_weights - (g * o).sum(-1).transpose(1, 2)[..., None])
     if outside is not None:  # also where a row is NaN
-        kept, grad_s = kept.masked_fill(outside, 0.0), grad_s.masked_fill(outside, 0.0)
+        kept, grad_s = (x.masked_fill(outside[:, None, None], 0.0) for x in (kept, grad_s))
     heads = (
         grad_s @ wide_k.transpose(1, 2) * scale,
         grad_s.mT @ wide_q.transpose(1, 2) * scale,
         kept.mT @ g_heads,
     )
-    none = lse.new_empty(0)
-    grad_slopes = none if slopes is None else -(grad_s * _distances(pos_q, pos_k)).sum((0, 2, 3))
+    grad_slopes = lse.new_empty(0) if slopes is None else -(grad_s * _distances(pos_q, pos_k)).sum((0, 2, 3))
     return (
         *(x.transpose(1, 2).to(like.dtype) for x, like in zip(heads, (q, k, v), strict=True)),
-        grad_s.sum(0).to(bias.dtype) if wants_bias else none.to(q.dtype if bias is None else bias.dtype),
+        grad_s.sum(0).to(bias.dtype) if wants_bias else (q if bias is None else bias).new_empty(0),
         grad_slopes if slopes is None else grad_slopes.to(slopes.dtype),
     )
 
