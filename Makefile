@@ -47,6 +47,7 @@ test: export OMP_NUM_THREADS := 1
 test: lint
 	$(BIN)/pytest
 	$(BIN)/python benchmarks/cpu_frontend.py --threads 2 --budget 1
+	$(BIN)/python benchmarks/bench_train_step.py --smoke --threads 2
 	TRITON_INTERPRET=1 $(BIN)/pytest $(INTERPRETED)
 
 # No virtual environment: the pinned PyTorch may not be the one that drives this GPU, and nothing need be installed.

@@ -35,7 +35,8 @@ EXTENSION = BENCHMARKS / "extension_check.py"
 CUDA = "/usr/local/cuda/bin"  # where the toolkit is when PATH does not say
 SANITIZERS = ("memcheck", "racecheck")
 TEST_KINDS = ("build", "gpu tests", "sanitizer", "tests")  # in the order in which they run
-ORDER = ("data2vec_loss", "ema", "conv_encoder", "conv0", "strided_conv", "pos_conv", "adamw_ema", "layer_targets")
+ORDER = ("data2vec_loss", "ema", "conv_encoder", "attention", "bias_attention", "encoder", "conv0", "strided_conv")
+ORDER += ("pos_conv", "adamw_ema", "layer_targets")
 TEST_ORDER = ("conv0", "pos_conv", "strided_conv", "speech_frontend")  # first among tests: what the extension runs
 NO_EXTENSION = "needs the CUDA extension"  # reason of a test that is skipped
 SANITIZER_SHARE = 0.15  # of the time that tests have left; it is stopped after twice that
@@ -170,7 +171,7 @@ def command(part: Part, out: Path, commit: str, seconds: float, resume: bool) ->
     if part.kind == "bench":
         start = [sys.executable, str(part.file), "--commit", commit]
         if part.name == "bench_train_step":
-            return [*start, "--batch", "8", "--seconds", "15", "--json", str(out / "train_step.json")]
+            return [*start, "--budget", f"{seconds:.0f}", "--json", str(out / "train_step.json")]
         if part.name == "bench_conv_encoder":  # its other parts are files of their own
             start += ["--parts", "whole", "lengths", "--out", str(out.parent)]
         else:
@@ -276,6 +277,8 @@ def summary(outcomes: list[Outcome], out: Path) -> str:
     lines += [f"| {o.name} | {o.status} | {o.seconds:.0f} | {o.detail.strip('= ')} |" for o in outcomes]
     for file in sorted(out.glob("*.json")):
         record = json.loads(file.read_text(encoding="utf-8"))
+        if record.get("benchmark") == "train_step":
+            lines += step_table(record)
         if record.get("kind") != "gpu":
             continue
         environment = record["environment"]
@@ -294,6 +297,33 @@ def summary(outcomes: list[Outcome], out: Path) -> str:
         ]
         lines += [result_line(row) for row in record["results"]]
     return "\n".join(lines) + "\n"
+
+
+def step_table(record: dict) -> list[str]:
+    """Whole training steps, a line for each provider."""
+    columns = {
+        "ratio": 2,
+        "ms": 1,
+        "samples_per_s": 1,
+        "percent_of_matmul": 1,
+        "peak_mib": 0,
+        "host_ms": 2,
+        "launches": 0,
+    }
+    lines = [
+        "",
+        "## training step",
+        "",
+        f"{record['environment']['device']}, torch {record['environment']['torch']}",
+        "",
+    ]
+    lines += ["| case | provider | time / ours | ms | samples/s | % of matmul | peak MiB | host ms | launches |"]
+    lines += ["|---" * 9 + "|"]
+    for row in record["results"]:
+        values = [f"{row[name]:.{digits}f}" if name in row else "" for name, digits in columns.items()]
+        values[0] = values[0] or ("" if row["status"] == "ok" else row["status"])
+        lines.append(f"| {row['case']} | {row['provider']} | {' | '.join(values)} |")
+    return lines
 
 
 def result_line(row: dict) -> str:

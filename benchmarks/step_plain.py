@@ -1,7 +1,7 @@
 """A training step as a reader of PyTorch's manual would write it today, on our parameters.
 
-Our modules with every op of ours replaced by plain PyTorch (``modern_eager.py``), PyTorch's attention, nothing left out,
-fused AdamW, and the teacher's average by ``_foreach_lerp_``. ``torch.compile`` takes it as it is.
+Our modules with every op of ours replaced by plain PyTorch (``modern_eager.py``), PyTorch's attention, nothing left
+out, fused AdamW, and the teacher's average by ``_foreach_lerp_``. ``torch.compile`` takes it as it is.
 """
 
 import math
@@ -57,7 +57,9 @@ def _features(frontend: SpeechFrontEnd, waveforms: Tensor) -> Tensor:
 
 
 def _data2vec_loss(pred: Tensor, layers: list[Tensor], positions: Tensor, *, lengths: None, **options) -> LossOutput:
-    return LossOutput(**modern_eager.data2vec_loss(pred, layers, positions, None, None, **options), num_masked=len(pred))
+    return LossOutput(
+        **modern_eager.data2vec_loss(pred, layers, positions, None, None, **options), num_masked=len(pred)
+    )
 
 
 @contextmanager
