@@ -50,15 +50,17 @@ def scale_branch(x: Tensor, p: float, column_scale: Tensor | None, row_scale: Te
 
 
 def of_kept(branch: Callable[[Tensor], Tensor], y: Tensor, row_scale: Tensor | None) -> Tensor:
-    """``branch(y)`` for the samples, along the first dim, that DropPath keeps, and 0 for the others.
+    """``branch(y)``; only for the samples, along the first dim, that DropPath keeps (anything for the others).
 
     On the CPU alone, where reading the draw costs nothing; elsewhere for all samples.
     """
-    if row_scale is None or y.device.type != "cpu" or torch.compiler.is_compiling():
+    if row_scale is None or len(y) == 0 or y.device.type != "cpu" or torch.compiler.is_compiling():
         return branch(y)
     kept = row_scale.nonzero()[:, 0]
     if len(kept) == len(y):
         return branch(y)
+    if len(kept) == 0:
+        kept = kept.new_zeros(1)  # attention wants a batch; the factor of 0 follows
     x = branch(y.index_select(0, kept))
     return x.new_zeros(y.shape).index_copy(0, kept, x)
 
