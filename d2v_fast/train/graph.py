@@ -66,7 +66,8 @@ class CapturedStep:
         """Make update ``update + 1``; see :func:`d2v_fast.train.step.train_step`.
 
         Raises:
-            RuntimeError: ``strict``, and this update cannot be captured or replayed.
+            RuntimeError: ``strict``, and this update cannot be captured; or something in it waited for the device while
+                it was captured, whatever ``strict`` says: neither the stream nor the random generator is usable then.
         """
         self._forget_moved()
         shape = None if len(batches) != 1 else signature(batches[0])
@@ -78,15 +79,7 @@ class CapturedStep:
         self._seen[shape] = self._seen.get(shape, 0) + 1
         if self._seen[shape] <= WARM_UP:
             return self._on_side_stream(batches, lr, update)
-        try:
-            self._graphs[shape] = self._capture(batches[0], update)
-        except RuntimeError as error:
-            self.optimizer.zero_grad(set_to_none=True)
-            self.model.teacher.note_update(update)  # it has not stepped
-            if self.strict:
-                raise
-            self.max_graphs = len(self._graphs)  # what cannot be captured once is not tried at every update
-            return self._fall_back(f"an update could not be captured: {error}", batches, lr, update)
+        self._graphs[shape] = self._capture(batches[0], update)
         return self._replay(self._graphs[shape], batches[0], lr, update)
 
     def _why_not(self, batches: Sequence[Batch]) -> str | None:
@@ -135,13 +128,17 @@ class CapturedStep:
                 grad_norm, skipped = apply(self.model, self.optimizer, update + 1, self.clip_norm, graph.decay)
             return torch.cat([output, torch.stack([grad_norm, skipped]).to(output.dtype)])
 
-        graph.replay, graph.metrics = (self._record or self.capture)(body)
+        try:
+            graph.replay, graph.metrics = (self._record or self.capture)(body)
+        except RuntimeError as error:
+            raise RuntimeError(f"the training step could not be captured, set cuda_graph to off: {error}") from error
         return graph
 
     def capture(self, body: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
         """Record what ``body`` launches, without running it: how to run it, and its result."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+        # other threads, such as the one that pins batches, may go on with what is not allowed while capturing
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             metrics = body()
         return graph.replay, metrics
 
