@@ -1,5 +1,6 @@
 """The captured training step: what a CUDA graph would replay, run eagerly on the same static memory, and on a GPU."""
 
+import copy
 import logging
 import threading
 import time
@@ -182,16 +183,47 @@ def test_failed_capture_says_what_to_do():
     assert step.fallbacks == 0 and not step._graphs
 
 
-def test_captured_again_when_memory_has_moved():
+def freeze(model, optimizer):
+    model.head[0].bias.requires_grad_(False)
+
+
+def decay_more(model, optimizer):
+    optimizer.param_groups[0]["weight_decay"] = 0.2
+
+
+CHANGES = {
+    "moved optimizer state": lambda model, optimizer: optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict())),
+    "moved parameters": lambda model, optimizer: model.double().float(),
+    "frozen": freeze,
+    "weight decay": decay_more,
+    "mode": lambda model, optimizer: model.eval(),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_captured_again_after_a_change(change):
+    """What a graph has for good: the step after the change is that of a new capture."""
     model, optimizer, _, step = trained("text", True, record=record)
-    replays = step.replays
-    optimizer.load_state_dict(optimizer.state_dict())  # its tensors are new ones
-    eager = step.fallbacks, len(step._graphs)
-    step([static_batch(model.config, 0)], lr=1e-3, update=len(RATES))
-    assert eager == (0, 1) and step.replays == replays + 1
-    (captured,) = step._graphs.values()
-    step([static_batch(model.config, 0)], lr=1e-3, update=len(RATES) + 1)
-    assert list(step._graphs.values()) == [captured]
+    (graph,) = step._graphs.values()
+    batch = static_batch(model.config, 0)
+    step([batch], lr=1e-3, update=len(RATES))
+    assert list(step._graphs.values()) == [graph]
+    change(model, optimizer)
+    step([batch], lr=1e-3, update=len(RATES) + 1)
+    assert len(step._graphs) == 1 and graph not in step._graphs.values()
+    assert step.fallbacks == 0 and step.replays == len(RATES) - WARM_UP + 2
+
+
+def test_captured_again_with_other_copies_of_the_teacher():
+    """Its low-precision matrices, under autocast: gone after a conversion, even one that moves nothing."""
+    model, _, _, step = trained("text", True, record=record, autocast=True)
+    (graph,) = step._graphs.values()
+    batch = static_batch(model.config, 0)
+    step([batch], lr=1e-3, update=len(RATES))
+    assert list(step._graphs.values()) == [graph]
+    model.float()
+    step([batch], lr=1e-3, update=len(RATES) + 1)
+    assert len(step._graphs) == 1 and graph not in step._graphs.values()
 
 
 class Calls(TorchDispatchMode):

@@ -30,7 +30,8 @@ class CapturedStep:
 
     What cannot be replayed falls back to ``train_step``: the reason is logged once, and ``fallbacks`` counts.
 
-    Graphs hold the addresses of parameters and optimizer state, and are dropped when one of these has moved.
+    Graphs hold the addresses of parameters, optimizer state and the teacher's low-precision copies, the optimizer's
+    settings, the model's mode, and what is frozen. They are dropped when one of these has changed.
 
     Args:
         model, optimizer, clip_norm, autocast: as for ``train_step``. The optimizer is ``AdamW(fused=True)`` or
@@ -59,7 +60,7 @@ class CapturedStep:
         self._graphs: dict[tuple, _Graph] = {}
         self._seen: dict[tuple, int] = {}  # updates of a shape before it was captured
         self._parameters = list(model.parameters())  # the teacher's too
-        self._addresses: tuple[int, ...] = ()
+        self._fixed: tuple = ()  # what the graphs take for given
         self._pool = self._stream = None
 
     def __call__(self, batches: Sequence[Batch], *, lr: float, update: int) -> StepMetrics:
@@ -69,7 +70,7 @@ class CapturedStep:
             RuntimeError: ``strict``, and this update cannot be captured; or something in it waited for the device while
                 it was captured, whatever ``strict`` says: neither the stream nor the random generator is usable then.
         """
-        self._forget_moved()
+        self._forget_changed()
         shape = None if len(batches) != 1 else signature(batches[0])
         if shape in self._graphs:
             return self._replay(self._graphs[shape], batches[0], lr, update)
@@ -155,15 +156,22 @@ class CapturedStep:
         self.replays += 1
         return StepMetrics(*graph.metrics.clone().unbind(), decay, total)
 
-    def _forget_moved(self) -> None:
-        """Drop the graphs when parameters or optimizer state are elsewhere than they were captured."""
-        addresses = [p.data_ptr() for p in self._parameters]
+    def _forget_changed(self) -> None:
+        """Drop the graphs when something that they take for given has changed."""
+        device = self._parameters[0].device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.autocast):
+            network = self.model.teacher.network(device)  # up to date if an average was written by other means
+        fixed: list = [self.model.training, network]
+        for p in self._parameters:
+            fixed += (p.data_ptr(), p.requires_grad)
         for state in self.optimizer.state.values():
-            addresses += [x.data_ptr() for x in state.values()]
-        if self._graphs and tuple(addresses) != self._addresses:
-            logger.info("parameters or optimizer state have moved: CUDA graphs are captured again")
+            fixed += [x.data_ptr() for x in state.values()]
+        for group in self.optimizer.param_groups:
+            fixed += [group[name] for name in ("betas", "eps", "weight_decay")]
+        if self._graphs and tuple(fixed) != self._fixed:
+            logger.info("parameters, optimizer state or settings have changed: CUDA graphs are captured again")
             self._graphs.clear()
-        self._addresses = tuple(addresses)
+        self._fixed = tuple(fixed)
 
 
 class _Graph:
