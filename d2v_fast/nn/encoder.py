@@ -89,11 +89,12 @@ class TransformerEncoder(nn.Module):
         self._check(x, sequences, padding_mask, wanted)
         x = self._positions(x, sequences, padding_mask)
         scope = Scope(sequences, padding_mask, None if self.relative_bias is None else self.relative_bias())
-        output = EncoderOutput(None, [], [x] if hidden_states else [])
-        stream = (self._run_all if self._draws_on_device(x) else self._run_kept)(x, scope, wanted, output)
-        return output if results_only else output._replace(x=stream.y)
+        results, states = [], [x] if hidden_states else []
+        run = self._run_all if self._draws_on_device(x) else self._run_kept
+        stream = run(x, scope, wanted, results, states)
+        return EncoderOutput(None if results_only else stream.y, results, states)
 
-    def _run_kept(self, x: Tensor, scope: Scope, wanted: "_Wanted", output: EncoderOutput) -> Stream | None:
+    def _run_kept(self, x: Tensor, scope: Scope, wanted: "_Wanted", results: list, states: list) -> Stream | None:
         """Run the layers that LayerDrop leaves, and give the others gradients of 0."""
         kept = self._kept_layers()
         # the norm in front of each layer, and the final one: pre-norm layers end with that of their successor
@@ -101,7 +102,7 @@ class TransformerEncoder(nn.Module):
         stream = self._first(x, norms[0])
         for index, next_norm in zip(kept, norms[1:], strict=True):
             stream, result = self._layer(index, stream, next_norm, scope, *wanted.of_layer(index == kept[-1]))
-            wanted.hand_out(output, index, stream, result)
+            wanted.hand_out(results, states, index, stream, result)
             del result  # nothing holds it while the next layer runs, unless it was handed out
         if not kept:
             stream = Stream(wanted.rows_of(stream.y), wanted.rows_of(stream.h))
@@ -110,7 +111,7 @@ class TransformerEncoder(nn.Module):
             stream = stream._replace(y=_ZeroGradients.apply(stream.y, *skipped))
         return stream
 
-    def _run_all(self, x: Tensor, scope: Scope, wanted: "_Wanted", output: EncoderOutput) -> Stream | None:
+    def _run_all(self, x: Tensor, scope: Scope, wanted: "_Wanted", results: list, states: list) -> Stream | None:
         """The same with a draw on the device: all layers run, and those that LayerDrop skips change nothing."""
         count = len(self.layers)
         keep = torch.rand(count, device=x.device) > self.config.layerdrop
@@ -124,7 +125,7 @@ class TransformerEncoder(nn.Module):
                 y = h if self.config.norm == "post" else next_norm(h)
                 pairs = ((stream.y, y), (stream.h, h))
                 stream = Stream(*(torch.where(keep[index], new, old.to(new.dtype)) for new, old in pairs))
-            wanted.hand_out(output, index, stream, result)
+            wanted.hand_out(results, states, index, stream, result)
         return stream
 
     def _first(self, x: Tensor, norm: nn.LayerNorm | None) -> Stream:
@@ -208,12 +209,12 @@ class _Wanted(NamedTuple):
         """``select`` and ``result_only`` of a layer: what is not wanted is left out of the last one."""
         return (self.select, self.results_only) if last else (None, False)
 
-    def hand_out(self, output: EncoderOutput, index: int, stream: Stream | None, result: Tensor) -> None:
-        """Append what a layer made to ``output``, where it was asked for."""
+    def hand_out(self, results: list, states: list, index: int, stream: Stream | None, result: Tensor) -> None:
+        """Append what a layer made to the lists, where it was asked for."""
         if index >= self.from_layer:
-            output.layer_results.append(result)
+            results.append(result)
         if self.hidden_states:
-            output.hidden_states.append(stream.h)
+            states.append(stream.h)
 
     def rows_of(self, x: Tensor) -> Tensor:
         """The selected rows [M, C] of x; all of x where none were selected."""
