@@ -99,6 +99,8 @@ class Backend:
             return "needs compute capability {}.{}, ".format(*low) + this
         if capability >= high:
             return "needs a compute capability below {}.{}, ".format(*high) + this
+        if case.dtype == torch.bfloat16 and capability < (8, 0) and self.devices is not None:
+            return f"has no bfloat16 where {this}"
         if case.grad and self.forward_only is not None and self.forward_only[0] <= capability < self.forward_only[1]:
             return f"has no backward where {this}"
         return ""
@@ -178,7 +180,7 @@ def _module(name: str, attribute: str) -> str:
     except ModuleNotFoundError as error:
         installed = error.name is not None and not name.startswith(error.name)
         return f"{name} does not load: {error}" if installed else f"{name} is not installed"
-    except (ImportError, OSError, RuntimeError) as error:  # compiled for another torch or CUDA
+    except (ImportError, OSError, RuntimeError, AttributeError) as error:  # made for another torch or CUDA
         return f"{name} does not load: {str(error).splitlines()[0]}"
     return "" if hasattr(module, attribute) else f"this {top} has no {attribute}"
 
