@@ -8,8 +8,10 @@ import pytest
 import torch
 from checks import DEVICE, assert_as_accurate_as_eager, no_synchronisation
 
+from d2v_fast.nn import attention_backends as backends
 from d2v_fast.nn.attention import attention
 from d2v_fast.nn.attention_backends import BACKENDS, Case, lacks
+from d2v_fast.nn.attention_calls import sdpa
 from d2v_fast.nn.sequences import Sequences
 
 H = 3
@@ -178,11 +180,11 @@ def test_fixed_number_of_rows(backend, fill):
     torch.testing.assert_close(got[more.real], want, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["auto", "sdpa_math"])
-def test_samples_of_padding_alone(backend):
+@pytest.mark.parametrize(("backend", "p"), [("auto", 0.0), ("sdpa_math", 0.0), ("by_sample", 0.1)])
+def test_samples_of_padding_alone(backend, p):
     qkv = random(2, 6, 3, H, 8)
     padding = torch.tensor([[False] * 5 + [True], [True] * 6])
-    y = attention(*qkv.unbind(2), padding_mask=padding, backend=backend)
+    y = attention(*qkv.unbind(2), padding_mask=padding, dropout_p=p, backend=backend)
     (grad,) = torch.autograd.grad(y, qkv, torch.randn_like(y))
     assert y.isfinite().all() and grad.isfinite().all()
     assert not grad[0, 5, 1:].any()  # padding gets no gradient as key or value
@@ -301,11 +303,24 @@ def test_compiles_for_unknown_sizes():
     check_compiled(lambda qkv: attention(*qkv.unbind(2)), [random(2, 7, 3, H, 8)], dynamic=True)
 
 
-def test_rows_without_unit_stride():
-    q, k, v = torch.randn(3, 2, H, 8, 6).unbind()
-    q, k, v = (x.permute(0, 3, 1, 2).as_strided((2, 6, H, 8), (144, 1, 48, 6)) for x in (q, k, v))
-    want = math_attention(q.double(), k.double(), v.double())
-    torch.testing.assert_close(attention(q, k, v).double(), want, rtol=1e-5, atol=1e-6)
+def test_rows_without_unit_stride(monkeypatch):
+    """They are copied: the kernels of most backends need unit stride in the last dim, and only that."""
+    strides = []
+
+    def seen(x):
+        strides.extend(y.stride() for y in x[:3])
+        return sdpa(x)
+
+    monkeypatch.setattr(backends, "BACKENDS", (replace(BACKENDS[-2], name="seen", call=seen),))
+    backends._index.cache_clear()
+    try:
+        q, k = (torch.randn(2, H, 8, 6).permute(0, 3, 1, 2) for _ in range(2))
+        v = torch.randn(2, 6, 3, H, 8)[:, :, 2]
+        got = attention(q, k, v)
+    finally:
+        backends._index.cache_clear()
+    assert [stride[-1] for stride in strides] == [1, 1, 1] and strides[2] == v.stride()
+    torch.testing.assert_close(got.double(), math_attention(q.double(), k.double(), v.double()), rtol=1e-5, atol=1e-6)
 
 
 def good(packed=False):
@@ -369,6 +384,11 @@ BAD_PACKED = [
         {"sequences": replace(KEYS, cu_seqlens=KEYS.cu_seqlens[None])},
         ValueError,
         "sequences.cu_seqlens must be [U + 1] with U at least 1, got (1, 3)",
+    ),
+    (
+        {"sequences": replace(KEYS, cu_seqlens=KEYS.cu_seqlens.to("meta"))},
+        ValueError,
+        "sequences.cu_seqlens must be on cpu, got meta",
     ),
     ({"sequences": replace(KEYS, num_rows=11)}, ValueError, "sequences must be of the 12 rows there are, got 11"),
     ({"sequences": replace(KEYS, max_length=6)}, ValueError, "sequences.max_length must be at least 7, got 6"),
