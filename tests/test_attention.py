@@ -138,6 +138,22 @@ def test_packed_sizes(backend, lengths):
     check_packed(backend, torch.bfloat16, 8, lengths, asked=[2] * len(lengths))
 
 
+@pytest.mark.parametrize("backend", ["each", "padded"])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_no_queries_at_all(backend, p):
+    keys, queries = sequences_of([5, 9]), sequences_of([0, 0])
+    q, kv = random(0, H, 8), random(14, 2, H, 8)
+    y = attention(q, *kv.unbind(1), sequences=keys, queries=queries, dropout_p=p, backend=backend)
+    (grad,) = torch.autograd.grad(y, kv, torch.empty_like(y), allow_unused=True)
+    assert y.shape == (0, H, 8) and (grad is None or not grad.any())
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1])
+def test_no_samples(p):
+    x = random(0, 5, H, 8)
+    assert attention(x, x, x, dropout_p=p).shape == (0, 5, H, 8)
+
+
 def test_fewer_queries_than_keys():
     q, kv = random(2, 5, H, 8), random(2, 9, 2, H, 8)
     leaves = {"q": q, "kv": kv, "bias": random(H, 5, 9)}
@@ -464,6 +480,17 @@ def test_gpu_packed_queries(backend):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", backends_here(packed=True, other_queries=True))
+def test_gpu_no_queries_at_all(backend):
+    keys, queries = sequences_of([5, 9], "cuda"), sequences_of([0, 0], "cuda")
+    kv = random(14, 2, H, 64, dtype=torch.bfloat16, device="cuda")
+    q = random(0, H, 64, dtype=torch.bfloat16, device="cuda")
+    y = attention(q, *kv.unbind(1), sequences=keys, queries=queries, backend=backend)
+    (grad,) = torch.autograd.grad(y, kv, torch.empty_like(y))
+    assert y.shape == (0, H, 64) and not grad.any()
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("backend", backends_here(dtype=torch.float32))
 def test_gpu_float32_dense(backend):
     check_dense(backend, T=100, D=64, device="cuda")
@@ -514,6 +541,7 @@ def test_gpu_graph(packed):
     for p in (0.0, 0.1):
         step, qkv = gpu_step(packed, p=p)
         stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             want = step(qkv)
         torch.cuda.current_stream().wait_stream(stream)

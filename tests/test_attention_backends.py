@@ -44,17 +44,17 @@ STUDENT, TEACHER = Case(dropout=True), Case(grad=False)
         (replace(STUDENT, packed=True, other_queries=True), A100, only(), "aten_flash"),
         (replace(STUDENT, packed=True, other_queries=True), T4, only(), "padded"),
         (TEACHER, H100, nothing_missing, "fa3"),
-        (TEACHER, H100, only(), "sdpa_cudnn"),
+        (TEACHER, H100, only(), "sdpa_flash"),
         (TEACHER, A100, only("flash_attn_interface"), "sdpa_flash"),
         (replace(TEACHER, packed=True), H100, only("flash_attn_interface"), "fa3"),
         (replace(TEACHER, packed=True), H100, only("flash_attn.cute"), "fa4"),
-        (replace(TEACHER, packed=True), H100, only(), "torch_varlen"),
-        (replace(TEACHER, packed=True, compiling=True), H100, nothing_missing, "torch_varlen"),
+        (replace(TEACHER, packed=True), H100, only(), "aten_flash"),
+        (replace(TEACHER, packed=True, compiling=True), H100, nothing_missing, "fa2"),
         (Case(grad=False), A100, only("flash_attn.cute"), "fa4"),  # has a forward there
         (Case(grad=True), A100, only("flash_attn.cute"), "sdpa_flash"),  # and no backward
-        (Case(deterministic=True), H100, only(), "sdpa_flash"),
         (Case(head_dim=256), H100, only(), "sdpa_flash"),
-        (Case(head_dim=20, packed=True), H100, only("flash_attn_interface"), "torch_varlen"),
+        (Case(head_dim=20, packed=True), H100, only("flash_attn_interface"), "aten_flash"),
+        (Case(head_dim=20, padding=True), H100, only(), "sdpa"),
         (Case(bias="dense"), H100, nothing_missing, "bias_attention"),
         (Case(bias="dense", dropout=True), A100, only(), "bias_attention"),
         (Case(bias="alibi", dropout=True), A100, only(), "bias_attention"),
@@ -99,7 +99,6 @@ def test_reasons():
     assert choice.passed_over == (
         ("fa3", "has no dropout", False),
         ("fa4", "has no dropout", False),
-        ("torch_varlen", "has no dropout", False),
         ("fa2", "flash_attn is not installed", True),
     )
     assert [passed.name for passed in choice.missing] == ["fa2"]
@@ -110,13 +109,18 @@ def test_reasons():
     assert BACKENDS[1].misfit(Case(), (10, 0)) == "needs a compute capability below 10.0, this GPU has 10.0"
     assert describe(TEACHER, A100, only()) == (
         "sdpa_flash (fa3: needs compute capability 9.0, this GPU has 8.0; fa4: flash_attn.cute is not installed; "
-        "sdpa_cudnn: needs compute capability 9.0, this GPU has 8.0; fa2: flash_attn is not installed)"
+        "fa2: flash_attn is not installed)"
     )
+    exact = Case(deterministic=True)
+    assert {b.name for b in BACKENDS if b.misfit(exact, H100) == "has no deterministic backward"} == {
+        "sdpa_cudnn",
+        "flex",
+    }
 
 
 def test_named():
-    assert named("sdpa_cudnn", STUDENT, H100, only()).dropout  # the second entry of that name
-    assert not named("sdpa_cudnn", TEACHER, H100, only()).dropout
+    assert named("sdpa_cudnn", STUDENT, H100, only()).name == "sdpa_cudnn"
+    assert named("bias_attention", Case(device="cpu"), (0, 0), only()).devices == ("cpu",)  # the second of that name
     with pytest.raises(ValueError, match=re.escape("'fa3' cannot compute this attention (has no dropout)")) as error:
         named("fa3", STUDENT, H100, nothing_missing)
     assert str(error.value).endswith(
@@ -136,12 +140,12 @@ def test_strict(monkeypatch):
     index = backends.backend_index("auto", True, 0, *arguments, False, False, True)
     assert BACKENDS[index].name == "fa2"
     message = (
-        "strict attention: sdpa_cudnn would be used in place of a better backend; "
+        "strict attention: fa2 would be used in place of a better backend; "
         "fa3: flash_attn_interface is not installed; fa4: flash_attn.cute is not installed"
     )
     with pytest.raises(RuntimeError, match=re.escape(message)):
         backends.backend_index("auto", True, 0, *arguments)
-    assert BACKENDS[backends.backend_index("auto", False, 0, *arguments)].name == "sdpa_cudnn"
+    assert BACKENDS[backends.backend_index("auto", False, 0, *arguments)].name == "fa2"
     backends._index.cache_clear()
 
 
@@ -377,6 +381,14 @@ def test_calls_of_pytorch(call, D):
     assert not mode.seen.get("is_causal", False) and mode.seen.get("custom_mask_type", 0) == 0
     assert list(mode.seen.get("window_size") or (-1, -1)) == [-1, -1]
     assert not mode.seen.get("return_debug_mask", False) and mode.seen.get("bias") is None
+
+
+def test_lengths_are_never_0():
+    """A kernel cannot be launched for none; sequences may all be empty."""
+    inputs = packed_inputs()
+    nothing = Sequences(torch.zeros(5, dtype=torch.int32), 0, 0)
+    assert calls._lengths(inputs._replace(queries=nothing))[2:] == (1, 7)
+    assert calls._lengths(inputs._replace(sequences=nothing))[2:] == (3, 1)
 
 
 @pytest.mark.parametrize("call", [calls.aten_flash, calls.aten_efficient, calls.torch_varlen, calls.padded])

@@ -120,22 +120,19 @@ BACKENDS = (
         "fa4", calls.fa4, "flash_attn.cute", forward_only=((8, 0), (9, 0)), max_head_dim=128, head_dim_multiple=8,
         other_queries=False, dropout=False, compiles=False,
     ),
-    # PyTorch itself puts cuDNN first on these two generations
-    Backend(
-        "sdpa_cudnn", calls.sdpa_cudnn, "cudnn", capabilities=((9, 0), (11, 0)), max_head_dim=128,
-        head_dim_multiple=8, layouts=("dense",), dropout=False, deterministic=False,
-    ),
-    Backend("torch_varlen", calls.torch_varlen, "flash", layouts=("packed",), dropout=False),
     Backend("fa2", calls.fa2, "flash_attn"),
     Backend("sdpa_flash", calls.sdpa_flash, "flash", layouts=("dense",)),
     Backend("aten_flash", calls.aten_flash, "flash", layouts=("packed",)),
+    # the same kernel with one launch more
+    Backend("torch_varlen", calls.torch_varlen, "flash", layouts=("packed",), dropout=False),
+    # behind the others: it builds a plan for every new length of a batch
     Backend(
         "sdpa_cudnn", calls.sdpa_cudnn, "cudnn", max_head_dim=128, head_dim_multiple=8, layouts=("dense",),
         deterministic=False,
     ),
     Backend(
         "sdpa_efficient", calls.sdpa_efficient, capabilities=((5, 0), (99, 0)), dtypes=FLOAT, max_head_dim=1024,
-        layouts=("dense",), biases=("none", "dense", "alibi"), padding=True,
+        head_dim_multiple=8, layouts=("dense",), biases=("none", "dense", "alibi"), padding=True,
     ),
     Backend(
         "aten_efficient", calls.aten_efficient, capabilities=((5, 0), (99, 0)), dtypes=FLOAT, max_head_dim=1024,

@@ -5,6 +5,7 @@ All of them compute softmax(q k' / sqrt(D) + bias) v. None reads the device, wit
 
 import importlib
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import cache
 from itertools import groupby, repeat
 from typing import NamedTuple
@@ -47,8 +48,12 @@ load._dynamo_marked_constant = True
 
 
 def _lengths(x: Inputs) -> tuple[Tensor, Tensor, int, int]:
-    """Ends of the sequences of queries and keys, and the longest of each: the order of every varlen function."""
-    return x.queries.cu_seqlens, x.sequences.cu_seqlens, x.queries.max_length, x.sequences.max_length
+    """Ends of the sequences of queries and keys, and the longest of each: the order of every varlen function.
+
+    Lengths are at least 1: where no query is asked for, a grid of no blocks could not be launched.
+    """
+    ends = x.queries.cu_seqlens, x.sequences.cu_seqlens
+    return *ends, max(1, x.queries.max_length), max(1, x.sequences.max_length)
 
 
 def _first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -161,21 +166,26 @@ def sdpa(x: Inputs) -> Tensor:
     return y.transpose(1, 2)
 
 
+def _only(backend: SDPBackend, x: Inputs) -> AbstractContextManager:
+    """A context in which scaled_dot_product_attention takes ``backend``; none of the fast ones takes empty tensors."""
+    return sdpa_kernel(SDPBackend.MATH if 0 in (*x.q.shape, *x.k.shape) else backend)
+
+
 def sdpa_flash(x: Inputs) -> Tensor:
     """FlashAttention 2 through scaled_dot_product_attention."""
-    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+    with _only(SDPBackend.FLASH_ATTENTION, x):
         return sdpa(x)
 
 
 def sdpa_cudnn(x: Inputs) -> Tensor:
-    """cuDNN's attention through scaled_dot_product_attention."""
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+    """cuDNN's attention through scaled_dot_product_attention; it builds a plan for every new shape."""
+    with _only(SDPBackend.CUDNN_ATTENTION, x):
         return sdpa(x)
 
 
 def sdpa_efficient(x: Inputs) -> Tensor:
     """Memory-efficient attention; a bias becomes a tensor of the logits' size, and so does its gradient."""
-    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+    with _only(SDPBackend.EFFICIENT_ATTENTION, x):
         return sdpa(x)
 
 
@@ -206,6 +216,8 @@ def by_sample(x: Inputs) -> Tensor:
 
     16 random bits a weight decide what is dropped; PyTorch's dropout takes longer than the products.
     """
+    if x.q.shape[0] == 0:
+        return sdpa(x)
     q, k, v = (y.transpose(1, 2).unbind() for y in (x.q * x.scale, x.k, x.v))  # B x [H, T, D]
     mask = logit_mask(x)
     masks = repeat(None) if mask is None else mask.expand(len(q), *mask.shape[1:]).unbind()
