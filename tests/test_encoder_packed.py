@@ -199,6 +199,10 @@ def test_results_that_nobody_asked_for_are_released(modality):
         ({"sequences": Sequences.from_lengths([4, 5])}, r"x must be \(9, 32\) with these sequences, got \(3, 37, 32\)"),
         ({"select": Sequences.from_mask(MASKED[:2])}, "select must have rows, 3 sequences of them like x, got 2"),
         ({"select": Sequences.from_lengths([1, 1, 1])}, "select must have rows"),
+        (
+            {"select": replace(Sequences.from_mask(MASKED), rows=Sequences.from_mask(MASKED).rows.flip(0))},
+            r"select must have rows of x's own sequences, got \d+ for 0",
+        ),
         ({"results_only": True}, "results_only must come with a top_k of at least 1"),
         ({"results_only": True, "top_k": 1, "hidden_states": True}, "without hidden_states"),
     ],

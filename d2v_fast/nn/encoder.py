@@ -83,7 +83,8 @@ class TransformerEncoder(nn.Module):
         CUDA graph it draws on the device: every layer is computed, and has a result, but a skipped one changes nothing.
 
         Raises:
-            ValueError: a shape does not fit, or two arguments exclude each other.
+            ValueError: a shape does not fit, two arguments exclude each other or, on the CPU, a selected row is in another
+                sequence than ``select`` says.
         """
         wanted = _Wanted(len(self.layers) - top_k, hidden_states, select, results_only)
         self._check(x, sequences, padding_mask, wanted)
@@ -193,6 +194,8 @@ class TransformerEncoder(nn.Module):
         count = shape[0] if sequences is None else sequences.count
         if wanted.select is not None and (wanted.select.rows is None or wanted.select.count != count):
             raise ValueError(f"select must have rows, {count} sequences of them like x, got {wanted.select.count}")
+        if wanted.select is not None and x.device.type == "cpu" and not torch.compiler.is_compiling():
+            _check_rows(wanted.select, sequences or Sequences.even(*shape[:2]))
         if wanted.results_only and (wanted.from_layer >= len(self.layers) or wanted.hidden_states):
             raise ValueError("results_only must come with a top_k of at least 1 and without hidden_states")
 
@@ -219,6 +222,19 @@ class _Wanted(NamedTuple):
     def rows_of(self, x: Tensor) -> Tensor:
         """The selected rows [M, C] of x; all of x where none were selected."""
         return x if self.select is None else self.select.take(x.flatten(0, -2))
+
+
+def _check_rows(select: Sequences, sequences: Sequences) -> None:
+    """Raise ValueError unless every selected row lies in the sequence that it is for; rows that only fill up may not."""
+    rows = select.rows
+    position = torch.arange(select.num_rows, dtype=torch.int32)
+    which = torch.searchsorted(select.cu_seqlens[1:], position, right=True)
+    first, last = (ends[which] for ends in (sequences.cu_seqlens[:-1], sequences.cu_seqlens[1:]))
+    wrong = (rows < first) | (rows >= last)
+    wrong = wrong if select.real is None else wrong & select.real
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(f"select must have rows of x's own sequences, got {int(rows[row])} for {int(which[row])}")
 
 
 class _ZeroGradients(torch.autograd.Function):
