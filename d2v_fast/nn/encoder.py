@@ -83,8 +83,8 @@ class TransformerEncoder(nn.Module):
         CUDA graph it draws on the device: every layer is computed, and has a result, but a skipped one changes nothing.
 
         Raises:
-            ValueError: a shape does not fit, two arguments exclude each other or, on the CPU, a selected row is in another
-                sequence than ``select`` says.
+            ValueError: a shape does not fit, two arguments exclude each other or, on the CPU, a selected row is in
+                another sequence than ``select`` says.
         """
         wanted = _Wanted(len(self.layers) - top_k, hidden_states, select, results_only)
         self._check(x, sequences, padding_mask, wanted)
@@ -225,7 +225,7 @@ class _Wanted(NamedTuple):
 
 
 def _check_rows(select: Sequences, sequences: Sequences) -> None:
-    """Raise ValueError unless every selected row lies in the sequence that it is for; rows that only fill up may not."""
+    """Raise ValueError unless every selected row that is real lies in the sequence that it is for."""
     rows = select.rows
     position = torch.arange(select.num_rows, dtype=torch.int32)
     which = torch.searchsorted(select.cu_seqlens[1:], position, right=True)
