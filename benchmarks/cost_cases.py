@@ -11,7 +11,8 @@ import modern_eager
 import recorded_cases
 import recorded_convs
 import torch
-from recorded_cases import BASE, BF16, FP32, LAYER_SCALE, SPEECH, TEXT, VISION, Call, backward
+import torch.nn.functional as F
+from recorded_cases import BASE, BF16, FP32, LAYER_SCALE, SPEECH, TEXT, VISION, VIT_BASE, Call, backward
 from torch import Tensor
 
 SCALES = {"beta": 0.0, "scale": 1.0}
@@ -143,6 +144,21 @@ def _residual(
     return backward(call, *inputs) if grad else torch.no_grad()(call)
 
 
+def _memory_efficient(qkv, bias, p):
+    """What scaled_dot_product_attention does with a mask on a GPU; tensors without data would take another path."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)
+    B, H, T, _ = q.shape
+    mask = F.pad(bias.to(q.dtype), (0, -T % 16))[..., :T].expand(B, H, T, T)
+    return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, p)[0].transpose(1, 2)
+
+
+def _bias_attention(module, B, T, H, D, dtype=BF16, bias=None, p=0.0):
+    qkv, table = _leaf(B, T, 3, H, D, dtype=dtype), _leaf(H, T, T, dtype=bias)
+    if module is modern_eager:
+        return backward(lambda: _memory_efficient(qkv, table, p), qkv, table)
+    return backward(lambda: module.bias_attention(qkv, table, None, None, p=p)["y"], qkv, table)
+
+
 OURS: dict[str, Callable[..., Call]] = {**vars(recorded_cases), **vars(recorded_convs)}
 EAGER: dict[str, Callable[..., Call]] = {
     "masked_smooth_l1": _masked,
@@ -154,6 +170,7 @@ EAGER: dict[str, Callable[..., Call]] = {
     "bias_gelu": _bias_gelu,
     "layer_norm_gelu": _layer_norm_gelu,
     "residual_dropout_layer_norm": _residual,
+    "bias_attention": _bias_attention,
     "conv_encoder": recorded_convs.eager_conv_encoder,
     "pos_conv": recorded_convs.eager_pos_conv,
 }
@@ -209,6 +226,7 @@ COSTS = [
         "residual_dropout_layer_norm", "vision, LayerScale, DropPath", "residual_dropout_layer_norm",
         {"shape": (128, 197, 768), **LAYER_SCALE}, {"shape": (2, 64, 256)}, _predicted(18, 2.44, 3, 0.58),
     ),
+    Cost("bias_attention", "vision base", "bias_attention", VIT_BASE | {"p": 0.05}, {"B": 2, "T": 70, "H": 2}),
     Cost(
         "conv0_norm_gelu", "speech base, layer norm", "conv_encoder",
         CLIPS | {"first": 0, "last": 0}, FEW_CLIPS, _predicted(22, 33.03, 2, 1.56),

@@ -96,6 +96,22 @@ def residual_dropout_layer_norm(
     return prod(shape) * (x + h) + 4 * prod(shape[:2]) * FLOAT
 
 
+def bias_attention(B: int, T: int, H: int, D: int, dtype=BF16, bias=None, slopes=False, grad=True, **_: Any) -> int:
+    """Forward: q, k, v, bias, y and a number per query.
+
+    Backward: three kernels read q, k, v, the gradient of y, two numbers per query and the bias; one reads y as well.
+    Rows of the bias are padded to 16 entries.
+    """
+    heads, rows = B * T * H * D * dtype.itemsize, B * T * H * FLOAT
+    table = 0 if bias is None else H * T * -(-T // 16) * 16 * bias.itemsize
+    alibi = H * FLOAT + B * T * FLOAT if slopes else 0
+    total = 4 * heads + rows + table + alibi
+    if grad:
+        total += (6 * heads + 2 * rows + table + alibi) + (6 * heads + 2 * rows + table + alibi)  # dq and dkv
+        total += 0 if bias is None else 4 * heads + 2 * rows + table
+    return total
+
+
 def conv_encoder(B: int, S: int, C: int, first: int, last: int, norm="layer", dtype=BF16, **_: Any) -> int:
     """Norm and GELU, or GELU, of all layers but the first, which the extension computes; no bias."""
     after = steps(B * steps(S, 0, first - 1)[-1], first, last)[1:]

@@ -194,9 +194,9 @@ def residual_dropout_layer_norm(
 def bias_attention(
     B: int, T: int, H: int, D: int, dtype=BF16, bias=None, slopes=False, lengths=False, p=0.0, grad=True
 ) -> Call:
-    """``bias``: its dtype; queries, keys and values are slices of one tensor."""
+    """``bias``: its dtype; queries, keys and values are slices of one tensor, the bias one of padded rows."""
     q, k, v = (x.requires_grad_() for x in torch.empty(B, T, 3, H, D, dtype=dtype).unbind(2))
-    table = None if bias is None else _leaf(H, T, T, dtype=bias)
+    table = None if bias is None else torch.empty(H, T, T + -T % 16, dtype=bias)[..., :T].requires_grad_()
     options: dict[str, Any] = {"p": p, "lengths": torch.full((B,), T, dtype=torch.int32) if lengths else None}
     if slopes:
         options |= {"slopes": _leaf(H), "positions": torch.zeros(B, T, dtype=torch.int32)}
@@ -224,7 +224,7 @@ BASE = model_sizes(94_000_000, 204)
 LAYER_SCALE = {"residual": FP32, "p": 0.0, "column_scale": True, "row_scale": True, "return_residual": True}
 
 VIT_BASE = {"B": 128, "T": 197, "H": 12, "D": 64, "bias": BF16}
-VIT_LENGTHS = VIT_BASE | {"D": 32, "bias": FP16}
+VIT_LENGTHS = VIT_BASE | {"bias": FP16}
 
 CASES = [
     _case("masked_smooth_l1", "bf16 768", masked_smooth_l1, rows=5230, width=768),
@@ -379,9 +379,10 @@ CASES = [
         **LAYER_SCALE,
     ),
     _case("bias_attention", "bf16 64, vision base", bias_attention, **VIT_BASE, p=0.05),
-    _case("bias_attention", "bf16 64, fp32 bias", bias_attention, **VIT_BASE | {"bias": FP32}),
+    _case("bias_attention", "bf16 64, no dropout", bias_attention, **VIT_BASE),
+    _case("bias_attention", "bf16 64, fp32 bias", bias_attention, **VIT_BASE | {"bias": FP32}, p=0.05),
     _case("bias_attention", "bf16 64, ALiBi", bias_attention, B=64, T=512, H=12, D=64, slopes=True, p=0.1),
     _case("bias_attention", "bf16 80, vision huge", bias_attention, **VIT_BASE | {"D": 80}, p=0.05),
-    _case("bias_attention", "fp16 32, lengths", bias_attention, **VIT_LENGTHS, dtype=FP16, lengths=True),
+    _case("bias_attention", "fp16 64, lengths", bias_attention, **VIT_LENGTHS, dtype=FP16, lengths=True),
     _case("bias_attention", "fp32 64", bias_attention, **VIT_BASE | {"bias": FP32}, dtype=FP32, p=0.05),
 ]
