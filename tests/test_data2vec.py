@@ -293,7 +293,7 @@ def test_wrong_mask_shape(modality):
 
 def test_wrong_positions():
     model = Data2Vec(tiny_config("text"))
-    batch = tiny_batch(model.config)
+    batch = replace(tiny_batch(model.config), masked=None)
     for positions, error, match in (
         (batch.positions.float(), TypeError, "batch.positions must be int32 or int64, got torch.float32"),
         (batch.positions[None], ValueError, r"batch.positions must be \[M\], got \(1, \d+\)"),

@@ -5,7 +5,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import tiny_batch, tiny_config
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from d2v_fast.nn import Data2VecConfig, PatchEmbed, SpeechFrontEnd, TextEmbedding, make_batch
 from d2v_fast.nn.config import (
@@ -165,6 +167,30 @@ def test_patches_are_a_convolution():
         torch.autograd.grad(got, inputs, upstream), torch.autograd.grad(want, inputs, upstream), strict=True
     ):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_patches_under_autocast(dtype):
+    """They are made in the dtype of the product, which reads the same numbers; float64 stays as it is."""
+    embed, images = front("image"), torch.randn(2, 3, 24, 24)
+    made = []
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            if func.overloadpacket == torch.ops.aten.new_empty:
+                made.append(result.dtype)
+            return result
+
+    with torch.autocast("cpu", dtype), Made():
+        got = embed(images)
+        embed.double()(images.double())
+    assert made == [dtype, torch.float64]
+    windows = images.unfold(2, 4, 4).unfold(3, 4, 4).permute(0, 2, 3, 1, 4, 5).reshape(2, 36, 48)
+    embed.float()
+    want = F.linear(windows.to(dtype), embed.proj.weight.flatten(1).to(dtype), embed.proj.bias.to(dtype))
+    assert got.dtype == dtype
+    torch.testing.assert_close(got[:, 1:], want)
 
 
 def test_image_patches_are_in_row_major_order():

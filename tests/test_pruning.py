@@ -213,23 +213,61 @@ def test_fixed_numbers_have_one_shape():
     assert seen[0] == seen[1] == seen[2] and len(seen[0]) == 9
 
 
-def test_nothing_masked():
-    for modality in ("speech", "text", "image"):
-        config = case_config(modality, norm="layer")
-        inputs = double(tiny_batch(config)).inputs
-        T = tiny_batch(config).mask.shape[1]
-        output = built(config, PruneConfig())(make_batch(inputs, np.zeros((3, T), bool)))
-        assert output.loss == 0 and output.num_masked == 0
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize(
+    ("modality", "profile", "norm"),
+    [
+        ("speech", "paper", "instance"), ("speech", "paper", "layer"),
+        ("text", "paper", "layer"), ("text", "fairseq", "layer"),
+        ("image", "paper", "instance"), ("image", "paper", "layer"),
+    ],
+)  # fmt: skip
+def test_nothing_masked(modality, profile, norm, padded):
+    """Loss and gradients are 0 and none of them is missing, whatever is left out; also where M is fixed."""
+    if padded and modality == "image":
+        pytest.skip("images have no padding")
+    config = case_config(modality, profile, norm)
+    batch = double(tiny_batch(config, padded=padded))
+    lengths, nothing = None if batch.lengths is None else batch.lengths.numpy(), np.zeros(batch.mask.shape, bool)
+    some = losses_and_gradients(built(config, NONE), batch)
+    for prune in (PruneConfig(), NONE):
+        for num_masked in (None, 4):
+            model = built(config, prune)
+            empty = make_batch(batch.inputs, nothing, lengths, num_masked=num_masked)
+            assert empty.num_masked == model(empty).num_masked == 0
+            found = losses_and_gradients(model, empty)
+            assert found.keys() == some.keys()
+            assert not any(x.any() for name, x in found.items() if name not in ("target_var", "pred_var"))
+            assert found["target_var"].isfinite() and found["pred_var"].isfinite()
+
+
+@pytest.mark.parametrize("profile", ["paper", "fairseq"])
+@pytest.mark.parametrize("padding_aware", [False, True])
+def test_convolutional_positions_in_text(profile, padding_aware):
+    """A teacher that is shown the masked tokens only sees them where they are, not pushed together."""
+    config = case_config("text", profile)
+    positions = {"pos_conv_depth": 2, "pos_conv_width": 9, "pos_conv_groups": 4, "padding_aware": padding_aware}
+    config = replace(config, encoder=replace(config.encoder, **positions))
+    for padded in (False, True):
+        batch = tiny_batch(config, padded=padded)
+        got, want = (losses_and_gradients(built(config, prune), batch) for prune in (PruneConfig(), NONE))
+        assert_same(got, want)
 
 
 def test_a_batch_made_by_hand():
-    """Without sequences nothing is left out, and the loss is the same."""
+    """Without sequences nothing is left out, and the loss is the same; also where M is fixed."""
     for modality in ("speech", "image", "text"):
         config = case_config(modality)
         batch = double(tiny_batch(config, padded=modality != "image"))
         bare = replace(batch, masked=None, valid=None, masked_in_valid=None)
+        gap = torch.tensor([-1], dtype=torch.int32)
+        filled = torch.cat([gap, batch.positions[:3], gap, batch.positions[3:]])
         model = built(config, PruneConfig())
-        torch.testing.assert_close(model(bare).loss, model(batch).loss, rtol=1e-10, atol=0)
+        want = losses_and_gradients(model, batch)
+        for each in (bare, replace(bare, positions=filled, real_masked=batch.num_masked)):
+            model.zero_grad()
+            assert_same(losses_and_gradients(model, each), want)
+            assert model(each).num_masked == batch.num_masked
     with pytest.raises(ValueError, match=r"batch\.masked must have the \d+ rows of positions, got \d+"):
         model(replace(batch, masked=batch.valid))
 

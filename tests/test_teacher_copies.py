@@ -123,6 +123,22 @@ def test_they_follow_whatever_happens_to_the_averages():
     assert_current(teacher)
 
 
+def test_made_in_inference_mode():
+    """By a validation loss before the first update: what trains afterwards can write them."""
+    student = Student()
+    teacher = teacher_of(student)
+    for _ in range(2):
+        with torch.inference_mode():
+            assert_current(teacher)
+        assert not any(x.is_inference() for x in teacher._low.copies)
+        moved(student)
+        teacher.update_(1, again=True)
+        assert_current(teacher)
+        moved(teacher.module)  # made anew in inference mode
+    teacher.load_state_dict(teacher.state_dict())
+    assert_current(teacher)
+
+
 def test_other_precisions():
     student = Student()
     model = nn.ModuleDict({"student": student, "teacher": teacher_of(student)})

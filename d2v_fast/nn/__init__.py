@@ -12,6 +12,7 @@ from d2v_fast.nn.frontends import (
     normalise,
     pack_waveforms,
 )
+from d2v_fast.nn.sequences import Sequences
 from d2v_fast.nn.teacher import EMATeacher
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "LossOutput",
     "PackedWaveforms",
     "PatchEmbed",
+    "Sequences",
     "SpeechFrontEnd",
     "TextEmbedding",
     "TransformerEncoder",

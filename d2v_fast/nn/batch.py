@@ -16,7 +16,8 @@ class Batch:
 
     The masked positions travel as a mask and as indices, so that their number is known on the host and no kernel has to
     wait for a ``nonzero``; and as :class:`Sequences`, for what is computed at these rows alone. :func:`make_batch`
-    makes all of it.
+    makes all of it; replace them together or not at all. On the CPU the model calls :meth:`check`; do so before a batch
+    that was changed by hand goes to a device, where nothing is compared.
     """
 
     inputs: Tensor  # speech [B, S] float32 waveforms; images [B, 3, H, W]; text [B, T] int64 token ids (unmasked)
@@ -35,6 +36,69 @@ class Batch:
     def num_masked(self) -> int:
         """Number of masked positions; a host integer, never read back from the device."""
         return self.positions.numel() if self.real_masked is None else self.real_masked
+
+    def check(self) -> None:
+        """Compare the descriptions of what is masked, and of what is padding, with each other; reads the tensors.
+
+        Raises:
+            ValueError: two of them contradict each other.
+        """
+        where = self.mask.flatten().nonzero().flatten()  # [M]
+        given = self.positions[self.positions >= 0].long()
+        if given.numel() != where.numel():
+            raise ValueError(f"batch.positions must be the {where.numel()} masked positions, got {given.numel()}")
+        if not torch.equal(given, where):
+            raise ValueError("batch.positions must be the positions where batch.mask is True, ascending, got others")
+        if self.num_masked != where.numel():
+            count = where.numel()
+            raise ValueError(f"batch.real_masked must be {count}, the masked positions, got {self.real_masked}")
+        self._check_sequences("masked", where)
+        self._check_sequences("masked_alone", where)
+        if self.masked is not None and not torch.equal(_real(self.masked), self.positions >= 0):
+            raise ValueError("batch.masked must have real rows where positions are not -1, got others")
+        self._check_padding()
+
+    def _check_padding(self) -> None:
+        for name in ("lengths", "valid", "masked_in_valid"):
+            if self.padding_mask is None and getattr(self, name) is not None:
+                raise ValueError(f"batch.{name} must be None without padding_mask, got one")
+        if self.padding_mask is None:
+            return
+        if (self.mask & self.padding_mask).any():
+            raise ValueError("batch.mask must be False in the padding, got masked positions there")
+        lengths = (~self.padding_mask).sum(1)
+        if self.lengths is None or not torch.equal(self.lengths.long(), lengths):
+            found = None if self.lengths is None else self.lengths.tolist()
+            raise ValueError(f"batch.lengths must be {lengths.tolist()} as in padding_mask, got {found}")
+        self._check_sequences("valid", (~self.padding_mask).flatten().nonzero().flatten())
+        if self.masked_in_valid is not None and not self._is_inside():
+            raise ValueError("batch.masked_in_valid must be the rows of masked among those of valid, got others")
+
+    def _check_sequences(self, name: str, where: Tensor) -> None:
+        """Whether the real rows are those of ``where`` [N], each in the sequence of its row of the batch."""
+        sequences = getattr(self, name)
+        if sequences is None:
+            return
+        owners = _owners(sequences)
+        if sequences.rows is not None and sequences.rows.shape == owners.shape:
+            real = _real(sequences)
+            same = torch.equal(sequences.rows[real], where)
+            if same and torch.equal(owners[real], where // self.mask.shape[1]):
+                return
+        what = "padding_mask is False" if name == "valid" else "mask is True"
+        raise ValueError(f"batch.{name} must be the positions where batch.{what}, row by row, got others")
+
+    def _is_inside(self) -> bool:
+        """Whether ``masked_in_valid`` is ``masked``, counted among the rows of ``valid``."""
+        inside, masked, valid = self.masked_in_valid, self.masked, self.valid
+        if masked is None or valid is None or not bool((inside.rows < valid.num_rows).all()):
+            return False
+        pairs = (
+            (valid.rows[inside.rows], masked.rows),
+            (_owners(inside), _owners(masked)),
+            (_real(inside), _real(masked)),
+        )
+        return all(torch.equal(mine, theirs) for mine, theirs in pairs)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """The same with ``function`` applied to every tensor, those of its sequences included."""
@@ -144,3 +208,13 @@ def _inside(masked: Sequences, valid: np.ndarray, count: int) -> Sequences:
     ends = masked.cu_seqlens
     empty = ends[-1:].expand(count - masked.count)  # nothing is masked in what only fills up
     return replace(masked, cu_seqlens=torch.cat([ends, empty]), rows=packed[masked.rows])
+
+
+def _real(sequences: Sequences) -> Tensor:
+    """Bool [N], False for rows that only fill up."""
+    return torch.ones_like(sequences.rows, dtype=torch.bool) if sequences.real is None else sequences.real
+
+
+def _owners(sequences: Sequences) -> Tensor:
+    """The sequence that each row belongs to [N]; another number of them where ``cu_seqlens`` do not rise to N."""
+    return torch.repeat_interleave(torch.arange(sequences.count), sequences.cu_seqlens.diff().clamp(min=0))

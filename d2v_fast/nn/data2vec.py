@@ -45,8 +45,8 @@ class Data2Vec(Interchange, nn.Module):
         Raises:
             TypeError: inputs, masks or positions of another dtype than :class:`Batch` says.
             ValueError: masks that do not fit the inputs (they count frames, patches or tokens), sequences of another
-                number of rows than positions, or positions that are not as many as the mask's; the last is only looked
-                at on the CPU, elsewhere it would wait for the device.
+                number of rows than positions, or what :meth:`Batch.check` finds; that is only asked on the CPU,
+                elsewhere it would wait for the device.
         """
         self._check_batch(batch)
         student, teacher = student_rows(self.config, batch), teacher_rows(self.config, batch)
@@ -147,13 +147,11 @@ class Data2Vec(Interchange, nn.Module):
             raise TypeError(f"batch.positions must be int32 or int64, got {positions.dtype}")
         if positions.ndim != 1:
             raise ValueError(f"batch.positions must be [M], got {tuple(positions.shape)}")
-        if positions.device.type == "cpu" and not torch.compiler.is_compiling():
-            count, given = int(batch.mask.sum()), int((positions >= 0).sum())
-            if given != count:
-                raise ValueError(f"batch.positions must be the {count} masked positions, got {given}")
         if batch.masked is not None and batch.masked.num_rows != positions.numel():
             rows = batch.masked.num_rows
             raise ValueError(f"batch.masked must have the {positions.numel()} rows of positions, got {rows}")
+        if positions.device.type == "cpu" and not torch.compiler.is_compiling():
+            batch.check()
 
     def _check_padding(self, name: str, padding_mask: Tensor | None, inputs: Tensor) -> None:
         if padding_mask is None:

@@ -37,7 +37,7 @@ class Rows:
         """The masked rows [M, C] of what the encoder gave for all of them, or for these alone."""
         if self.pruned:
             return x
-        rows = self.positions if self.masked is None else self.masked.rows
+        rows = self.positions.clamp(min=0) if self.masked is None else self.masked.rows
         return x.flatten(0, -2).index_select(0, rows)
 
     def batched(self, x: Tensor, shape: torch.Size) -> Tensor:
@@ -63,14 +63,14 @@ def student_rows(config: Data2VecConfig, batch: Batch) -> Rows:
 def teacher_rows(config: Data2VecConfig, batch: Batch) -> Rows:
     """Without padding, unless that is a part of the statistics; the last layer at masked positions, if there are none.
 
-    A teacher that is shown the masked tokens only computes these only.
+    A teacher that is shown the masked tokens only computes these only, unless convolutional positions see the gaps.
     """
     targets, prune = config.targets, config.prune
     over_time = uses_time(targets)
     if targets.teacher_input == "full":
         unpads = _unpads(config, batch) and (targets.padding_aware or not over_time)
         return _rows(config, batch, unpads, prune.teacher_rows and not over_time)
-    if over_time or not prune.unpad or batch.masked is None:
+    if over_time or not prune.unpad or batch.masked is None or config.encoder.pos_conv_depth > 0:
         rows = _rows(config, batch, False, prune.teacher_rows and not over_time)
         return Rows(None, ~batch.mask, rows.masked, rows.pruned, rows.positions)
     alone, real = batch.masked_alone or batch.masked, batch.masked.real

@@ -183,7 +183,7 @@ class EMATeacher(nn.Module):
         """What to run on ``device_type``: ``module``, or under autocast to ``copies`` the same with its matrices cast.
 
         Bit-equal to running ``module``. Masters written by other means than this class are noticed, outside of
-        ``torch.compile``; hooks on ``module`` that were registered later do not run.
+        ``torch.compile`` and if not through ``.data``; hooks on ``module`` that were registered later do not run.
         """
         if self.copies is None or not torch.is_autocast_enabled(device_type):
             return self.module
@@ -192,10 +192,11 @@ class EMATeacher(nn.Module):
         if torch.compiler.is_compiling():  # no memory is set up, and no version read, in a graph
             return self.module if self._low is None else self._low.module
         pairs = self._pairs()
-        if self._copied(pairs) is None:
-            self._low = LowPrecisionCopy(self.module, self.copies, pairs.averaged)
-        elif self._low.stale():
-            self._low.refresh_()
+        with torch.inference_mode(False):  # updates write the copies outside of it
+            if self._copied(pairs) is None:
+                self._low = LowPrecisionCopy(self.module, self.copies, pairs.averaged)
+            elif self._low.stale():
+                self._low.refresh_()
         return self._low.module
 
     def _copied(self, pairs: _Pairs) -> LowPrecisionCopy | None:

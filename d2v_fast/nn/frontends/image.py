@@ -43,7 +43,7 @@ class PatchEmbed(nn.Module):
             )
         B, p = images.shape[0], c.patch_size
         windows = images.reshape(B, c.channels, c.grid, p, c.grid, p).permute(0, 2, 4, 1, 3, 5)
-        patches = images.new_empty(B, 1 + c.num_patches, c.channels * p * p)
+        patches = images.new_empty(B, 1 + c.num_patches, c.channels * p * p, dtype=_product_dtype(images))
         patches[:, 0] = 0
         patches[:, 1:].unflatten(1, (c.grid, c.grid)).unflatten(3, windows.shape[3:]).copy_(windows)
         return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
@@ -68,3 +68,10 @@ class PatchEmbed(nn.Module):
         Raises as :meth:`features`.
         """
         return self.finish(self.features(images), mask)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a matrix product reads x: autocast would cast x in a pass of its own, float64 excepted."""
+    device_type = x.device.type
+    casts = torch.is_autocast_enabled(device_type) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device_type) if casts else x.dtype
