@@ -48,12 +48,18 @@ def restated_loss(config: Data2VecConfig, pred, target) -> torch.Tensor:
     return each.sum() * {"speech": 32**-0.5, "image": 1 / 32, "text": 1.0}[config.modality]
 
 
-@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
-@pytest.mark.parametrize("modality", MODALITIES)
-def test_loss_is_the_recipe(modality, padded):
-    if padded and modality == "image":
-        pytest.skip("images have no padding")
+@pytest.mark.parametrize(
+    ("modality", "norm", "padded"),
+    [
+        *((modality, norm, padded) for modality in ("speech", "text") for norm in ("instance", "layer")
+          for padded in (False, True)),
+        ("image", "layer", False), ("image", "instance", False),
+    ],
+)  # fmt: skip
+def test_loss_is_the_recipe(modality, norm, padded):
+    """Also with the other norm of the targets; that of images over time is without the class token."""
     config = tiny_config(modality, **NO_DROPOUT)
+    config = replace(config, targets=replace(config.targets, norm=norm))
     if modality == "text":
         config = replace(config, frontend=replace(config.frontend, dropout=0.0))
     model = Data2Vec(config)
