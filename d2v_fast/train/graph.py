@@ -28,7 +28,8 @@ class CapturedStep:
     (``make_batch(num_masked=, num_valid=)``). Dropout draws from PyTorch's generator at every replay, from wherever
     ``torch.manual_seed`` has put it; LayerDrop is drawn on the device.
 
-    What cannot be replayed falls back to ``train_step``: the reason is logged once, and ``fallbacks`` counts.
+    What is known not to be capturable falls back to ``train_step``: the reason is logged once, and ``fallbacks``
+    counts. A capture that fails on the way is an error, as nothing can go on from there.
 
     Graphs hold the addresses of parameters, optimizer state and the teacher's low-precision copies, the optimizer's
     settings, the model's mode, and what is frozen. They are dropped when one of these has changed.
