@@ -53,7 +53,10 @@ def test_what_is_made_agrees(num_masked, num_valid):
         (lambda b: {"mask": torch.zeros(3, 6, dtype=torch.bool)}, "positions must be the 0 masked positions, got 3"),
         (lambda b: {"positions": batch_of(OTHER).positions}, "positions must be the positions where batch.mask"),
         (lambda b: {"positions": b.positions.flip(0)}, "positions must be .* ascending, got others"),
-        (lambda b: {"real_masked": 2}, "real_masked must be 3, the masked positions, got 2"),
+        (
+            lambda b: {"positions": torch.cat([b.positions, -torch.ones(2, dtype=torch.int32)]), "real_masked": None},
+            "real_masked must be 3 with positions of -1, got None",
+        ),
         (lambda b: {"masked": batch_of(OTHER).masked}, "masked must be the positions where batch.mask is True"),
         (lambda b: {"masked": shifted(b.masked)}, "masked must be the positions where batch.mask is True, row by row"),
         (lambda b: {"masked": shifted(b.masked, -9)}, "masked must be the positions where"),
