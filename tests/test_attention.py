@@ -9,6 +9,7 @@ import torch
 from checks import DEVICE, assert_as_accurate_as_eager, no_synchronisation
 
 from d2v_fast.nn import attention_backends as backends
+from d2v_fast.nn import make_batch
 from d2v_fast.nn.attention import attention
 from d2v_fast.nn.attention_backends import BACKENDS, Case, lacks
 from d2v_fast.nn.attention_calls import sdpa
@@ -177,19 +178,20 @@ def test_dense_packed_and_one_by_one_agree(backend):
 
 
 @pytest.mark.parametrize("backend", ["each", "padded"])
-@pytest.mark.parametrize("fill", ["tail", "inside"])
-def test_fixed_number_of_rows(backend, fill):
+@pytest.mark.parametrize("queries_alone", [False, True])
+def test_fixed_number_of_rows(backend, queries_alone):
     """Rows that only fill up change nothing in the others' results, wherever they are."""
     mask = np.random.default_rng(0).random((4, 9)) < 0.4
     mask[2] = False
     kv, keys = torch.randn(4 * 9, 2, H, 8), Sequences.even(4, 9)
     k, v = kv.unbind(1)
     exact = Sequences.from_mask(mask)
-    more = Sequences.from_mask(mask, num_rows=exact.num_rows + 11, fill=fill)
-    if fill == "tail":  # they fill up keys and queries alike
+    if not queries_alone:  # they fill up keys and queries alike, in sequences of their own
+        more = Sequences.from_mask(mask, num_rows=exact.num_rows + 11)
         want = attention(*(exact.take(x) for x in (k, k, v)), sequences=exact, backend=backend)
         got = attention(*(more.take(x) for x in (k, k, v)), sequences=more, backend=backend)
-    else:
+    else:  # in the others' sequences
+        more = make_batch(torch.zeros(4, 9), mask, num_masked=exact.num_rows + 11).masked
         want = attention(exact.take(k), k, v, sequences=keys, queries=exact, backend=backend)
         got = attention(more.take(k), k, v, sequences=keys, queries=more, backend=backend)
     assert got.isfinite().all()

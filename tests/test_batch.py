@@ -26,6 +26,13 @@ def shifted(sequences: Sequences, by: int = 1) -> Sequences:
     return replace(sequences, cu_seqlens=ends)
 
 
+def with_a_hole(padding_mask: torch.Tensor) -> torch.Tensor:
+    """As much padding in every row, but not at the end of the first."""
+    padding_mask = padding_mask.clone()
+    padding_mask[0, [3, 4]] = padding_mask[0, [4, 3]]
+    return padding_mask
+
+
 @pytest.mark.parametrize("num_valid", [None, 12, 15, 30])
 @pytest.mark.parametrize("num_masked", [None, 0, 5])
 def test_what_is_made_agrees(num_masked, num_valid):
@@ -72,6 +79,10 @@ def test_what_is_made_agrees(num_masked, num_valid):
         (lambda b: {"lengths": None}, r"lengths must be \[4, 6, 2\] as in padding_mask, got None"),
         (lambda b: {"padding_mask": torch.zeros(3, 6, dtype=torch.bool)}, r"lengths must be \[6, 6, 6\]"),
         (lambda b: {"padding_mask": torch.ones(3, 6, dtype=torch.bool)}, "mask must be False in the padding"),
+        (
+            lambda b: {"padding_mask": with_a_hole(b.padding_mask)},
+            "padding_mask must be True at the ends of rows alone",
+        ),
         (lambda b: {"padding_mask": None}, "lengths must be None without padding_mask"),
         (lambda b: {"padding_mask": None, "lengths": None}, "valid must be None without padding_mask"),
         (lambda b: {"masked_in_valid": b.masked}, "masked_in_valid must be the rows of masked among those of valid"),

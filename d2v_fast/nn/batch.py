@@ -23,7 +23,7 @@ class Batch:
     inputs: Tensor  # speech [B, S] float32 waveforms; images [B, 3, H, W]; text [B, T] int64 token ids (unmasked)
     mask: Tensor  # [B, T] bool, True = masked
     positions: Tensor  # [M] int32, flat b * T + t of the masked positions, ascending; -1 where a fixed M is filled up
-    padding_mask: Tensor | None = None  # [B, T] bool, True = padding; None when there is none
+    padding_mask: Tensor | None = None  # [B, T] bool, True = padding, at the ends of rows; None when there is none
     lengths: Tensor | None = None  # [B] int32 valid positions per row; given exactly when padding_mask is
     masked: Sequences | None = None  # the M rows of positions, in their order, among B * T; None: nothing is left out
     masked_alone: Sequences | None = None  # these without the rows that fill up among them; None: the same as masked
@@ -70,6 +70,8 @@ class Batch:
         if self.lengths is None or not torch.equal(self.lengths.long(), lengths):
             found = None if self.lengths is None else self.lengths.tolist()
             raise ValueError(f"batch.lengths must be {lengths.tolist()} as in padding_mask, got {found}")
+        if not torch.equal(self.padding_mask, torch.arange(self.mask.shape[1]) >= lengths[:, None]):
+            raise ValueError("batch.padding_mask must be True at the ends of rows alone, got some elsewhere")
         self._check_sequences("valid", (~self.padding_mask).flatten().nonzero().flatten())
         if self.masked_in_valid is not None and not self._is_inside():
             raise ValueError("batch.masked_in_valid must be the rows of masked among those of valid, got others")

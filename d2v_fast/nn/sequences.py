@@ -65,48 +65,35 @@ class Sequences:
         return cls(_ends(lengths), int(lengths.max()), int(lengths.sum()))
 
     @classmethod
-    def from_mask(cls, mask: np.ndarray, *, num_rows: int | None = None, fill: str = "tail") -> "Sequences":
+    def from_mask(cls, mask: np.ndarray, *, num_rows: int | None = None) -> "Sequences":
         """The True entries of ``mask`` bool [B, T], row by row, on the CPU; a row of ``mask`` may have none.
 
         Args:
             mask: which positions to take.
             num_rows: take so many rows whatever the mask, so that every batch has the same shapes; the others are
-                copies of rows that are there, and nothing should be read from them. ``max_length`` is T then.
-            fill: where those others belong. "tail": to sequences of their own, at most T long, behind the B; there are
-                as many of these as could be needed, empty if they are not. "inside": to the B sequences, behind their
-                real rows, for queries that are thrown away.
+                copies of rows that are there, and nothing should be read from them. They belong to sequences of their
+                own, at most T long, behind the B; there are as many of these as could be needed, empty if they are not.
+                ``max_length`` is T then.
 
         Raises:
             TypeError: ``mask`` is not bool.
-            ValueError: it is not [B, T] with B and T above 0, has more entries than ``num_rows``, or, for "inside",
-                less room than that; or ``fill`` is none of the two.
+            ValueError: it is not [B, T] with B and T above 0, or has more entries than ``num_rows``.
         """
         if mask.dtype != bool:
             raise TypeError(f"mask must be bool, got {mask.dtype}")
         if mask.ndim != 2 or mask.size == 0:
             raise ValueError(f"mask must be [B, T] with at least one row and position, got {mask.shape}")
-        if fill not in ("tail", "inside"):
-            raise ValueError(f"fill must be 'tail' or 'inside', got {fill!r}")
         lengths, rows = mask.sum(1), np.flatnonzero(mask)
         if num_rows is None:
             return cls(_ends(lengths), int(lengths.max()), rows.size, torch.from_numpy(rows))
         extra = num_rows - rows.size
-        if extra < 0 or (fill == "inside" and num_rows > mask.size):
-            raise ValueError(f"num_rows must be from {rows.size} to {mask.size} for this mask, got {num_rows}")
+        if extra < 0:
+            raise ValueError(f"num_rows must be at least {rows.size} for this mask, got {num_rows}")
         T = mask.shape[1]
-        if fill == "tail":
-            tail = np.clip(extra - T * np.arange(-(-num_rows // T)), 0, T)
-            rows = np.append(rows, np.zeros(extra, np.int64))
-            real = np.arange(num_rows) < num_rows - extra
-            lengths = np.append(lengths, tail)
-        else:
-            room = np.append(0, np.cumsum(T - lengths))  # filled from the first sequence on
-            added = np.diff(np.minimum(room, extra))
-            real = np.arange(T) < lengths[:, None]  # [B, T]: real ones first, then others
-            taken = np.arange(T) < (lengths + added)[:, None]
-            order = np.argsort(~mask, axis=1, kind="stable") + T * np.arange(len(mask))[:, None]
-            rows, real, lengths = order[taken], real[taken], lengths + added
-        return cls(_ends(lengths), T, num_rows, torch.from_numpy(rows), torch.from_numpy(real))
+        tail = np.clip(extra - T * np.arange(-(-num_rows // T)), 0, T)
+        rows = np.append(rows, np.zeros(extra, np.int64))
+        real = np.arange(num_rows) < num_rows - extra
+        return cls(_ends(np.append(lengths, tail)), T, num_rows, torch.from_numpy(rows), torch.from_numpy(real))
 
 
 def _ends(lengths: np.ndarray) -> Tensor:
