@@ -142,6 +142,8 @@ def test_signatures():
     assert {x.data_ptr() for x in (a.inputs, a.mask, a.positions, a.masked.rows)} <= {
         x.data_ptr() for x in tensors_of(a)
     }
+    longer = replace(a.masked, max_length=a.masked.max_length + 1)  # the grid that a kernel was launched with
+    assert signature(a) != signature(replace(a, masked=longer))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
