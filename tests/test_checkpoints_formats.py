@@ -21,6 +21,7 @@ from d2v_fast.checkpoints import (
     load_pretrained,
     load_transformers,
     read_any,
+    rules,
     save_beit,
     save_fairseq,
     save_pretrained,
@@ -183,10 +184,103 @@ def test_problems_with_tensors_are_listed_together(modality, format, tmp_path):
     for expected in (
         f"{prefix}{found['missing']} is missing",
         f"{prefix}{found['shape']} must have shape",
-        f"{prefix}{found['type']} must be a tensor of floating-point numbers, got torch.int32",
+        f"{prefix}{found['type']} must be a tensor of floating-point numbers of 16, 32 or 64 bits, got torch.int32",
         f"{prefix}something.else is unexpected",
     ):
         assert expected in message, message
+
+
+TOKENS = "encoder.sentence_encoder.embed_tokens.weight"
+
+
+def test_tensors_that_share_memory_do_not_multiply(tmp_path):
+    """One large tensor in the place of many: a small file, and a model of any size. Twice is what a teacher may be."""
+    model = make("text", dim=256, ffn_dim=1024, layers=6)
+    save_fairseq(model, tmp_path / "x.pt")
+    small = (tmp_path / "x.pt").stat().st_size
+
+    def share(content):
+        for state in (content["model"], content["model"]["encoder._ema"]):
+            for name, x in state.items():
+                if isinstance(x, torch.Tensor) and x.dim() == 2 and len(x) > 50:
+                    state[name] = shared.setdefault(x.shape, x.clone())
+
+    shared: dict = {}
+    rewrite(tmp_path / "x.pt", share)
+    assert (tmp_path / "x.pt").stat().st_size < small / 5
+    expected = sum(x.numel() for x in model.state_dict().values())
+    read_any(tmp_path / "x.pt")  # by a constant: for real models, far below what they have
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rules, "ALWAYS_FINE", 0)
+        with pytest.raises(
+            CheckpointError, match=rf"a model of {expected} elements from tensors that have \d+ together"
+        ):
+            read_any(tmp_path / "x.pt")
+        for modality, format in FORMATS:  # what is written passes, without teacher and head, too
+            write_as(make(modality), tmp_path / f"{modality}-{format}", format)
+            read_any(tmp_path / f"{modality}-{format}")
+
+
+def test_expanded_tensors_do_not_decide_of_sizes(tmp_path):
+    """The size of the vocabulary is that of a tensor."""
+    save_fairseq(make("text"), tmp_path / "x.pt")
+    table = torch.zeros(1).expand(100_000, 32)
+
+    def change(content):
+        content["model"][TOKENS] = content["model"]["encoder._ema"]["embed_tokens.weight"] = table
+
+    rewrite(tmp_path / "x.pt", change)
+    with pytest.raises(CheckpointError, match=r"a tensor of size \(100000, 32\) at 0 in a storage of 1 elements"):
+        read_any(tmp_path / "x.pt")
+
+
+def test_two_names_that_become_one_are_refused(tmp_path):
+    """Whichever came last would be the weights."""
+    save_fairseq(make("text"), tmp_path / "x.pt")
+    content = torch.load(tmp_path / "x.pt", weights_only=True)
+    layer = "encoder.sentence_encoder.layers.0."
+    for name, x, becomes in (
+        ("decoder.sentence_encoder.layers.0.fc1.weight", torch.zeros(48, 32), f"{layer}fc1.weight"),
+        (f"{layer}self_attn.in_proj_weight", torch.zeros(96, 32), f"{layer}self_attn.q_proj.weight"),
+        ("decoder._ema", content["model"]["encoder._ema"], "_ema.embed_tokens.weight"),
+    ):
+        torch.save({**content, "model": {**content["model"], name: x}}, tmp_path / "y.pt")
+        with pytest.raises(CheckpointError, match=rf"two tensors become {becomes}$"):
+            read_any(tmp_path / "y.pt")
+    save_transformers(make("text"), tmp_path / "z")
+    name = "encoder.layer.0.intermediate.dense.weight"
+    rewrite_directory(
+        tmp_path / "z", tensors=lambda state: state.update({f"data2vec_text.{name}": state[name].clone()})
+    )
+    with pytest.raises(CheckpointError, match=f"two tensors become {name}"):
+        read_any(tmp_path / "z")
+
+
+def test_tensors_of_other_kinds_are_named(tmp_path):
+    """Layouts and dtypes that weights do not have, in files of fairseq; complex and 8-bit ones in directories."""
+    save_fairseq(make("speech"), tmp_path / "x.pt")
+    content = torch.load(tmp_path / "x.pt", weights_only=True)
+    name = "encoder.layers.0.fc1.weight"
+    x = content["model"][name]
+    eight = x.to(torch.float8_e4m3fn)
+    for other in (x.to_sparse(), x.to("meta"), eight, x.to(torch.complex64), x.int()):
+        torch.save({**content, "model": {**content["model"], name: other}}, tmp_path / "y.pt")
+        with pytest.raises(CheckpointError, match=f"{name} must be a tensor of floating-point numbers of 16, 32 or 64"):
+            read_any(tmp_path / "y.pt")
+    save_transformers(make("text"), tmp_path / "z")
+    name = "encoder.layer.0.intermediate.dense.weight"
+    rewrite_directory(tmp_path / "z", tensors=lambda state: state.update({name: eight}))
+    with pytest.raises(CheckpointError, match=f"{name} must be .* got torch.float8_e4m3fn"):
+        read_any(tmp_path / "z")
+
+
+def test_weights_that_are_no_numbers_are_kept(tmp_path):
+    """A run that has diverged can be looked at."""
+    model = make("speech")
+    with torch.no_grad():
+        model.encoder.layers[0].fc1.weight.fill_(torch.nan)
+    save_fairseq(model, tmp_path / "x.pt")
+    assert read_any(tmp_path / "x.pt").model.encoder.layers[0].fc1.weight.isnan().all()
 
 
 def test_half_a_teacher_is_refused(tmp_path):
@@ -251,6 +345,7 @@ FAIRSEQ_OPTIONS = [
     ("speech", {"_name": "data2vec_multi"}, "got 'data2vec_multi'"),
     ("speech", {"conv_feature_layers": "__import__('os').system('true')"}, "conv_feature_layers must be a list"),
     ("speech", {"conv_feature_layers": "[(512, 3, 2)] * 99999999999"}, "conv_feature_layers must be a list"),
+    ("speech", {"conv_feature_layers": "[(16, 10, 5)]" + " * 64" * 9}, "conv_feature_layers must be a list"),
     ("speech", {"conv_feature_layers": "[(1, 2)]"}, "conv_feature_layers must be a list"),
     ("speech", {"conv_pos_groups": 0}, "pos_conv_groups|modulo by zero"),
     ("speech", {"encoder_layers": 10**9}, "3 layers, the configuration says 1000000000"),
@@ -275,6 +370,43 @@ def test_options_of_training_are_noted(tmp_path):
     loaded = read_any(tmp_path / "x.pt")
     assert loaded.report.notes == ["mask_channel_prob=0.1 has no counterpart here"]
     assert loaded.model.config.loss.scale == 0.5
+    save_fairseq(make("text"), tmp_path / "y.pt")
+    rewrite(tmp_path / "y.pt", lambda content: content["cfg"]["task"].update(random_token_prob=0.1))
+    assert read_any(tmp_path / "y.pt").report.notes == ["random_token_prob=0.1 has no counterpart here"]
+
+
+@pytest.mark.parametrize("kind", ["cfg", "args"])
+def test_waveforms_of_fairseq(kind, tmp_path):
+    """Their rate, and whether they are normalised, are options of the task."""
+    config = tiny_config("speech", "fairseq")
+    model = Data2Vec(replace(config, frontend=replace(config.frontend, sample_rate=8000)))
+    save_fairseq(model, tmp_path / "x.pt")
+    loaded = read_any(tmp_path / "x.pt")
+    assert loaded.model.config.frontend.sample_rate == 8000 and loaded.report.notes == []
+
+    def change(**task):
+        def apply(content):
+            if kind == "args":
+                cfg = content["cfg"]
+                options = {**cfg["model"], **cfg["task"], **task, "arch": "data2vec_audio"}
+                content["args"], content["cfg"] = argparse.Namespace(**options), None
+            else:
+                content["cfg"]["task"].update(task)
+
+        content = torch.load(tmp_path / "x.pt", weights_only=True)
+        apply(content)
+        torch.save(content, tmp_path / "y.pt")
+        return tmp_path / "y.pt"
+
+    loaded = read_any(change(sample_rate=44_100, normalize=False))
+    assert loaded.model.config.frontend.sample_rate == 44_100
+    assert loaded.report.notes == ["task.normalize=False: it knows waveforms as they are, not normalised ones"]
+    for value, message in (
+        (0, "task.sample_rate must be positive, got 0"),
+        ("x", "task.sample_rate must be an integer"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            read_any(change(sample_rate=value))
 
 
 def test_interpolated_options(tmp_path):
@@ -340,6 +472,29 @@ def test_transformers_torch_weights(tmp_path):
     index.write_text(json.dumps({"weight_map": {"x": "part-7.bin"}}))
     with pytest.raises(CheckpointError, match=r"no file at .*part-7\.bin"):
         load_transformers(folder)
+
+
+def test_transformers_images_without_a_final_norm(tmp_path):
+    """Those that average over the patches have none (their default): the report says what differs."""
+    save_transformers(make("image"), tmp_path / "x")
+    assert not any("final norm" in note for note in read_any(tmp_path / "x").report.notes)
+    rewrite_directory(tmp_path / "x", tensors=lambda s: [s.pop(f"layernorm.{kind}") for kind in ("weight", "bias")])
+    loaded = read_any(tmp_path / "x")
+    assert loaded.report.notes == [
+        "no final norm there (use_mean_pooling): hidden_states()[-1] is its output, encode() is not"
+    ]
+
+
+def test_pieces_with_the_same_tensor(tmp_path):
+    save_transformers(make("text"), tmp_path / "x")
+    state = safetensors.load_file(tmp_path / "x/model.safetensors")
+    (tmp_path / "x/model.safetensors").rename(tmp_path / "x/a.safetensors")
+    name = sorted(state)[0]
+    safetensors.save_file({name: state[name]}, tmp_path / "x/b.safetensors")
+    index = {"weight_map": {"x": "a.safetensors", "y": "b.safetensors"}}
+    (tmp_path / "x/model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=f"two tensors become {name}"):
+        read_any(tmp_path / "x")
 
 
 def test_beit_options(tmp_path):
@@ -476,6 +631,32 @@ def test_native_configuration(modality, tmp_path):
     values["encoder"]["heads"] = 3
     with pytest.raises(CheckpointError, match=r"encoder\.dim 32 must be a multiple of heads 3"):
         native_format.config_from_dict("x", values)
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_native_configuration_with_gaps(modality):
+    """What decides of features must be there; the rest is the recipe's, not that of another modality."""
+    recipe = getattr(Data2VecConfig, modality)()
+    whole = json.loads(json.dumps(asdict(recipe)))
+    for group in ("targets", "loss", "ema", "prune"):
+        values = {name: x for name, x in whole.items() if name != group}
+        assert native_format.config_from_dict("x", values) == recipe
+    for name in ("dropout", "drop_path", "attention_dropout", "layerdrop", "init", "checkpointing"):
+        values = {**whole, "encoder": {key: x for key, x in whole["encoder"].items() if key != name}}
+        assert native_format.config_from_dict("x", values) == recipe
+    size = {"speech": "conv_layers", "text": "max_positions", "image": "patch_size"}[modality]
+    values = json.loads(json.dumps(whole))
+    for name in ("norm", "norm_eps", "key_bias", "layer_scale", "pos_conv_depth", "layer_result", "padding_aware"):
+        del values["encoder"][name]
+    del values["frontend"][size]
+    with pytest.raises(CheckpointError) as error:
+        native_format.config_from_dict("x", values)
+    for name in ("encoder.norm", "encoder.norm_eps", "encoder.pos_conv_depth", "encoder.layer_result"):
+        assert f"model.{name} is missing" in str(error.value)
+    assert f"model.frontend.{size} is missing" in str(error.value)
+    for eps in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(CheckpointError, match=f"encoder.norm_eps must be positive, got {eps}"):
+            native_format.config_from_dict("x", {**whole, "encoder": {**whole["encoder"], "norm_eps": eps}})
 
 
 def test_damaged_directories(tmp_path):

@@ -299,6 +299,26 @@ def test_transformers_token_types_and_heads(tmp_path, caplog):
     assert "dropped: lm_head" in caplog.text and "initialised: head.* (random)" in caplog.text
 
 
+def test_transformers_models_without_memory():
+    theirs = transformers_model("text")
+    theirs.encoder.layer[1].output.dense.to("meta")
+    with pytest.raises(
+        CheckpointError, match=r"without memory or not dense: encoder\.layer\.1\.output\.dense\.weight; .*bias$"
+    ):
+        load_transformers(theirs)
+
+
+def test_transformers_images_without_a_final_norm():
+    """Our hidden states are theirs; ours has a norm after the last."""
+    theirs = transformers_model("image", use_mean_pooling=True)
+    inputs = inputs_for("image")
+    ours = load_transformers(theirs)
+    with torch.no_grad():
+        want = theirs(inputs).last_hidden_state
+        assert relative(ours.hidden_states(inputs)[-1], want) <= TOLERANCE
+        assert relative(ours.encode(inputs), want) > TOLERANCE
+
+
 def test_transformers_ctc_model(tmp_path):
     """Fine-tuned models hold the network under a prefix, and no mask embedding if they mask nothing."""
     config = copy.deepcopy(transformers_model("speech").config)

@@ -21,6 +21,7 @@ from d2v_fast.checkpoints.rules import (
     Rule,
     build,
     count_layers,
+    distinct,
     gather,
     pairs,
     require,
@@ -101,10 +102,8 @@ def from_content(path: str | Path, content: Any, dtype: torch.dtype | None = tor
     """The model in what :func:`~d2v_fast.checkpoints.safe_load.read_torch` returned for ``path``."""
     if not is_beit(content):
         raise CheckpointError(f"{path} must be a checkpoint of the BEiT fork, with the patch embedding under 'model'")
-    tensors = {f"model.{name}": x for name, x in content["model"].items()}
-    teacher = content.get("model_ema")
-    if isinstance(teacher, Mapping):
-        tensors |= {f"model_ema.{name}": x for name, x in teacher.items()}
+    parts = {part: content[part] for part in ("model", "model_ema") if isinstance(content.get(part), Mapping)}
+    tensors = distinct(path, ((f"{part}.{name}", x) for part in parts for name, x in parts[part].items()))
     args = plain(path, content.get("args"))
     config, notes = _config(path, args if isinstance(args, dict) else {}, tensors)
     report = Report("beit image", notes=notes)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from d2v_fast.checkpoints.rules import distinct
 from d2v_fast.checkpoints.safe_load import first_line, read_torch
 from d2v_fast.errors import CheckpointError
 from d2v_fast.files import replace_file
@@ -59,7 +60,8 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
     """The tensors of a directory as transformers writes them.
 
     Raises:
-        CheckpointError: no weights, a piece is missing or outside of the directory, or a file cannot be read.
+        CheckpointError: no weights, a piece is missing or outside of the directory, a tensor is in two of them, or a
+            file cannot be read.
     """
     for name, read in ((WEIGHTS, read_safetensors), (TORCH_WEIGHTS, read_torch)):
         index = folder / f"{name}.index.json"
@@ -69,14 +71,14 @@ def read_weights(folder: Path) -> dict[str, Tensor]:
             pieces = _pieces(index)
         else:
             continue
-        tensors: dict[str, Tensor] = {}
+        named: list[tuple[str, Tensor]] = []
         for piece in pieces:
             content = read(folder / piece)
-            named = isinstance(content, Mapping) and all(isinstance(key, str) for key in content)
-            if not named or not all(isinstance(x, Tensor) for x in content.values()):
+            fits = isinstance(content, Mapping) and all(isinstance(key, str) for key in content)
+            if not fits or not all(isinstance(x, Tensor) for x in content.values()):
                 raise CheckpointError(f"{folder / piece} must hold tensors by name, and nothing else")
-            tensors |= content
-        return tensors
+            named += content.items()
+        return distinct(folder, named)
     raise CheckpointError(f"{folder} must hold {WEIGHTS} or {TORCH_WEIGHTS}, whole or with an index of pieces")
 
 

@@ -1,6 +1,6 @@
 """fairseq's data2vec 1.0 checkpoints: ``data2vec_audio`` and ``data2vec_text``, with the teacher under ``_ema``."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from d2v_fast.checkpoints.rules import (
     Rule,
     build,
     check_counts,
+    distinct,
     gather,
     pairs,
     scatter,
@@ -97,14 +98,15 @@ def is_fairseq(content: Any) -> bool:
 
 def _flat(path: str | Path, model: Mapping[str, Any]) -> dict[str, Tensor]:
     """Tensors by name, with today's names; the teacher's as ``_ema.<name>``."""
-    tensors: dict[str, Any] = {}
-    for name, value in model.items():
-        name = str(name)
-        if isinstance(value, Mapping) and name.rpartition(".")[2] == "_ema":
-            tensors |= {_renamed(f"_ema.{key}"): x for key, x in value.items()}
-        else:
-            tensors[_renamed(name)] = value
-    return _split_in_proj(tensors)
+
+    def named() -> Iterator[tuple[str, Any]]:
+        for name, value in model.items():
+            if isinstance(value, Mapping) and str(name).rpartition(".")[2] == "_ema":
+                yield from ((_renamed(f"_ema.{key}"), x) for key, x in value.items())
+            else:
+                yield _renamed(str(name)), value
+
+    return distinct(path, _split_in_proj(distinct(path, named())))
 
 
 def _renamed(name: str) -> str:
@@ -116,16 +118,14 @@ def _renamed(name: str) -> str:
     return name
 
 
-def _split_in_proj(tensors: dict[str, Any]) -> dict[str, Any]:
+def _split_in_proj(tensors: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     """Old files hold queries, keys and values as one ``in_proj_weight`` and ``in_proj_bias``, in this order."""
-    split = {}
     for name, x in tensors.items():
         stem, _, kind = name.rpartition(".in_proj_")
         if stem and isinstance(x, Tensor) and x.dim() > 0 and x.shape[0] % 3 == 0:
-            split |= {f"{stem}.{p}_proj.{kind}": part for p, part in zip("qkv", x.chunk(3), strict=True)}
+            yield from ((f"{stem}.{p}_proj.{kind}", part) for p, part in zip("qkv", x.chunk(3), strict=True))
         else:
-            split[name] = x
-    return split
+            yield name, x
 
 
 def from_content(path: str | Path, content: Any, dtype: torch.dtype | None = torch.float32) -> Loaded:

@@ -51,6 +51,7 @@ AUDIO_DEFAULTS = TARGETS | {
     "require_same_masks": True,
     "ema_transformer_only": True,
     "ema_layers_only": True,
+    "task.sample_rate": 16_000,
 }
 AUDIO_ONLY = {
     "layer_norm_first": False,
@@ -68,6 +69,8 @@ AUDIO_NOTED = {
     "no_mask_overlap": False,
     "mask_dropout": 0.0,
     "mask_channel_prob": 0.0,
+    "mask_channel_before": False,
+    "required_seq_len_multiple": 2,
 }
 TEXT_DEFAULTS = TARGETS | {
     "head_layers": 1,
@@ -90,6 +93,13 @@ TEXT_DEVIATING = {  # fairseq's default of each is another value than the one we
     "layernorm_embedding": (False, True),
     "no_scale_embedding": (False, True),
     "learned_pos": (False, True),
+}
+TEXT_NOTED = {  # of the task
+    "leave_unmasked_prob": 0.0,
+    "random_token_prob": 0.0,
+    "mask_whole_words": False,
+    "mask_stdev": 0.0,
+    "freq_weighted_replacement": False,
 }
 TEXT_ONLY = {
     "normalize_before": False,
@@ -123,8 +133,10 @@ def read_config(
     try:
         if name == AUDIO:
             config, notes = _speech(options), options.notes(AUDIO_NOTED)
+            if options.values.get("task.normalize") is False:
+                notes.append("task.normalize=False: it knows waveforms as they are, not normalised ones")
         else:
-            config, notes = _text(options, tensors), []
+            config, notes = _text(options, tensors), options.notes(TEXT_NOTED)
     except (TypeError, ValueError, ArithmeticError) as error:  # of our own configuration's checks
         require(path, what, [*options.problems, str(error)])
     require(path, what, options.problems)
@@ -135,21 +147,24 @@ def _model_options(path: str | Path, content: dict[str, Any]) -> tuple[Any, dict
     """Name of the model, its options, and the whole configuration, from ``cfg`` or from the older ``args``."""
     cfg, args = plain(path, content.get("cfg")), plain(path, content.get("args"))
     if isinstance(cfg, dict) and isinstance(cfg.get("model"), dict):
-        values = cfg["model"]
+        values, task = cfg["model"], cfg["task"] if isinstance(cfg.get("task"), dict) else {}
         if values.get("_name") == TEXT or "transformer" in values:
             inner = values.get("transformer")
             inner = inner if isinstance(inner, dict) else {}
             encoder = inner.get("encoder")
-            task = cfg["task"] if isinstance(cfg.get("task"), dict) else {}
-            masks = {key: task[key] for key in ("mask_prob", "mask_multiple_length") if key in task}
+            masks = {key: task[key] for key in ("mask_prob", "mask_multiple_length", *TEXT_NOTED) if key in task}
             values = {**masks, **inner, **(encoder if isinstance(encoder, dict) else {}), **values}
-        return values.get("_name"), values, cfg
+        return values.get("_name"), {**values, **_of_waveforms(task)}, cfg
     if isinstance(args, dict):
         name = args.get("arch", args.get("_name"))
         if name == TEXT:
             args = {key.removeprefix("encoder_"): value for key, value in args.items()}
-        return name, args, {"optimization": args, "task": args}
+        return name, {**args, **_of_waveforms(args)}, {"optimization": args, "task": args}
     raise CheckpointError(f"{path} must hold a configuration under 'cfg' or 'args', got neither")
+
+
+def _of_waveforms(task: dict[str, Any]) -> dict[str, Any]:
+    return {f"task.{key}": task[key] for key in ("sample_rate", "normalize") if key in task}
 
 
 def _conv_layers(options: Options) -> tuple[tuple[int, ...], ...]:
@@ -165,7 +180,9 @@ def _conv_layers(options: Options) -> tuple[tuple[int, ...], ...]:
             left, right = value(node.left), value(node.right)
             if isinstance(node.op, ast.Add) and isinstance(left, list) and isinstance(right, list):
                 return left + right
-            if isinstance(node.op, ast.Mult) and isinstance(left, list) and type(right) is int and right <= MAX_CONVS:
+            if not isinstance(node.op, ast.Mult) or not isinstance(left, list) or type(right) is not int:
+                raise ValueError("not a list of layers")
+            if len(left) * right <= MAX_CONVS:
                 return left * right
         raise ValueError("not a list of layers")
 
@@ -213,6 +230,8 @@ def _speech(o: Options) -> Data2VecConfig:
         o.problems.append("instance_norm_targets=True on its own is not supported: fairseq normalises over the batch")
     if o["extractor_mode"] not in ("layer_norm", "default"):
         o.problems.append(f"extractor_mode={o['extractor_mode']!r} is not supported, only 'layer_norm' and 'default'")
+    if o["task.sample_rate"] < 1:
+        o.problems.append(f"task.sample_rate must be positive, got {o['task.sample_rate']}")
     base = Data2VecConfig.speech(profile="fairseq")
     frontend = replace(
         base.frontend,
@@ -221,6 +240,7 @@ def _speech(o: Options) -> Data2VecConfig:
         conv_bias=o["conv_bias"],
         feature_grad_mult=o["feature_grad_mult"],
         input_dropout=o["dropout_input"],
+        sample_rate=o["task.sample_rate"],
     )
     encoder = replace(
         base.encoder,

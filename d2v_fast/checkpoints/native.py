@@ -10,7 +10,8 @@ import torch
 
 from d2v_fast import __version__
 from d2v_fast.checkpoints.directories import CONFIG, WEIGHTS, read_json, read_safetensors, write_directory
-from d2v_fast.checkpoints.rules import STUDENT, Loaded, Report, Rule, build, check_counts, gather, require, shapes
+from d2v_fast.checkpoints.options import REQUIRED, settings
+from d2v_fast.checkpoints.rules import STUDENT, Loaded, Report, Rule, build, check_counts, gather, outline, require
 from d2v_fast.errors import CheckpointError
 from d2v_fast.nn import Data2Vec, Data2VecConfig
 
@@ -59,7 +60,7 @@ def read(folder: str | Path, dtype: torch.dtype | None = torch.float32) -> Loade
     check_counts(folder, config, tensors, r"encoder\.layers\.(\d+)\.")
     # what the teacher shares with the student was written once
     skipped = tuple(f"teacher.module.{name.removesuffix('.')}." for name in config.ema.skip)
-    expected = shapes(folder, config)
+    expected = outline(folder, config).state_dict()
     rules = [Rule(name, (name,), name if f"{name}.".startswith(skipped) else STUDENT) for name in expected]
     report = Report(f"native {config.modality}")
     return build(folder, config, gather(folder, report, config, rules, tensors, "(?!)"), report, dtype)
@@ -68,41 +69,53 @@ def read(folder: str | Path, dtype: torch.dtype | None = torch.float32) -> Loade
 def config_from_dict(path: str | Path, values: Any) -> Data2VecConfig:
     """A configuration from the plain values that ``dataclasses.asdict`` and JSON make of it.
 
+    What decides of features and targets has to be there; other settings default to the recipe of the modality.
+
     Raises:
-        CheckpointError: unknown names or values of a wrong type, all of them listed; or values that do not fit.
+        CheckpointError: unknown or missing names, or values of a wrong type, all of them listed; or values that do not
+            fit.
     """
     problems: list[str] = []
     modality = values.get("modality") if isinstance(values, dict) else None
     if modality not in MODALITIES:
         raise CheckpointError(f"{path}: model.modality must be one of {', '.join(MODALITIES)}, got {modality!r}")
     recipe = getattr(Data2VecConfig, modality)()
-    kinds = {"frontend": type(recipe.frontend), "mask": type(recipe.mask)}
+    known = settings(recipe)
+    problems += [f"model.{name} is missing" for name in REQUIRED if name in known and not _has(values, name)]
     try:
-        config = _build(Data2VecConfig, values, "model", problems, kinds)
+        config = _build(recipe, values, "model", problems)
     except (TypeError, ValueError, ArithmeticError) as error:  # the configuration's own checks
         config = problems.append(str(error))
     require(path, "not a configuration of this version", problems)
     return config
 
 
-def _build(kind: type, values: Any, where: str, problems: list[str], kinds: dict[str, type]) -> Any:
-    """The dataclass ``kind`` from ``values``; ``kinds`` decides fields that may hold one of several dataclasses."""
+def _has(values: Any, name: str) -> bool:
+    for key in name.split("."):
+        if not isinstance(values, dict) or key not in values:
+            return False
+        values = values[key]
+    return True
+
+
+def _build(base: Any, values: Any, where: str, problems: list[str]) -> Any:
+    """The dataclass ``base`` with ``values`` in place of its own."""
     if not isinstance(values, dict):
         problems.append(f"{where} must be a group of values, got {values!r}")
         values = {}
-    hints = typing.get_type_hints(kind)
-    names = {field.name for field in dataclasses.fields(kind)}
+    hints = typing.get_type_hints(type(base))
+    names = {field.name for field in dataclasses.fields(base)}
     problems += [f"{where}.{name} is unknown" for name in sorted(values.keys() - names)]
     fields = {}
     for name in names & values.keys():
-        value, hint = values[name], kinds.get(name, hints[name])
-        if dataclasses.is_dataclass(hint):
-            fields[name] = _build(hint, value, f"{where}.{name}", problems, {})
+        value, hint, default = values[name], hints[name], getattr(base, name)
+        if dataclasses.is_dataclass(default):
+            fields[name] = _build(default, value, f"{where}.{name}", problems)
         elif _fits(value, hint):
             fields[name] = _tuples(value)
         else:
             problems.append(f"{where}.{name} must be of type {getattr(hint, '__name__', hint)}, got {value!r}")
-    return kind(**fields)
+    return dataclasses.replace(base, **fields)
 
 
 def _fits(value: Any, hint: Any) -> bool:

@@ -17,6 +17,9 @@ COMPUTED = (
     *(f"encoder.{n}" for n in ("layers", "dim", "ffn_dim", "heads", "norm", "norm_eps", "layer_scale", "key_bias")),
     *(f"encoder.{n}" for n in ("pos_conv_depth", "pos_conv_kernel", "pos_conv_groups", "relative_bias")),
 )
+# these, as a configuration of ours names them, and what else decides of features and targets
+REQUIRED = (*(n for n in COMPUTED if n != "encoder.pos_conv_kernel"), "encoder.pos_conv_width")
+REQUIRED += ("encoder.padding_aware", "encoder.layer_result")
 # how it is computed, or how fresh weights are drawn: no property of trained weights
 LOCAL = ("prune.", "encoder.checkpointing", "encoder.attention_backend", "encoder.attention_strict", "encoder.init")
 LOCAL += ("frontend.position_init_std", "encoder.pos_conv_width")

@@ -3,8 +3,9 @@
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,9 @@ from d2v_fast.errors import CheckpointError
 from d2v_fast.nn import Data2Vec, Data2VecConfig
 
 STUDENT, TEACHER, HEAD, MASK = "", "teacher", "head", "mask embedding"
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+# a model has at most so many elements: teacher, head and tables of indices may be no part of the file
+MAX_GROWTH, ALWAYS_FINE = 4, 2**24
 
 
 @dataclass(frozen=True)
@@ -121,10 +125,10 @@ class Loaded:
     report: Report
 
 
-def shapes(path: str | Path, config: Data2VecConfig) -> dict[str, torch.Size]:
-    """Names and shapes of a model's tensors, without making one."""
+def outline(path: str | Path, config: Data2VecConfig) -> Data2Vec:
+    """A model whose tensors have names and shapes, but no memory."""
     with torch.device("meta"):
-        return {name: x.shape for name, x in make_model(path, config).state_dict().items()}
+        return make_model(path, config)
 
 
 def make_model(path: str | Path, config: Data2VecConfig) -> Data2Vec:
@@ -158,6 +162,20 @@ def check_counts(path: str | Path, config: Data2VecConfig, tensors: Mapping[str,
     require(path, "the tensors do not fit the configuration", problems)
 
 
+def distinct(path: str | Path, named: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """The values by their names, which renaming may have made equal.
+
+    Raises:
+        CheckpointError: two values have the same name.
+    """
+    found: dict[str, Any] = {}
+    for name, value in named:
+        if name in found:
+            raise CheckpointError(f"{path}: two tensors become {name}")
+        found[name] = value
+    return found
+
+
 def require(path: str | Path, what: str, problems: Sequence[str]) -> None:
     """Raise CheckpointError with all ``problems`` if there are any."""
     if problems:
@@ -174,17 +192,22 @@ def gather(
 ) -> dict[str, Tensor]:
     """Our state from ``tensors`` by their names; fills the report. Names that ``drop`` matches are left out.
 
+    NaN and infinities are weights like others: a run that has diverged can be looked at.
+
     Raises:
-        CheckpointError: missing or unexpected names, other shapes, or values that are no numbers; all are listed.
+        CheckpointError: missing or unexpected names, other shapes, dtypes or layouts, or no tensors at all; all are
+            listed. Or a model of many times the memory that ``tensors`` have, which are views of little then.
     """
-    expected = shapes(path, config)
+    model = outline(path, config)
+    expected = {name: x.shape for name, x in model.state_dict().items()}
     used = {name for rule in rules for name in rule.theirs}
     absent = {
         group
         for group in {rule.group for rule in rules} - {STUDENT}
         if not any(name in tensors for rule in rules if rule.group == group for name in rule.theirs)
     }
-    problems, state = [], {}
+    problems: list[str] = []
+    chosen: dict[str, list[Tensor]] = {}
     for rule in rules:
         if rule.group in absent:
             continue
@@ -196,20 +219,35 @@ def gather(
         wrong = [_wrong(name, x, shape) for name, x in zip(rule.theirs, parts, strict=True)]
         problems += [message for message in wrong if message]
         if not any(wrong):
-            state[rule.ours] = rule.merge(parts)
+            chosen[rule.ours] = parts
             report.mapped.append(rule)
     for name in sorted(tensors.keys() - used):
         if re.match(drop, name):
             report.dropped.append(name)
         else:
             problems.append(f"{name} is unexpected")
+    if not problems:
+        problems = _too_large(model, chain.from_iterable(chosen.values()))
     require(path, "the tensors do not fit the configuration", problems)
-    return state
+    return {rule.ours: rule.merge(chosen[rule.ours]) for rule in rules if rule.ours in chosen}
 
 
-def _wrong(name: str, x: object, shape: tuple[int, ...]) -> str:
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        return f"{name} must be a tensor of floating-point numbers, got {getattr(x, 'dtype', type(x).__name__)}"
+def _too_large(model: Data2Vec, parts: Iterable[Tensor]) -> list[str]:
+    """A problem if tensors that share memory would become a model of far more."""
+    storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() // x.itemsize for x in parts}
+    held = sum(storages.values())
+    wanted = sum(x.numel() for x in chain(model.parameters(), model.buffers()))
+    if wanted <= MAX_GROWTH * held + ALWAYS_FINE:
+        return []
+    return [f"a model of {wanted} elements from tensors that have {held} together"]
+
+
+def _wrong(name: str, x: Any, shape: tuple[int, ...]) -> str:
+    if not isinstance(x, Tensor) or x.dtype not in DTYPES:
+        found = x.dtype if isinstance(x, Tensor) else getattr(x, "name", type(x).__name__)
+        return f"{name} must be a tensor of floating-point numbers of 16, 32 or 64 bits, got {found}"
+    if x.layout != torch.strided or x.device.type != "cpu":
+        return f"{name} must be dense and have memory, got layout {x.layout} on device {x.device}"
     if tuple(x.shape) != shape:
         return f"{name} must have shape {shape}, got {tuple(x.shape)}"
     return ""

@@ -1,177 +1,63 @@
 """Reading what torch.save wrote without running any of it, also where it holds objects of libraries not installed.
 
-First ``torch.load(weights_only=True)``. Files that also hold a configuration (fairseq, BEiT) refer to classes that it
-refuses; these are read by an unpickler of our own, which imports nothing: a name stands for a constructor of plain data
-listed here, or for a stub that only keeps what it is given, or the file is refused.
+torch's own reader is not used: it takes whatever memory a file asks for (``weights_only`` included), and chooses among
+formats by looks. Here the pickle goes through :mod:`d2v_fast.checkpoints.pickles`, and a storage is only made if the
+file has the bytes for it.
 """
 
-import collections
+import mmap
 import os
-import pickle
-import re
+import sys
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 
+from d2v_fast.checkpoints.pickles import MAX_BYTES, Name, Refused, Storage, Stub, read_pickle
 from d2v_fast.errors import CheckpointError
 
 # what a pre-1.6 file starts with: torch's magic number, pickled with protocol 2
 LEGACY_MAGIC = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19"
-MAX_CONFIG_NODES = 100_000  # a few kilobytes of pickle can refer to themselves into more than any memory holds
-# libraries whose objects are kept as stubs: configurations, and the counters that trainers save with them
-STUBBED = ("argparse", "omegaconf", "fairseq", "hydra", "typing", "enum", "pathlib", "examples.data2vec")
-# types that configurations name for their values
-STUBBED_BUILTINS = {"bool", "int", "long", "float", "str", "unicode", "bytes", "dict", "list", "tuple", "object"}
-
-
-class Stub:
-    """An object of a class that is not imported: the arguments and the state it was pickled with."""
-
-    name = ""  # of the class, as in the file
-    args: tuple = ()
-    state: Any = None
-
-    def __new__(cls, *args: Any, **_: Any) -> "Stub":
-        self = object.__new__(cls)
-        self.args = args
-        return self
-
-    def __init__(self, *_: Any, **__: Any) -> None:
-        pass
-
-    def __setstate__(self, state: Any) -> None:
-        self.state = state
-
-
-class _Refused(pickle.UnpicklingError):
-    """A name that the file wants to use and may not."""
-
-
-class _Call:
-    """A function of ours for one use by a pickle, which could set attributes of the function itself."""
-
-    __slots__ = ("function",)
-
-    def __init__(self, function: Callable) -> None:
-        self.function = function
-
-    def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
-
-
-def _tensor(storage: Any, offset: int, size: tuple, stride: tuple, *_: Any) -> torch.Tensor:
-    """``torch._utils._rebuild_tensor_v2`` for a view that lies within its storage; gradients and hooks are left out."""
-    numbers = (offset, *size, *stride)
-    if len(size) != len(stride) or any(type(n) is not int or n < 0 for n in numbers):
-        raise pickle.UnpicklingError(f"a tensor of size {size}, strides {stride}, offset {offset}")
-    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True)) if 0 not in size else -1
-    held = storage._untyped_storage.nbytes() // storage.dtype.itemsize
-    if last >= held:
-        raise pickle.UnpicklingError(f"a tensor of size {size} at {offset} in a storage of {held} elements")
-    return torch._utils._rebuild_tensor_v2(storage, offset, size, stride, False, None)
-
-
-def _parameter(data: torch.Tensor, *_: Any) -> torch.Tensor:
-    return data
-
-
-def _encode(text: str, encoding: str) -> bytes:
-    """How protocol 2 writes bytes."""
-    if type(text) is not str or encoding != "latin1":
-        raise _Refused("_codecs.encode of something else than bytes")
-    return text.encode("latin1")
-
-
-class _Dtype:
-    """A NumPy dtype of plain numbers."""
-
-    def __init__(self, code: str, *_: Any) -> None:
-        if type(code) is not str or not re.fullmatch(r"[<>|=]?[biuf][1248]", code):
-            raise _Refused(f"numpy.dtype {code!r}")
-        self.dtype = np.dtype(code)
-
-    def __setstate__(self, state: Any) -> None:
-        """The byte order, which numbers from a little-endian machine share."""
-        if isinstance(state, tuple) and len(state) > 1 and state[1] == ">":
-            self.dtype = self.dtype.newbyteorder(">")
-
-
-def _scalar(dtype: _Dtype, data: bytes) -> float | int | bool:
-    return np.frombuffer(data, dtype.dtype, count=1)[0].item()
-
-
-def _reconstructor(cls: type, *_: Any) -> Stub:
-    """How protocols 0 and 1 make objects."""
-    if not (isinstance(cls, type) and issubclass(cls, Stub)):
-        raise _Refused("copyreg._reconstructor of a class that is not stubbed")
-    return cls()
-
-
-ALLOWED: dict[str, Callable] = {
-    "collections.OrderedDict": collections.OrderedDict,
-    "collections.defaultdict": lambda *_: {},
-    "builtins.set": set,
-    "builtins.frozenset": frozenset,
-    "torch._utils._rebuild_tensor_v2": _tensor,
-    "torch._utils._rebuild_parameter": _parameter,
-    "torch.Size": tuple,
-    "_codecs.encode": _encode,
-    "copyreg._reconstructor": _reconstructor,
-    "numpy.dtype": _Dtype,
-    "numpy.core.multiarray.scalar": _scalar,
-    "numpy._core.multiarray.scalar": _scalar,
-}
-PYTHON_2 = {"__builtin__": "builtins", "copy_reg": "copyreg"}
-
-
-class _Unpickler(pickle.Unpickler):
-    """torch adds the persistent ids (storages) and the storage types to it."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        module = PYTHON_2.get(module, module)
-        path = f"{module}.{name}"
-        if path in ALLOWED:
-            return _Call(ALLOWED[path])
-        if module == "torch" and isinstance(dtype := getattr(torch, name, None), torch.dtype):
-            return dtype
-        stubbed = any(module == library or module.startswith(f"{library}.") for library in STUBBED)
-        if stubbed or (module == "builtins" and name in STUBBED_BUILTINS):
-            return type("Stub", (Stub,), {"name": path})
-        raise _Refused(f"it wants to use {path}, which is not on the list of harmless names")
-
-
-def _load(file: Any, **_: Any) -> Any:
-    return _Unpickler(file).load()
-
-
-_PICKLE = SimpleNamespace(__name__="d2v_fast.checkpoints.safe_load", Unpickler=_Unpickler, load=_load)
+LEGACY_PROTOCOL = 1001
+# a few kilobytes of pickle can refer to themselves into more than any memory holds
+MAX_CONFIG_SIZE, MAX_CONFIG_DEPTH = 100_000, 50  # in values, or 100 letters of one
 
 
 def read_torch(path: str | Path) -> Any:
-    """What ``torch.save`` wrote to ``path``, on the CPU: tensors, plain values, and :class:`Stub` for other objects.
+    """What ``torch.save`` wrote to ``path``, on the CPU: tensors, plain values, and ``Stub`` for other objects.
 
     Formats: the zip of PyTorch 1.6 and later, and the one before. Nothing that the file names is imported or called.
+    Memory and time are bounded by a multiple of the file's size.
 
     Raises:
-        CheckpointError: missing, empty, truncated or damaged; another format (TorchScript, tar); or it refers to
-            anything but tensors, plain values and configurations, which the message names.
+        CheckpointError: missing, empty, truncated or damaged; another format (TorchScript, tar, compressed zips); or it
+            refers to anything but tensors, plain values and configurations, which the message names.
     """
     path = Path(path)
-    _check_file(path)
     try:
-        try:
-            return torch.load(path, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError:  # classes that torch does not know, harmless or not
-            return torch.load(path, map_location="cpu", weights_only=False, pickle_module=_PICKLE)
-    except _Refused as error:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(len(LEGACY_MAGIC))
+            file.seek(0)
+            if start == LEGACY_MAGIC:
+                with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                    return _read_legacy(content)
+            if start.startswith(b"PK\x03\x04"):
+                with zipfile.ZipFile(file) as archive:
+                    return _read_zip(archive, size)
+    except FileNotFoundError:
+        raise CheckpointError(f"no file at {path}") from None
+    except Refused as error:
         raise CheckpointError(f"{path} is refused: {error}") from None
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {first_line(error)}") from None
     except Exception as error:  # whatever a damaged file makes the readers do
         raise CheckpointError(f"{path} is damaged or not a torch file: {first_line(error)}") from error
+    found = "nothing" if size == 0 else "something else"
+    raise CheckpointError(f"{path} must be a file that torch.save wrote, got {found} ({size} bytes)")
 
 
 def first_line(error: BaseException) -> str:
@@ -179,64 +65,134 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [""])[0] or type(error).__name__
 
 
-def _check_file(path: Path) -> None:
-    """Refuse what is not a torch file, and zips that claim more than they hold, before torch looks at them."""
-    try:
-        size = os.path.getsize(path)
-        with open(path, "rb") as file:
-            start = file.read(len(LEGACY_MAGIC))
-    except FileNotFoundError:
-        raise CheckpointError(f"no file at {path}") from None
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error}") from None
-    if start == LEGACY_MAGIC:
-        return
-    if not start.startswith(b"PK\x03\x04"):
-        found = "nothing" if size == 0 else "something else"
-        raise CheckpointError(f"{path} must be a file that torch.save wrote, got {found} ({size} bytes)")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            claimed = sum(entry.file_size for entry in entries)
-            if claimed > size:
-                raise CheckpointError(f"{path} claims to hold {claimed} bytes, but has {size}")
-            if any(entry.filename.endswith("/constants.pkl") for entry in entries):
-                raise CheckpointError(f"{path} must hold weights, got a TorchScript program")
-            broken = archive.testzip()  # torch does not look at the checksums
-    except (zipfile.BadZipFile, NotImplementedError, OSError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path} is damaged or truncated: {first_line(error)}") from error
-    if broken is not None:
-        raise CheckpointError(f"{path} is damaged: wrong checksum of {broken}")
+class _Storages:
+    """Makes the storages that a pickle refers to, each once, all of them within the bytes that the file has."""
+
+    def __init__(self, size: int) -> None:
+        self.left = size
+        self.made: dict[str, Storage] = {}
+
+    def get(self, reference: tuple, fill: Any = None) -> Storage:
+        """The storage of a persistent id; ``fill(key, memory)`` is called with a new one, as a writable array."""
+        kind, dtype, key, _, count = reference[:5]
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or type(key) is not str or type(count) is not int:
+            raise ValueError("a reference to something else than a storage")
+        nbytes = count * dtype.itemsize
+        if key not in self.made:
+            self.left -= nbytes
+            if nbytes < 0 or self.left < 0:
+                raise ValueError(f"a storage of {nbytes} bytes, more than the file has")
+            self.made[key] = Storage(torch.UntypedStorage(nbytes), dtype)
+            if fill is not None:
+                fill(key, self.made[key])
+        storage = self.made[key]
+        if storage.memory.nbytes() != nbytes:
+            raise ValueError(f"a storage of {storage.memory.nbytes()} and of {nbytes} bytes")
+        return Storage(storage.memory, dtype)
+
+
+def _bytes_of(storage: Storage) -> np.ndarray:
+    return torch.empty(0, dtype=torch.uint8).set_(storage.memory).numpy()
+
+
+def _swap(storage: Storage, order: str) -> None:
+    if order != sys.byteorder:
+        storage.memory.byteswap(storage.dtype)
+
+
+def _read_zip(archive: zipfile.ZipFile, size: int) -> Any:
+    """The pickle in ``archive``, with the storages beside it. Checksums are those that ``zipfile`` compares."""
+    entries = {entry.filename: entry for entry in archive.infolist()}
+    claimed = sum(entry.file_size for entry in archive.infolist())
+    if claimed > size:
+        raise Refused(f"it claims to hold {claimed} bytes, but has {size}")
+    if any(name.endswith("/constants.pkl") for name in entries):
+        raise Refused("it must hold weights, got a TorchScript program")
+    for name, entry in entries.items():
+        if entry.compress_type != zipfile.ZIP_STORED:
+            raise Refused(f"{name:.80} is compressed, which torch.save does not do")
+    pickles = [name for name in entries if name.partition("/")[2] == "data.pkl"]
+    if len(pickles) != 1:
+        raise ValueError(f"{len(pickles)} entries are called data.pkl")
+    root = pickles[0].removesuffix("data.pkl")
+    if entries[pickles[0]].file_size > MAX_BYTES:
+        raise Refused(f"a pickle of more than {MAX_BYTES} bytes")
+    order = archive.read(f"{root}byteorder") if f"{root}byteorder" in entries else b"little"
+    if order not in (b"little", b"big"):
+        raise ValueError("a byte order that is neither little nor big")
+    storages = _Storages(size)
+
+    def fill(key: str, storage: Storage) -> None:
+        entry = entries[f"{root}data/{key}"]
+        if entry.file_size != storage.memory.nbytes():
+            raise ValueError(f"storage {key:.20} has {entry.file_size} bytes, not {storage.memory.nbytes()}")
+        with archive.open(entry) as content:
+            target, done = memoryview(_bytes_of(storage)), 0
+            while count := content.readinto(target[done : done + 2**20]):
+                done += count
+            if done != len(target):
+                raise EOFError(f"storage {key:.20} ends early")
+        _swap(storage, order.decode())
+
+    return read_pickle(archive.read(pickles[0]), lambda reference: storages.get(reference, fill))
+
+
+def _read_legacy(content: mmap.mmap) -> Any:
+    """Pickles one after the other, then the storages: their number of elements, and these."""
+    storages = _Storages(len(content))
+
+    def storage(reference: tuple) -> Storage:
+        if len(reference) > 5 and reference[5] is not None:
+            raise ValueError("a view of a storage, as written before PyTorch 1.0")
+        return storages.get(reference)
+
+    _, protocol, _ = (read_pickle(content, storage) for _ in range(3))  # magic number, version, machine
+    if protocol != LEGACY_PROTOCOL:
+        raise ValueError(f"protocol {protocol!r:.20} instead of {LEGACY_PROTOCOL}")
+    value = read_pickle(content, storage)
+    keys = read_pickle(content, storage)
+    if type(keys) is not list or sorted(keys) != sorted(storages.made):
+        raise ValueError("storages are missing, or too many")
+    for key in keys:
+        made = storages.made[key]
+        count = int.from_bytes(content.read(8), "little")
+        target = _bytes_of(made)
+        if count * made.dtype.itemsize != len(target) or content.tell() + len(target) > len(content):
+            raise EOFError(f"storage {key:.20} of {count} elements ends early, or {len(target)} bytes were announced")
+        target[:] = np.frombuffer(content.read(len(target)), np.uint8)
+        _swap(made, "little")
+    return value
 
 
 def plain(path: str | Path, value: Any) -> Any:
     """Configurations of omegaconf, argparse and dataclasses, as :func:`read_torch` left them, as nested plain values.
 
     Raises:
-        CheckpointError: far more values than a configuration has, or one that contains itself.
+        CheckpointError: far more values than a configuration has, or nested deeper; one that contains itself, too.
     """
     try:
-        return _plain(value, [MAX_CONFIG_NODES])
+        return _plain(value, [MAX_CONFIG_SIZE], 0)
     except OverflowError:
-        raise CheckpointError(f"{path}: a configuration must have at most {MAX_CONFIG_NODES} values") from None
-    except RecursionError:
-        raise CheckpointError(f"{path}: a configuration must not contain itself") from None
+        limits = f"{MAX_CONFIG_SIZE} values, nested {MAX_CONFIG_DEPTH} deep"
+        raise CheckpointError(f"{path}: a configuration must have at most {limits}") from None
 
 
-def _plain(value: Any, left: list[int]) -> Any:
-    left[0] -= 1
-    if left[0] < 0:
+def _plain(value: Any, left: list[int], depth: int) -> Any:
+    left[0] -= 1 + (len(value) // 100 if isinstance(value, (str, bytes)) else 0)
+    if left[0] < 0 or depth > MAX_CONFIG_DEPTH:
         raise OverflowError
     if isinstance(value, Mapping):
-        return {str(key): _plain(x, left) for key, x in value.items()}
+        return {_plain(str(key), left, depth): _plain(x, left, depth + 1) for key, x in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [_plain(x, left) for x in value]
+        return [_plain(x, left, depth + 1) for x in value]
+    if isinstance(value, Name):
+        return value.name
     if not isinstance(value, Stub):
         return value
     state = value.state
     if isinstance(state, Mapping):
         for content in ("_content", "_val"):  # omegaconf's containers and values
             if content in state:
-                return _plain(state[content], left)
-        return {str(key): _plain(x, left) for key, x in state.items()}  # argparse.Namespace, dataclasses
-    return _plain(value.args[0], left) if value.args else value.name  # members of enumerations, and types
+                return _plain(state[content], left, depth + 1)
+        return _plain(state, left, depth + 1)  # argparse.Namespace, dataclasses
+    return _plain(value.args[0], left, depth + 1) if value.args else value.name  # members of enumerations

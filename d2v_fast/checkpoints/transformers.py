@@ -18,6 +18,7 @@ from d2v_fast.checkpoints.rules import (
     Rule,
     build,
     check_counts,
+    distinct,
     gather,
     pairs,
     require,
@@ -130,11 +131,13 @@ def read(source: str | Path | Any, dtype: torch.dtype | None = torch.float32) ->
     elif isinstance(source, torch.nn.Module) and hasattr(getattr(source, "config", None), "to_dict"):
         path, values = type(source).__name__, source.config.to_dict()
         config = read_config(path, values)
-        tensors = {name: x.detach().cpu() for name, x in source.state_dict().items()}
+        tensors = {name: x.detach() for name, x in source.state_dict().items()}
+        require(path, "tensors without memory or not dense", [n for n, x in tensors.items() if not _is_dense(x)])
+        tensors = {name: x.cpu() for name, x in tensors.items()}
     else:
         raise TypeError(f"path_or_model must be a path or a model of transformers, got {type(source).__name__}")
     for prefix in PREFIXES:
-        tensors = {name.removeprefix(prefix): x for name, x in tensors.items()}
+        tensors = distinct(path, ((name.removeprefix(prefix), x) for name, x in tensors.items()))
     check_counts(path, config, tensors, OF_LAYERS)
     report = Report(f"transformers {config.modality}")
     if config.modality == "text":
@@ -142,7 +145,16 @@ def read(source: str | Path | Any, dtype: torch.dtype | None = torch.float32) ->
     if values.get("use_relative_position_bias"):
         tensors = _one_table(path, tensors, config.encoder.layers)
         report.notes.append("the relative-position tables of the layers are equal, and one here")
-    return build(path, config, gather(path, report, config, rules_for(config), tensors, DROPPED), report, dtype)
+    state = gather(path, report, config, rules_for(config), tensors, DROPPED)
+    if config.modality == "image" and "encoder.norm.weight" not in state:
+        report.notes.append(
+            "no final norm there (use_mean_pooling): hidden_states()[-1] is its output, encode() is not"
+        )
+    return build(path, config, state, report, dtype)
+
+
+def _is_dense(x: Tensor) -> bool:
+    return x.layout == torch.strided and not x.is_meta and not x.is_quantized
 
 
 def _without_types(tensors: dict[str, Tensor], report: Report) -> dict[str, Tensor]:
@@ -166,7 +178,8 @@ def _one_table(path: str, tensors: dict[str, Tensor], layers: int) -> dict[str, 
     first = tensors[names[0]]
     other = [n for n in names if tensors[n].shape != first.shape or not torch.equal(tensors[n], first)]
     require(path, "layers share one relative-position table here", [f"{name} differs from layer 0's" for name in other])
-    return {name: x for name, x in tensors.items() if name not in names} | {SHARED_TABLE: first}
+    others = [(name, x) for name, x in tensors.items() if name not in names]
+    return distinct(path, [*others, (SHARED_TABLE, first)])
 
 
 def save_transformers(model: Data2Vec, folder: str | Path) -> Report:

@@ -154,6 +154,7 @@ class EncoderConfig:
             _require(getattr(self, name) > 0, f"encoder.{name} must be positive, got {getattr(self, name)}")
         for name in ("dropout", "attention_dropout", "activation_dropout", "layerdrop", "drop_path"):
             _require(0 <= getattr(self, name) < 1, f"encoder.{name} must be in [0, 1), got {getattr(self, name)}")
+        _require(0 < self.norm_eps < math.inf, f"encoder.norm_eps must be positive, got {self.norm_eps}")
         _require(self.layer_scale >= 0, f"encoder.layer_scale must be >= 0, got {self.layer_scale}")
         _require(self.dim % self.heads == 0, f"encoder.dim {self.dim} must be a multiple of heads {self.heads}")
         _require(
