@@ -203,6 +203,15 @@ def test_image_patches_are_in_row_major_order():
     assert torch.equal(x[0, 0], embed.class_token)
 
 
+def test_image_mask():
+    """The class token stays, masked patches become the mask embedding, and the others are as without a mask."""
+    embed, images, mask = front("image"), torch.randn(3, 3, 24, 24), torch.rand(3, 36) < 0.5
+    x, clean = embed(images, mask), embed(images)
+    assert (x[:, 0] == embed.class_token).all()
+    assert (x[:, 1:][mask] == embed.mask_embedding).all()
+    assert torch.equal(x[:, 1:][~mask], clean[:, 1:][~mask])
+
+
 @pytest.mark.parametrize(
     ("make", "error", "match"),
     [
