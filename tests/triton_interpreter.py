@@ -2,7 +2,8 @@
 
 The interpreter keeps bfloat16 as uint16. It truncates float32 -> bfloat16 where the hardware rounds to nearest even,
 and products, arithmetic or a reduction of bfloat16 silently work on the bit patterns. The first and products are
-repaired; the others raise, since kernels should convert to float32 first anyway. ``tl.maximum`` and ``tl.minimum`` drop a NaN, like the hardware.
+repaired; the others raise, since kernels should convert to float32 first anyway. ``tl.maximum`` and ``tl.minimum``
+drop a NaN, like the hardware.
 """
 
 import numpy as np
