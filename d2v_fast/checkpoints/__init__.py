@@ -70,7 +70,8 @@ def load_transformers(path_or_model: str | Path | Any, *, dtype: torch.dtype | N
     """The network of a Data2VecAudio, Data2VecText or Data2VecVision, on the CPU and in eval mode.
 
     They hold no teacher, which becomes a copy of the student, and no head, which is random; so is the mask embedding
-    where they have none. Targets, loss, masks and averages are those of our recipes.
+    where they have none. Targets, loss, masks and averages are those of our recipes. Image models with their default
+    ``use_mean_pooling`` have no final norm: their output is ``hidden_states()[-1]`` here, and ``encode()`` is not.
 
     Args:
         path_or_model: a directory with ``config.json`` and safetensors or ``pytorch_model.bin``, whole or in pieces;
