@@ -444,6 +444,17 @@ def test_transformers_options_that_cannot_be_followed(modality, values, message,
     assert any(part in str(error.value) for part in message.split("|"))
 
 
+@pytest.mark.parametrize("modality", ["text", "image"])
+def test_transformers_eps(modality, tmp_path):
+    """What it is there is used here, and written again."""
+    save_transformers(make(modality, norm_eps=1e-3), tmp_path / "x")
+    assert load_transformers(tmp_path / "x").config.encoder.norm_eps == 1e-3
+    rewrite_directory(tmp_path / "x", config=lambda config: config.update(layer_norm_eps=1e-4))
+    assert load_transformers(tmp_path / "x").config.encoder.norm_eps == 1e-4
+    rewrite_directory(tmp_path / "x", config=lambda config: config.pop("layer_norm_eps"))
+    assert load_transformers(tmp_path / "x").config.encoder.norm_eps == 1e-12
+
+
 def test_transformers_torch_weights(tmp_path):
     """``pytorch_model.bin`` in place of safetensors, in one piece or several; pieces stay inside of the directory."""
     model = make("text")
@@ -544,8 +555,15 @@ def test_images_without_table_and_scales(format, tmp_path):
 
 def test_beit_names(tmp_path):
     """The layout of the released files (their number of tensors: test_parity_checkpoints.py)."""
-    save_beit(make("image"), tmp_path / "x.pth")
+    model = make("image")
+    save_beit(model, tmp_path / "x.pth")
     content = torch.load(tmp_path / "x.pth", weights_only=True)
+    save_transformers(model, tmp_path / "hf")
+    state, layer = safetensors.load_file(tmp_path / "hf/model.safetensors"), model.encoder.layers[1]
+    assert not torch.equal(layer.scale1, layer.scale2)
+    for n, scale in ((1, layer.scale1), (2, layer.scale2)):  # of attention, of the FFN
+        assert torch.equal(content["model"][f"blocks.1.gamma_{n}"], scale)
+        assert torch.equal(state[f"encoder.layer.1.lambda_{n}"], scale)
     assert content["model"].keys() == content["model_ema"].keys()
     block = {f"blocks.1.{name}" for name in ("gamma_1", "gamma_2", "attn.q_bias", "attn.v_bias", "attn.qkv.weight")}
     block |= {
