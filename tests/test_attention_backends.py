@@ -65,6 +65,8 @@ STUDENT, TEACHER = Case(dropout=True), Case(grad=False)
         (Case(dtype=torch.float32, packed=True), H100, nothing_missing, "aten_efficient"),
         (Case(dtype=torch.float16, packed=True), T4, nothing_missing, "aten_efficient"),
         (Case(packed=True), T4, nothing_missing, "padded"),  # bfloat16
+        # xformers would wait for the device
+        (Case(dtype=torch.float32, packed=True, other_queries=True), H100, nothing_missing, "padded"),
         (Case(dtype=torch.float64), H100, nothing_missing, "sdpa"),
         (Case(device="cpu", dtype=torch.float32), (0, 0), nothing_missing, "sdpa"),
         (Case(device="cpu", bias="dense", dropout=True), (0, 0), nothing_missing, "sdpa"),  # bfloat16

@@ -138,7 +138,9 @@ BACKENDS = (
         "aten_efficient", calls.aten_efficient, capabilities=((5, 0), (99, 0)), dtypes=FLOAT, max_head_dim=1024,
         layouts=("packed",), other_queries=False,
     ),
-    Backend("xformers", calls.xformers, "xformers", dtypes=FLOAT, head_dim_multiple=8, compiles=False),
+    Backend(
+        "xformers", calls.xformers, "xformers", dtypes=FLOAT, head_dim_multiple=8, layouts=("dense",), compiles=False
+    ),
     Backend(
         "flex", calls.flex, "triton", dtypes=FLOAT, layouts=("dense",), dropout=False,
         biases=("none", "dense", "alibi"), deterministic=False,
@@ -152,6 +154,10 @@ BACKENDS = (
     Backend(
         "padded", calls.padded, devices=None, capabilities=((0, 0), (99, 0)), dtypes=ALL, max_head_dim=2**16,
         layouts=("packed",),
+    ),
+    # by name only: it makes its mask of packed rows on the host, which waits for the device
+    Backend(
+        "xformers", calls.xformers, "xformers", dtypes=FLOAT, head_dim_multiple=8, layouts=("packed",), compiles=False
     ),
     *(
         Backend(
