@@ -17,6 +17,7 @@ ARROWS = {
     "errors": set(),
     "files": set(),
     "checkpoints": {"nn", "ops", "errors", "files"},
+    "patches": {"nn", "ops", "checkpoints", "errors", "files"},
     "train": {"nn", "ops", "optim", "checkpoints", "errors", "files"},
     "demo": {"train", "nn"},
 }
