@@ -4,6 +4,8 @@ Dims: B batch, T positions (frames, patches with the class token, tokens), N pac
 C channels, H heads.
 """
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -64,6 +66,7 @@ class TransformerEncoder(nn.Module):
         hidden_states: bool = False,
         select: Sequences | None = None,
         results_only: bool = False,
+        kept: Sequence[int] | None = None,
     ) -> EncoderOutput:
         """Run the encoder.
 
@@ -78,6 +81,8 @@ class TransformerEncoder(nn.Module):
                 each row of the batch or sequence of x. The last layer that is executed computes keys and values for
                 all rows, and everything else for these alone.
             results_only: end with the last layer's result; ``x`` is None.
+            kept: indices, rising, of the layers to run, if the caller has drawn for LayerDrop. Nothing is drawn here
+                then, and the parameters of the other layers get no gradient, instead of one of 0.
 
         LayerDrop draws on the CPU, and layers that it skips have gradients of 0. Inside of ``torch.compile`` and of a
         CUDA graph it draws on the device: every layer is computed, and has a result, but a skipped one changes nothing.
@@ -88,16 +93,30 @@ class TransformerEncoder(nn.Module):
         """
         wanted = _Wanted(len(self.layers) - top_k, hidden_states, select, results_only)
         self._check(x, sequences, padding_mask, wanted)
+        self._check_kept(kept)
         x = self._positions(x, sequences, padding_mask)
         scope = Scope(sequences, padding_mask, None if self.relative_bias is None else self.relative_bias())
         results, states = [], [x] if hidden_states else []
-        run = self._run_all if self._draws_on_device(x) else self._run_kept
-        stream = run(x, scope, wanted, results, states)
+        if kept is not None:
+            stream = self._run(kept, x, scope, wanted, results, states)
+        else:
+            run = self._run_all if self._draws_on_device(x) else self._run_kept
+            stream = run(x, scope, wanted, results, states)
         return EncoderOutput(None if results_only else stream.y, results, states)
 
     def _run_kept(self, x: Tensor, scope: Scope, wanted: "_Wanted", results: list, states: list) -> Stream | None:
         """Run the layers that LayerDrop leaves, and give the others gradients of 0."""
         kept = self._kept_layers()
+        stream = self._run(kept, x, scope, wanted, results, states)
+        if stream is not None and len(kept) < len(self.layers) and torch.is_grad_enabled():
+            skipped = [p for i, layer in enumerate(self.layers) if i not in kept for p in layer.parameters()]
+            stream = stream._replace(y=_ZeroGradients.apply(stream.y, *skipped))
+        return stream
+
+    def _run(
+        self, kept: Sequence[int], x: Tensor, scope: Scope, wanted: "_Wanted", results: list, states: list
+    ) -> Stream | None:
+        """Run these layers."""
         # the norm in front of each layer, and the final one: pre-norm layers end with that of their successor
         norms = [*(self.layers[index].norm1 for index in kept), self.norm]
         stream = self._first(x, norms[0])
@@ -107,9 +126,6 @@ class TransformerEncoder(nn.Module):
             del result  # nothing holds it while the next layer runs, unless it was handed out
         if not kept:
             stream = Stream(wanted.rows_of(stream.y), wanted.rows_of(stream.h))
-        if stream is not None and len(kept) < len(self.layers) and torch.is_grad_enabled():
-            skipped = [p for i, layer in enumerate(self.layers) if i not in kept for p in layer.parameters()]
-            stream = stream._replace(y=_ZeroGradients.apply(stream.y, *skipped))
         return stream
 
     def _run_all(self, x: Tensor, scope: Scope, wanted: "_Wanted", results: list, states: list) -> Stream | None:
@@ -175,6 +191,13 @@ class TransformerEncoder(nn.Module):
         count = (torch.where(padding_mask, -1, position).amax(1) + 1 - first).clamp(min=0)
         row = torch.arange(0, B * T, T, device=x.device)
         return self.pos_conv(x, torch.stack([row + first, count], 1))
+
+    def _check_kept(self, kept: Sequence[int] | None) -> None:
+        if kept is None:
+            return
+        bounds = (-1, *kept, len(self.layers))
+        if not all(before < after for before, after in pairwise(bounds)):
+            raise ValueError(f"kept must be rising indices of the {len(self.layers)} layers, got {list(kept)}")
 
     def _check(self, x: Tensor, sequences: Sequences | None, padding_mask: Tensor | None, wanted: "_Wanted") -> None:
         """Raise ValueError where arguments do not fit or exclude each other."""

@@ -1,0 +1,58 @@
+"""fairseq: data2vec 1.0 and 2.0, wav2vec 2.0, HuBERT.
+
+One file a group of upstream classes. Each has ``sites(model, patch, options)``, the seams of what it finds in a model,
+and ``seams(kind)``, those of one class, for :func:`d2v_fast.patch_all`; none is imported before it is needed.
+"""
+
+import importlib
+from collections.abc import Callable
+from functools import partial
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from d2v_fast.patches._core import Options, Patch, Seam, Site
+
+SUPPORTED = (
+    "Data2VecAudioModel",
+    "Data2VecTextModel",
+    "Data2VecMultiModel",
+    "Wav2Vec2Model",
+    "HubertModel",
+)
+# file -> the classes it has seams for: the end of their module's name, and their own
+FILES: dict[str, tuple[str, ...]] = {
+    "wav2vec2": (
+        "fairseq.models.wav2vec.wav2vec2.ConvFeatureExtractionModel",
+        "fairseq.models.wav2vec.wav2vec2.TransformerEncoder",
+        "fairseq.models.wav2vec.wav2vec2.TransformerSentenceEncoderLayer",
+        "fairseq.modules.multihead_attention.MultiheadAttention",
+        "fairseq.modules.layer_norm.Fp32LayerNorm",
+        "fairseq.modules.fp32_group_norm.Fp32GroupNorm",
+    ),
+}
+
+
+def _file(name: str) -> ModuleType:
+    return importlib.import_module(f"{__name__}.{name}")
+
+
+def _seams(file: str, kind: type) -> list[Seam]:
+    return _file(file).seams(kind)
+
+
+CLASSES: dict[str, Callable[[type], list[Seam]]] = {
+    name: partial(_seams, file) for file, names in FILES.items() for name in names
+}
+
+
+def matches(model: Any) -> bool:
+    """Whether ``model`` is one of these, by the names of its classes; Transformers has classes of the same names."""
+    names = {kind.__name__ for kind in type(model).__mro__}
+    return "BaseFairseqModel" in names and not names.isdisjoint(SUPPORTED)
+
+
+def sites(model: nn.Module, patch: Patch, options: Options) -> list[Site]:
+    """Every seam of every file that ``model`` has a place for."""
+    return [site for name in FILES for site in _file(name).sites(model, patch, options)]
