@@ -29,6 +29,8 @@ _PUBLIC = {
     "load_fairseq": "d2v_fast.checkpoints",
     "load_transformers": "d2v_fast.checkpoints",
     "masked_smooth_l1": "d2v_fast.ops",
+    "patch": "d2v_fast.patches",
+    "patch_all": "d2v_fast.patches",
     "pos_conv": "d2v_fast.ops",
     "residual_dropout_layer_norm": "d2v_fast.ops",
     "strided_conv": "d2v_fast.ops",

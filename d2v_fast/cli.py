@@ -96,6 +96,17 @@ def export(
     print(f"wrote {target}\n{write_as(averaged(model) if teacher else model, target, to.value, force).table()}")
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
+    options_metavar="COMMAND [ARGS]...",
+)
+def run(context: typer.Context) -> None:
+    """Run a training command of fairseq, Transformers or BEiT with our ops in it: a script, x.py or -m module."""
+    from d2v_fast.launch import launch
+
+    launch(context.args)
+
+
 @app.command()
 def info() -> None:
     """Versions, devices, what each op runs on, and advice."""

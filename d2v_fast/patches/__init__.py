@@ -8,8 +8,9 @@ import importlib
 from typing import Any
 
 from d2v_fast.patches._core import Options, Patch, PatchError, disabled, logger
+from d2v_fast.patches.all import PatchAll, patch_all, report
 
-__all__ = ["Patch", "PatchError", "patch"]
+__all__ = ["Patch", "PatchAll", "PatchError", "patch", "patch_all", "report"]
 
 # modules with SUPPORTED (names of classes), matches(model) and sites(model, patch, options); none imports its framework
 FRAMEWORKS = ()
