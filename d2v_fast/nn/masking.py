@@ -17,7 +17,7 @@ def _random_subset(rng: np.random.Generator, allowed: np.ndarray, count: np.ndar
     return allowed & (rank < count[:, None])
 
 
-def _spread(starts: np.ndarray, length: int) -> np.ndarray:
+def spread_spans(starts: np.ndarray, length: int) -> np.ndarray:
     """Mask each start of ``starts`` [B, T] and the ``length - 1`` positions after it."""
     count = np.cumsum(starts, axis=1)
     count[:, length:] -= count[:, :-length].copy()
@@ -71,7 +71,7 @@ class SpanMask:
         tail = np.where(lengths - self.length <= spans, lengths - spans - 1, self.length)
         time = np.arange(num_positions)
         starts = _random_subset(rng, time < (lengths - tail)[:, None], spans)
-        mask = _spread(starts, min(self.length, num_positions)) & (time < lengths[:, None])
+        mask = spread_spans(starts, min(self.length, num_positions)) & (time < lengths[:, None])
         count = mask.sum(1)
         whole = count == lengths
         if whole.any():
@@ -106,7 +106,7 @@ class TokenSpanMask:
         spans = np.floor(self.prob * lengths / self.length + rng.random(lengths.size)).astype(np.int64)
         inside = np.arange(num_positions) < lengths[:, None]
         starts = _random_subset(rng, inside, np.maximum(spans, 1))
-        return _spread(starts, min(self.length, num_positions)) & inside
+        return spread_spans(starts, min(self.length, num_positions)) & inside
 
     def most(self, num_positions: int) -> int:
         """No row of so many positions gets more of them masked than this."""

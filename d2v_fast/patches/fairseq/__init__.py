@@ -31,6 +31,7 @@ FILES: dict[str, tuple[str, ...]] = {
         "fairseq.modules.layer_norm.Fp32LayerNorm",
         "fairseq.modules.fp32_group_norm.Fp32GroupNorm",
     ),
+    "ema": ("fairseq.modules.ema_module.EMAModule",),
 }
 
 

@@ -1,0 +1,174 @@
+"""fairseq's span masks, drawn by the same calls of NumPy's generators, and put in without waiting for the device.
+
+Upstream takes a fresh generator for every row (``data_utils.compute_mask_indices``); so do we, in the same order, so
+that whoever makes these generators repeatable has the same masks. What is saved is Python's work on every masked frame,
+one read of the device a row, and the search for the mask on the device.
+
+Dims: B batch, T frames, C channels, M masked frames.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2v_fast.nn.masking import spread_spans
+from d2v_fast.patches._core import Options, Seam, fall_back, state_of
+from d2v_fast.patches._fingerprint import fingerprint
+
+DRAWN = frozenset({"d207a8dd7b63619e"})  # compute_mask_indices of 2022-12: a generator a row
+
+
+def draw_spans(
+    lengths: np.ndarray,  # [B] frames of each row that are not padding
+    num_frames: int,
+    *,
+    prob: float,
+    length: int,
+    min_masks: int = 0,
+    require_same_masks: bool = True,
+    mask_dropout: float = 0.0,
+) -> np.ndarray:
+    """Bool mask [B, num_frames] of spans of ``length`` frames, True = masked (``compute_mask_indices``, static spans).
+
+    Raises:
+        ValueError: a row gets no span, or nothing of it is left unmasked; upstream refuses both as well.
+    """
+    starts = np.zeros((lengths.size, num_frames), bool)
+    for row, frames in enumerate(lengths.tolist()):
+        rng = np.random.default_rng()
+        spans = max(min_masks, int(prob * frames / float(length) + rng.random()))
+        if spans == 0:
+            raise ValueError(f"mask_prob must give every row a span, got {prob} for a row of {frames} frames")
+        tail = frames - spans - 1 if frames - length <= spans else length  # too few starts: upstream takes more
+        starts[row, rng.choice(frames - tail, spans, replace=False)] = True
+    mask = spread_spans(starts, min(length, num_frames)) & (np.arange(num_frames) < lengths[:, None])
+    counts = mask.sum(1)
+    if (counts >= lengths).any():
+        raise ValueError(f"masks must leave a frame of every row unmasked, got rows of {lengths.tolist()} frames")
+    fewest = counts.min()
+    for row in range(lengths.size):  # the last row's generator goes on, as upstream
+        if require_same_masks and counts[row] > fewest:
+            kept = rng.choice(np.flatnonzero(mask[row]), fewest, replace=False)
+            mask[row] = False
+            mask[row, kept] = True
+        if mask_dropout > 0:
+            masked = np.flatnonzero(mask[row])
+            holes = np.rint(len(masked) * mask_dropout).astype(int)
+            mask[row, rng.choice(masked, holes, replace=False)] = False
+    return mask
+
+
+def to_device(x: np.ndarray, device: torch.device) -> Tensor:
+    """``x`` on ``device``, copied without waiting for it."""
+    found = torch.from_numpy(x)
+    return found if device.type == "cpu" else found.pin_memory().to(device, non_blocking=True)
+
+
+@torch.compiler.disable
+def hand_on(owner: Any, what: str, tensor: Tensor | None, value: np.ndarray) -> None:
+    """Keep with ``owner`` what ``tensor`` is on the host, for whoever gets this very tensor next."""
+    state_of(owner).cache[what] = (tensor, value)
+
+
+@torch.compiler.disable
+def on_host(owner: Any, what: str, tensor: Tensor | np.ndarray) -> np.ndarray:
+    """``tensor`` on the host: what was handed on with it, or else a copy, for which a device is waited for."""
+    known, value = state_of(owner).cache.get(what, (None, None))
+    if known is tensor:
+        return value
+    return tensor if isinstance(tensor, np.ndarray) else tensor.cpu().numpy()
+
+
+@torch.compiler.disable
+def _drawn(owner: Any, x: Tensor, padding_mask: Tensor | None, upstreams: Callable, options: Options) -> Tensor:
+    """A mask [B, T] on the device of x; on the host it is handed on."""
+    shape, cfg = tuple(x.shape[:2]), owner.cfg
+    reason = _drawn_upstream(owner, upstreams)
+    if reason is not None:
+        fall_back(owner, "apply_mask", reason, options)
+        mask = upstreams(
+            shape,
+            padding_mask,
+            owner.mask_prob,
+            owner.mask_length,
+            owner.mask_selection,
+            owner.mask_other,
+            min_masks=1,
+            no_overlap=owner.no_mask_overlap,
+            min_space=owner.mask_min_space,
+            require_same_masks=cfg.require_same_masks,
+            mask_dropout=cfg.mask_dropout,
+        )
+    else:
+        mask = draw_spans(
+            frame_lengths(owner, padding_mask, shape),
+            shape[1],
+            prob=owner.mask_prob,
+            length=owner.mask_length,
+            min_masks=1,
+            require_same_masks=cfg.require_same_masks,
+            mask_dropout=cfg.mask_dropout,
+        )
+    found = to_device(mask, x.device)
+    hand_on(owner, "mask", found, mask)
+    return found
+
+
+def frame_lengths(owner: Any, padding_mask: Tensor | None, shape: tuple[int, int]) -> np.ndarray:
+    """Frames [B] of every row of a batch [B, T] that ``padding_mask`` leaves."""
+    if padding_mask is None:
+        return np.full(shape[0], shape[1])
+    return (~on_host(owner, "padding", padding_mask)).sum(1)
+
+
+def _drawn_upstream(owner: Any, upstreams: Callable) -> str | None:
+    """Why masks are drawn by upstream's function, or None."""
+    cache = state_of(owner).cache
+    if cache.get("draws", (None,))[0] is not upstreams:
+        cache["draws"] = (upstreams, fingerprint(upstreams) in DRAWN)
+    if not cache["draws"][1]:
+        return "masks are drawn by a compute_mask_indices that ours was not written from"
+    if owner.mask_selection != "static" or owner.no_mask_overlap:
+        return "masks are drawn by upstream: spans of different lengths, or without overlaps"
+    return None
+
+
+def _make_apply_mask(original: Callable, options: Options) -> Callable:
+    names = original_globals(original)
+
+    def apply_mask(self, x, padding_mask, mask_indices=None, mask_channel_indices=None):
+        """Put the mask embedding into a copy of x [B, T, C]; (x, bool mask [B, T])."""
+        if self.mask_channel_prob > 0:
+            fall_back(self, "apply_mask", "mask_channel_prob above 0: channels are masked too", options)
+            return original(self, x, padding_mask, mask_indices, mask_channel_indices)
+        if self.mask_prob <= 0:
+            return x, None
+        if mask_indices is None:
+            mask_indices = _drawn(self, x, padding_mask, names["compute_mask_indices"], options)
+        mask = mask_indices if isinstance(mask_indices, Tensor) else _given(self, x, mask_indices)
+        return torch.where(mask.to(x.device)[..., None], self.mask_emb.to(x.dtype), x), mask_indices
+
+    return apply_mask
+
+
+@torch.compiler.disable
+def _given(owner: Any, x: Tensor, mask: np.ndarray) -> Tensor:
+    return to_device(mask, x.device)
+
+
+def original_globals(original: Callable) -> dict[str, Any]:
+    """The names that upstream's function sees."""
+    return inspect.unwrap(original).__globals__
+
+
+APPLY_MASK = Seam(
+    "masks",
+    "apply_mask",
+    _make_apply_mask,
+    "spans drawn by the same random numbers without a loop over frames, put in without waiting for the device",
+    frozenset({"018026be7cc8a8c4"}),
+)
