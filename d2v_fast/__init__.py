@@ -14,6 +14,7 @@ if not _os.path.isdir(_os.path.join(_here, "kernels")):
 _PUBLIC = {
     "Data2Vec": "d2v_fast.nn",
     "Data2VecConfig": "d2v_fast.nn",
+    "Data2VecPretraining": "d2v_fast.patches.pretraining",
     "adamw_ema_": "d2v_fast.ops",
     "bias_attention": "d2v_fast.ops",
     "bias_gelu": "d2v_fast.ops",

@@ -93,6 +93,7 @@ def test_public_names():
     assert sorted(d2v_fast.__all__) == [
         "Data2Vec",
         "Data2VecConfig",
+        "Data2VecPretraining",
         "__version__",
         "adamw_ema_",
         "bias_attention",
