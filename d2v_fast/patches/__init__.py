@@ -13,7 +13,7 @@ from d2v_fast.patches.all import PatchAll, patch_all, report
 __all__ = ["Patch", "PatchAll", "PatchError", "patch", "patch_all", "report"]
 
 # modules with SUPPORTED (names of classes), matches(model) and sites(model, patch, options); none imports its framework
-FRAMEWORKS = ()
+FRAMEWORKS = ("fairseq",)
 
 
 def patch(

@@ -5,13 +5,15 @@ optimizers, ``state_dict`` and distributed wrappers see the other module alone. 
 are put behind each other at every use, a copy that is small beside the product it saves a launch for.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.weight_norm import WeightNorm
 
 from d2v_fast.checkpoints.rules import Rule
+from d2v_fast.patches._core import is_ours
 
 
 @dataclass(frozen=True)
@@ -107,3 +109,97 @@ class Shared:
         if self._ours.training != self.theirs.training:
             self._ours.train(self.theirs.training)
         return self._ours
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+class Bypassed:
+    """The modules below ``root`` that are not called any more where ours is, and whether that loses something.
+
+    ``kinds`` are the names of the classes they may have: a wrapper, an adapter or a quantised layer has another. With
+    ``weight_norm``, weights may be computed by the hook that ``torch.nn.utils.weight_norm`` sets, or by that of
+    ``torch.nn.utils.parametrizations``: ours reads them by :func:`live_weight` then.
+    """
+
+    def __init__(self, root: nn.Module, kinds: Collection[str], *, weight_norm: bool = False) -> None:
+        self._root, self._kinds, self._weight_norm = root, frozenset(kinds), weight_norm
+        self._found = list(_below(root))
+        self._counts = [(module._modules, len(module._modules)) for _, _, _, module, _ in self._found]
+        self._counts.append((root._modules, len(root._modules)))
+
+    def valid(self) -> bool:
+        """Whether nothing below was added, replaced or removed since."""
+        for children, count in self._counts:
+            if len(children) != count:
+                return False
+        for _, children, name, child, kind in self._found:  # a plain loop: this runs once a call
+            if children.get(name) is not child or type(child) is not kind:
+                return False
+        return True
+
+    def misfit(self) -> str | None:
+        """What below is of another class, or None."""
+        for path, _, _, child, kind in self._found:
+            if kind.__name__ not in self._kinds and not (self._weight_norm and _is_weight_normed(child)):
+                return f"{path} is a {kind.__name__}"
+        return None
+
+    def watched(self) -> str | None:
+        """Who wants to see one of these modules called, or None; cheap enough for every call."""
+        for path, _, _, child, _ in self._found:
+            if (reason := watched(child, self._weight_norm)) is not None:
+                return f"{path} {reason}"
+        return None
+
+
+def watched(module: nn.Module, weight_norm: bool = False) -> str | None:
+    """What would be lost if ``module`` were not called, hooks or a method that somebody replaced; None: nothing."""
+    inside = module.__dict__
+    if "forward" in inside and not is_ours(inside["forward"]):
+        return "has another forward, by somebody else"
+    for name in HOOKS:
+        hooks = inside.get(name)
+        if hooks and not (weight_norm and all(map(_is_weight_norm, hooks.values()))):
+            return "has hooks, which want to see it called"
+    return None
+
+
+def _below(module: nn.Module, path: str = "") -> Iterator[tuple[str, dict, str, nn.Module, type]]:
+    """Path, where it is held, name there, itself and class of all below ``module``, parametrizations left out."""
+    for name, child in module.named_children():
+        yield path + name, module._modules, name, child, type(child)
+        if not _is_parametrized(child):
+            yield from _below(child, f"{path}{name}.")
+
+
+def bypassable(root: nn.Module, kinds: Collection[str]) -> str | None:
+    """Why the modules below ``root`` have to be called and ours cannot take their place; None where it can.
+
+    ``kinds`` as for :class:`Bypassed`, which is faster where this is asked at every call.
+    """
+    bypassed = Bypassed(root, kinds)
+    return bypassed.misfit() or bypassed.watched()
+
+
+def live_weight(module: nn.Module) -> Tensor:
+    """``module.weight`` as its next call would use it: by weight norm, if that is how it is computed."""
+    for hook in module._forward_pre_hooks.values():
+        if _is_weight_norm(hook):
+            return hook.compute_weight(module)
+    return module.weight
+
+
+def _is_weight_norm(hook: object) -> bool:
+    return isinstance(hook, WeightNorm)
+
+
+def _is_parametrized(module: nn.Module) -> bool:
+    return "parametrizations" in module._modules
+
+
+def _is_weight_normed(module: nn.Module) -> bool:
+    """Whether a weight norm is the one parametrization of ``module``, and it of a tensor called weight."""
+    if not _is_parametrized(module) or list(module.parametrizations) != ["weight"]:
+        return False
+    return [type(p).__name__ for p in module.parametrizations.weight] == ["_WeightNorm"]

@@ -1,0 +1,222 @@
+"""fairseq's speech Transformer (``wav2vec2.TransformerEncoder``) computed by our encoder, on its parameters (S2).
+
+Dims: B batch, T frames, C channels.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import wraps
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from d2v_fast.checkpoints.fairseq import LAYER
+from d2v_fast.checkpoints.rules import pairs
+from d2v_fast.nn.block import Block
+from d2v_fast.nn.config import EncoderConfig
+from d2v_fast.nn.encoder import TransformerEncoder
+from d2v_fast.patches._core import Options, Seam, fall_back, is_ours, state_of
+from d2v_fast.patches._fingerprint import fingerprint
+from d2v_fast.patches._sharing import Bypassed, Shared, watched
+from d2v_fast.patches.fairseq.attention import ATTENTION, unfit_attention
+from d2v_fast.patches.fairseq.convolutions import POSITION_KINDS, Positions, unfit_positions
+from d2v_fast.patches.fairseq.norms import LAYER_NORM, is_gelu
+
+LAYER_KINDS = (
+    "TransformerSentenceEncoderLayer",
+    "MultiheadAttention",
+    "FairseqDropout",
+    "Linear",
+    "Dropout",
+    "LayerNorm",
+    "FusedLayerNorm",
+)
+
+
+class _Encoder:
+    """Our encoder with the parameters of ``theirs``, or the reason why there is none."""
+
+    def __init__(self, theirs: nn.Module) -> None:
+        self._theirs, self._layers = theirs, list(theirs.layers)
+        self._bypassed = [Bypassed(theirs.layers, LAYER_KINDS)]
+        if theirs.pos_conv is not None:
+            self._bypassed.append(Bypassed(theirs.pos_conv, POSITION_KINDS, weight_norm=True))
+        self._norm = theirs.layer_norm
+        self.unfit = unfit_encoder(theirs)
+        if self.unfit is None:
+            try:
+                self._share(theirs)
+            except (KeyError, ValueError) as error:  # of Shared and of our configuration: other shapes, no biases
+                self.unfit = str(error)
+
+    def _share(self, theirs: nn.Module) -> None:
+        first = self._layers[0]
+        config = EncoderConfig(
+            layers=len(self._layers),
+            dim=theirs.embedding_dim,
+            ffn_dim=first.fc1.out_features,
+            heads=first.self_attn.num_heads,
+            norm="pre" if theirs.layer_norm_first else "post",
+            pos_conv_depth=1,  # until theirs take its place
+            pos_conv_width=1,
+            pos_conv_groups=1,
+            padding_aware=False,
+        )
+        with torch.device("meta"):
+            ours = TransformerEncoder(config)
+        ours.pos_conv = Positions(theirs.pos_conv)
+        rules = pairs("", "", {"norm": ("layer_norm",)})
+        ours.norm.eps = theirs.layer_norm.eps
+        for i, (layer, block) in enumerate(zip(self._layers, ours.layers, strict=True)):
+            rules += pairs(f"layers.{i}.", f"layers.{i}.", LAYER)
+            block.norm1.eps, block.norm2.eps = layer.self_attn_layer_norm.eps, layer.final_layer_norm.eps
+        self._shared = Shared(ours, theirs, rules)
+
+    def valid(self) -> bool:
+        """Whether the layers are those it was made of."""
+        return self._norm is self._theirs.layer_norm and all(bypassed.valid() for bypassed in self._bypassed)
+
+    def get(self) -> TransformerEncoder | str:
+        """Ours, as it has to run now; or why theirs has to."""
+        reason = self.unfit
+        for bypassed in self._bypassed:
+            reason = reason or bypassed.watched()
+        if reason is not None:
+            return reason
+        ours, theirs = self._shared.module, self._theirs
+        for layer, block in zip(self._layers, ours.layers, strict=True):
+            reason = reason or _follow(layer, block, theirs.training)
+        if ours.config.dropout != theirs.dropout:
+            ours.config = replace(ours.config, dropout=theirs.dropout)
+        return reason or ours
+
+
+def _follow(layer: nn.Module, block: Block, training: bool) -> str | None:
+    """Give ``block`` the rates of dropout that ``layer`` has at the moment; or say why it cannot follow."""
+    first, hidden, second, weights = layer.dropout1, layer.dropout2, layer.dropout3, layer.self_attn.dropout_module
+    rates = [module.p if module.training else 0.0 for module in (first, hidden, second)]
+    always = weights.apply_during_inference
+    attention = weights.p if layer.self_attn.training or always else 0.0
+    if rates[0] != rates[2]:
+        return f"dropout behind attention and FFN differs: {rates[0]} and {rates[2]}"
+    if not training and (attention > 0 or any(rates)):
+        return "there is dropout although the encoder is in eval mode"
+    if not is_gelu(layer.activation_fn):
+        return "the activation is not GELU"
+    block.dropout, block.activation_dropout, block.attention.dropout = rates[0], rates[1], attention
+    return None
+
+
+def unfit_encoder(theirs: nn.Module) -> str | None:
+    """Why ours does not follow the settings of this encoder, or None."""
+    layers = list(theirs.layers)
+    if not layers:
+        return "there are no layers"
+    if (reason := Bypassed(theirs.layers, LAYER_KINDS).misfit()) is not None:
+        return f"layers.{reason}"
+    if type(theirs.layer_norm).__name__ not in ("LayerNorm", "FusedLayerNorm"):
+        return f"layer_norm is a {type(theirs.layer_norm).__name__}"
+    if theirs.pos_conv is None:
+        return "there are no positional convolutions"
+    if (reason := unfit_positions(theirs.pos_conv)) is not None:
+        return f"pos_conv: {reason}"
+    for kind, seam in (*((type(layer), LAYER_NORM) for layer in layers), (type(layers[0].self_attn), ATTENTION)):
+        if fingerprint(kind.forward) not in seam.known:
+            return f"the source of {kind.__name__}.forward is not one that ours was written from"
+    for i, layer in enumerate(layers):
+        if layer.layer_norm_first != theirs.layer_norm_first:
+            return f"layers.{i}.layer_norm_first is not the encoder's"
+        if not is_gelu(layer.activation_fn):
+            return f"layers.{i} has another activation than GELU"
+        if layer.self_attn.num_heads != layers[0].self_attn.num_heads:
+            return f"layers.{i} has another number of heads than layers.0"
+        if (reason := unfit_attention(layer.self_attn)) is not None:
+            return f"layers.{i}.self_attn: {reason}"
+    return None
+
+
+def _usable(theirs: nn.Module) -> TransformerEncoder | str:
+    cache = state_of(theirs).cache
+    plan = cache.get("encoder")
+    if plan is None or not plan.valid():
+        plan = cache["encoder"] = _Encoder(theirs)
+    return plan.get()
+
+
+def shared_encoder(theirs: nn.Module, options: Options) -> TransformerEncoder | None:
+    """Our encoder around the parameters of fairseq's, for one call; None where upstream's has to run.
+
+    That is where the seam is not in force, or something forbids it, which upstream's call notes then. Pass ``kept``, of
+    :func:`kept_layers`. Its ``x`` is behind the final norm also where that is the last of a pre-norm encoder.
+    """
+    if "encoder" not in options.parts or not is_ours(theirs.extract_features) or watched(theirs) is not None:
+        return None
+    found = _usable(theirs)
+    return None if isinstance(found, str) else found
+
+
+def kept_layers(theirs: nn.Module, upto: int | None = None) -> list[int]:
+    """Indices of the layers that LayerDrop leaves, up to and with ``upto``, drawn as upstream does.
+
+    That is a number of NumPy's global generator for each layer, in eval mode as well, unless ``layerdrop`` is 0.
+    """
+    kept = []
+    for i in range(len(theirs.layers)):
+        drawn = np.random.random() if theirs.layerdrop > 0 else 1
+        if not theirs.training or drawn > theirs.layerdrop:
+            kept.append(i)
+        if i == upto:
+            break
+    return kept
+
+
+def _results_differ(theirs: nn.Module) -> str | None:
+    """Why the layer results that ours has would not be upstream's, or None."""
+    if theirs.layer_norm_first and theirs.training and any(layer.dropout3.p > 0 for layer in theirs.layers):
+        return "layer results of pre-norm layers are those before dropout"
+    return None
+
+
+def _make(original: Callable, options: Options) -> Callable:
+    @wraps(original)
+    def extract_features(
+        self: Any,
+        x: Tensor,  # [B, T, C]
+        padding_mask: Tensor | None = None,  # [B, T], True = padding
+        tgt_layer: int | None = None,
+        min_layer: int = 0,
+        corpus_key: Any = None,
+    ) -> tuple[Tensor, list[tuple[Tensor, None, Tensor]]]:
+        """x [B, T, C], and (output, None, result) [T, B, C] of every layer from ``min_layer`` on that was executed."""
+        ours = _usable(self)
+        reason = ours if isinstance(ours, str) else _results_differ(self)
+        if reason is not None:
+            fall_back(self, "extract_features", reason, options)
+            more = {} if corpus_key is None else {"corpus_key": corpus_key}  # older versions do not have it
+            return original(self, x, padding_mask, tgt_layer, min_layer, **more)
+        if padding_mask is not None:
+            padding_mask = padding_mask.bool()
+            x = x.masked_fill_(padding_mask[..., None], 0)  # in place, as upstream does
+        kept = kept_layers(self, tgt_layer)
+        top_k = len(self.layers) - min_layer
+        out = ours(x, padding_mask=padding_mask, top_k=top_k, hidden_states=True, kept=kept)
+        x = out.hidden_states[-1] if self.layer_norm_first else out.x
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.layer_norm.weight.dtype)  # a norm's result is, there
+        states = [state for i, state in zip(kept, out.hidden_states[1:], strict=True) if i >= min_layer]
+        both = zip(states, out.layer_results, strict=True)
+        return x, [(state.transpose(0, 1), None, result.transpose(0, 1)) for state, result in both]
+
+    return extract_features
+
+
+ENCODER = Seam(
+    "encoder",
+    "extract_features",
+    _make,
+    "all layers by our encoder: fused norms and GELU, one projection, best attention",
+    known=frozenset({"6c94de3af82bd8c1", "91df2bfc51c8b3f4", "d66be511d42ce279"}),
+    refuses=lambda owner: None if isinstance(owner, type) else unfit_encoder(owner),
+)
