@@ -32,6 +32,15 @@ FILES: dict[str, tuple[str, ...]] = {
         "fairseq.modules.fp32_group_norm.Fp32GroupNorm",
     ),
     "ema": ("fairseq.modules.ema_module.EMAModule",),
+    "audio": ("data2vec_audio.Data2VecAudioModel",),
+    "multi": (
+        "models.data2vec2.Data2VecMultiModel",
+        "modalities.base.ModalitySpecificEncoder",
+        "modalities.modules.AltAttention",
+        "modalities.modules.AltBlock",
+        "modalities.modules.Decoder1d",
+        "modalities.modules.Decoder2d",
+    ),
 }
 
 
