@@ -1,0 +1,124 @@
+"""fairseq's data2vec 2.0 (``Data2VecMultiModel``): speech, images and text, with several masks a sample.
+
+The student's and the teacher's encoders are in ``multi_attention``, what feeds them in ``multi_context``, the decoders
+in ``multi_decoder``, the teacher's step in ``ema``. Here: targets and loss.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from d2v_fast.ops import layer_targets, masked_smooth_l1
+from d2v_fast.patches._core import Options, Patch, Seam, Site, fall_back
+from d2v_fast.patches.fairseq import multi_attention, multi_context, multi_decoder
+
+
+def _norms(cfg: object) -> tuple[str, str] | str:
+    """Norms of the layers and of their mean, or why there are no such."""
+    layers = [k for k in ("batch", "instance", "layer") if getattr(cfg, f"{k}_norm_target_layer")]
+    means = [k for k in ("layer", "instance") if getattr(cfg, f"{k}_norm_targets")]
+    if len(layers) > 1 or len(means) > 1:
+        return f"several norms of targets: {', '.join(layers + means)}"
+    return (layers or ["none"])[0], (means or ["none"])[0]
+
+
+def _unfit_targets(owner: nn.Module) -> str | None:
+    found = None if isinstance(owner, type) else _norms(owner.cfg)
+    return found if isinstance(found, str) else None
+
+
+def _make_targets(original: Callable, options: Options) -> Callable:
+    def make_targets(self, y: Sequence[Tensor], num_layers: int) -> Tensor:
+        """Layer results [B, T, C] each -> targets [B, T, C] float32, of the last ``num_layers``."""
+        norms = _norms(self.cfg)
+        reason = norms if isinstance(norms, str) else None
+        if y[-1].dtype == torch.float64:
+            reason = "results are float64"
+        if reason is not None:
+            fall_back(self, "make_targets", reason, options)
+            return original(self, y, num_layers)
+        return layer_targets(y[-num_layers:], norm=norms[0], post_norm=norms[1])
+
+    return make_targets
+
+
+TARGETS = Seam(
+    "targets",
+    "make_targets",
+    _make_targets,
+    "norms and mean of the layers' results in one or two passes",
+    known=frozenset({"42da031cf22076e7"}),
+    refuses=_unfit_targets,
+)
+
+
+def _make_loss(original: Callable, options: Options) -> Callable:
+    def d2v_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """Predictions and targets [..., C] -> the loss of each row [N], where upstream gives that of each element.
+
+        Its users add it up.
+        """
+        reason = "targets want a gradient" if y.requires_grad else None
+        if {x.dtype, y.dtype} & {torch.float64}:
+            reason = "predictions or targets are float64"
+        if reason is not None:
+            fall_back(self, "d2v_loss", reason, options)
+            return original(self, x, y)
+        C = x.shape[-1]
+        scale = 1 / math.sqrt(C) if self.loss_scale is None else self.loss_scale
+        return masked_smooth_l1(x.view(-1, C), y.view(-1, C), beta=self.loss_beta, scale=scale, reduction="none")
+
+    return d2v_loss
+
+
+LOSS = Seam(
+    "loss",
+    "d2v_loss",
+    _make_loss,
+    "the loss of a row in one pass, no tensors of all elements",
+    known=frozenset({"a4db811e15091824"}),
+)
+
+
+SEAMS: dict[str, tuple[Seam, ...]] = {
+    "Data2VecMultiModel": (TARGETS, LOSS),
+    "ModalitySpecificEncoder": (multi_context.CONTEXT,),
+    "AltAttention": (multi_attention.ATTENTION,),
+    "AltBlock": (multi_attention.BLOCK,),
+    "Decoder1d": (multi_decoder.DECODER_1D,),
+    "Decoder2d": (multi_decoder.DECODER_2D,),
+}
+
+
+def seams(kind: type) -> list[Seam]:
+    """Those of one class of ``examples/data2vec/models``."""
+    return list(SEAMS[kind.__name__])
+
+
+def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules of ``model`` and of its teacher, which is registered nowhere."""
+    yield from model.named_modules()
+    teacher = getattr(getattr(model, "ema", None), "model", None)
+    if teacher is not None:
+        yield from ((f"ema.model.{name}".rstrip("."), module) for name, module in teacher.named_modules())
+
+
+def _concerns(seam: Seam, model: nn.Module, module: nn.Module) -> bool:
+    if seam is multi_context.CONTEXT:
+        return multi_context.concerns(module)
+    return module is model or seam not in SEAMS["Data2VecMultiModel"]  # the teacher has neither targets nor a loss
+
+
+def sites(model: nn.Module, patch: Patch, options: Options) -> list[Site]:
+    """Every seam of a ``Data2VecMultiModel`` and its teacher; none of other models."""
+    if "Data2VecMultiModel" not in {kind.__name__ for kind in type(model).__mro__}:
+        return []
+    return [
+        Site(path, module, seam)
+        for path, module in _modules(model)
+        for kind in type(module).__mro__
+        for seam in SEAMS.get(kind.__name__, ())
+        if _concerns(seam, model, module)
+    ]

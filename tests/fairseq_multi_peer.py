@@ -1,0 +1,105 @@
+"""The real fairseq model of data2vec 2.0, tiny, for each kind of data."""
+
+import dataclasses
+import os
+import sys
+from types import ModuleType, SimpleNamespace
+
+import fairseq_peer
+import timm_parts
+import torch
+from torch import Tensor
+
+VOCAB = 40
+SIZES = {"embed_dim": 32, "num_heads": 4, "depth": 2, "average_top_k_layers": 2, "clone_batch": 2}
+NO_DROPOUT = {"encoder_dropout": 0.0, "post_mlp_drop": 0.0, "attention_dropout": 0.0}
+PARTS = {
+    "audio": {
+        "feature_encoder_spec": "[(16, 10, 5), (16, 3, 2)]",
+        "conv_pos_width": 15,
+        "conv_pos_groups": 4,
+        "conv_pos_depth": 2,
+        "use_alibi_encoder": True,
+        "learned_alibi_scale": True,
+        "learned_alibi_scale_per_head": True,
+    },
+    "image": {"input_size": 32, "patch_size": 8, "embed_dim": 32, "num_extra_tokens": 1, "ema_local_encoder": True},
+    "text": {"max_source_positions": 64, "dropout": 0.0, "learned_pos": False},
+}
+TARGETS = {
+    "audio": {"instance_norm_target_layer": True, "layer_norm_targets": True},
+    "image": {"layer_norm_target_layer": True, "cls_loss": 0.01},
+    "text": {"layer_norm_target_layer": True, "loss_beta": 0.25},
+}
+
+
+def _import() -> ModuleType:
+    original = dataclasses.dataclass
+    data = ModuleType("examples.data2vec.data")  # its own imports are data sets of images, which need torchvision
+    data.__path__ = [os.path.join(os.path.dirname(fairseq_peer.fairseq.__file__), "examples", "data2vec", "data")]
+    sys.modules[data.__name__] = data
+    # Python 3.11 refuses unhashable dataclass defaults
+    dataclasses.dataclass = lambda cls=None, /, **options: original(cls, **{**options, "unsafe_hash": True})
+    try:
+        with timm_parts.installed():
+            from examples.data2vec.models import data2vec2
+    finally:
+        dataclasses.dataclass = original
+        del sys.modules[data.__name__]
+    return data2vec2
+
+
+data2vec2 = _import()
+base = sys.modules["examples.data2vec.models.modalities.base"]
+modules = sys.modules["examples.data2vec.models.modalities.modules"]
+
+
+def build(kind: str, *, part: dict | None = None, decoder: dict | None = None, **model):
+    """A model for one kind of data, "audio", "image" or "text", from seed 0; the teacher moved away from the student.
+
+    ``part`` and ``decoder`` are options of that kind's encoder and decoder, ``model`` those of the whole; there is no
+    dropout, and no noise in front of the decoder, unless they ask for it.
+    """
+    torch.manual_seed(0)
+    settings = {**SIZES, **NO_DROPOUT, **TARGETS[kind], "ema_encoder_only": kind == "text", **model}
+    decoder = modules.D2vDecoderConfig(
+        **{"decoder_dim": 32, "decoder_groups": 4, "decoder_kernel": 3, "decoder_layers": 2, "input_dropout": 0.0}
+        | (decoder or {})
+    )
+    configs = {"audio": data2vec2.D2vAudioConfig, "image": data2vec2.D2vImageConfig, "text": data2vec2.D2vTextConfig}
+    own = {"prenet_depth": 1, "mask_noise_std": 0.0, "mask_prob": 0.5, "mask_length": 2, "decoder": decoder}
+    sizes = {"num_alibi_heads": settings["num_heads"], "model_depth": settings["depth"]}
+    config = configs[kind](**own | sizes | PARTS[kind] | (part or {}))
+    modality = getattr(data2vec2.Modality, kind.upper())
+    cfg = data2vec2.Data2VecMultiConfig(
+        modalities=data2vec2.D2vModalitiesConfig(**{kind: config}),
+        supported_modality=modality,
+        ema_anneal_end_step=100,
+        max_update=100,
+        seed=1,
+        **settings,
+    )
+    dictionary = SimpleNamespace(pad=lambda: 1, __len__=None)
+    dictionary = type("Dictionary", (), {"pad": lambda self: 1, "__len__": lambda self: VOCAB})()
+    with timm_parts.installed():
+        built = data2vec2.Data2VecMultiModel(cfg, [modality], task=SimpleNamespace(source_dictionary=dictionary))
+    with torch.no_grad():
+        for p in built.parameters():
+            p.add_(torch.randn_like(p), alpha=0.05)
+        built.ema.step(built.blocks if cfg.ema_encoder_only else built)
+        for p in built.ema.model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.02)
+    return built.train()
+
+
+def batch(kind: str, seed: int = 0) -> dict[str, Tensor]:
+    """Arguments of ``forward``: three samples with two masks each, half of the tokens masked."""
+    generator = torch.Generator().manual_seed(seed)
+    if kind == "audio":
+        source, tokens = torch.randn(3, 400, generator=generator), 39
+    elif kind == "image":
+        source, tokens = torch.randn(3, 3, 32, 32, generator=generator), 16
+    else:
+        source, tokens = torch.randint(4, VOCAB, (3, 20), generator=generator), 20
+    order = torch.rand(6, tokens, generator=generator).argsort(1)
+    return {"source": source, "precomputed_mask": (order < tokens // 2).float()}
