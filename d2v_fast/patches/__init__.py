@@ -5,15 +5,34 @@ what was not and why is in the :class:`Patch` they return.
 """
 
 import importlib
+from collections.abc import Iterator
+from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
-from d2v_fast.patches._core import Options, Patch, PatchError, disabled, logger
+from torch import nn
+
+from d2v_fast.patches._core import PARTS, Options, Patch, PatchError, disabled, logger
 from d2v_fast.patches.all import PatchAll, patch_all, report
 
 __all__ = ["Patch", "PatchAll", "PatchError", "patch", "patch_all", "report"]
 
-# modules with SUPPORTED (names of classes), matches(model) and sites(model, patch, options); none imports its framework
-FRAMEWORKS = ("fairseq",)
+# Modules with SUPPORTED (names of classes), matches(model), sites(model, patch, options) and CLASSES (for patch_all);
+# none imports its framework. One with TAKES_TEACHER = True finds options.teacher itself.
+FRAMEWORKS = ("fairseq", "transformers")
+# classes of wrappers, told by their names; fairseq has wrappers of its own
+WRAPPERS = {
+    "DistributedDataParallel",
+    "DataParallel",
+    "LegacyDistributedDataParallel",
+    "ModuleProxyWrapper",
+    "DistributedTimeoutWrapper",
+}
+LATE_WRAPPERS = {
+    "FullyShardedDataParallel": "FSDP",
+    "FSDPModule": "FSDP",
+    "OptimizedModule": "torch.compile",
+}
 
 
 def patch(
@@ -33,22 +52,74 @@ def patch(
 ) -> Patch:
     """Put our ops under ``model``, an instance; a second time nothing more happens.
 
+    Args:
+        model: of a supported class, or with parts that are; in ``DistributedDataParallel`` or ``DataParallel``, or not.
+            Patch before ``torch.compile`` and before FSDP.
+        teacher: a teacher that ``model`` does not hold itself; patched as well.
+        ema, loss, targets, attention, conv, norms, encoder, masks, metrics: False leaves this part as it is.
+        strict: raise for what does not fit, here, and at calls that ours would leave to the original.
+
+    Returns:
+        What was replaced, what was not and why. It need not be kept. ``revert()`` takes all of it back.
+
     Raises:
         PatchError: a model of no supported class; or ``strict=True``, and something was skipped.
         RuntimeError: a CUDA graph is being captured.
     """
-    switches = (ema, loss, targets, attention, conv, norms, encoder, masks, metrics)
-    order = ("ema", "loss", "targets", "attention", "conv", "norms", "encoder", "masks", "metrics")
-    options = Options(frozenset(part for part, on in zip(order, switches, strict=True) if on), strict)
+    on = {"ema": ema, "loss": loss, "targets": targets, "attention": attention, "conv": conv, "norms": norms}
+    on |= {"encoder": encoder, "masks": masks, "metrics": metrics}
+    options = Options(frozenset(part for part in PARTS if on[part]), strict, teacher)
+    model = _unwrapped(model)
     kind = type(model).__name__
     result = Patch(f"d2v_fast on {kind}")
     if disabled():
         logger.warning("D2V_FAST_DISABLE=1: %s stays as it is", kind)
         result.skip(kind, "all", "D2V_FAST_DISABLE=1", harmless=True)
         return result
-    modules = [importlib.import_module(f"{__name__}.{name}") for name in FRAMEWORKS]
-    for module in modules:
-        if module.matches(model):
-            return result.apply(module.sites(model, result, options), options)
-    known = ", ".join(name for module in modules for name in module.SUPPORTED)
-    raise PatchError(f"model must be one of {known}, got {kind}")
+    frameworks = [importlib.import_module(f"{__name__}.{name}") for name in FRAMEWORKS]
+    found = list(_supported(model, "", frameworks))
+    if not found:
+        known = ", ".join(dict.fromkeys(name for framework in frameworks for name in framework.SUPPORTED))
+        hint = "; patch_all() changes classes" if isinstance(model, type) else ""
+        raise PatchError(f"model must be one of {known}, or have one of these as a part, got {_described(model)}{hint}")
+    if teacher is not None and not any(getattr(framework, "TAKES_TEACHER", False) for _, _, framework in found):
+        apart = list(_supported(_unwrapped(teacher), "teacher", frameworks))
+        if not apart:
+            raise PatchError(f"teacher must be of a supported class as model is, got {_described(teacher)}")
+        found += apart
+    sites = [
+        replace(site, path=f"{path}.{site.path}".strip("."))
+        for path, part, framework in found
+        for site in framework.sites(part, result, options)
+    ]
+    return result.apply(sites, options)
+
+
+def _described(model: Any) -> str:
+    return f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+
+
+def _supported(model: Any, path: str, frameworks: list[ModuleType]) -> Iterator[tuple[str, Any, ModuleType]]:
+    """The outermost parts of ``model`` that a framework knows, and where they are."""
+    known = next((framework for framework in frameworks if framework.matches(model)), None)
+    if known is not None:
+        yield path, model, known
+    elif isinstance(model, nn.Module):
+        for name, child in model.named_children():
+            yield from _supported(child, f"{path}.{name}".strip("."), frameworks)
+
+
+def _unwrapped(model: Any) -> Any:
+    """The model in ``DistributedDataParallel`` and its kind.
+
+    Raises:
+        PatchError: a wrapper that has to come after the patch.
+    """
+    while True:
+        names = {kind.__name__ for kind in type(model).__mro__}
+        late = [wrapper for name, wrapper in LATE_WRAPPERS.items() if name in names]
+        if late:
+            raise PatchError(f"model went through {late[0]} already: patch it before that")
+        if names.isdisjoint(WRAPPERS):
+            return model
+        model = model.module
