@@ -174,7 +174,9 @@ def _make_forward(original: Callable, options: Options) -> Callable:
         if reason is not None:
             fall_back(self, "forward", reason, options)
         if features_only or reason is not None:
-            return original(self, source, padding_mask, mask, features_only, layer, **masks, padding_count=padding_count)
+            return original(
+                self, source, padding_mask, mask, features_only, layer, **masks, padding_count=padding_count
+            )
         return _pretrain(self, source, padding_mask, masks, names, options)
 
     return forward
