@@ -34,6 +34,7 @@ FILES: dict[str, tuple[str, ...]] = {
     "ema": ("fairseq.modules.ema_module.EMAModule",),
     "audio": ("data2vec_audio.Data2VecAudioModel",),
     "text": ("data2vec_text.Data2VecTextEncoder",),
+    "criterion": ("fairseq.criterions.model_criterion.ModelCriterion",),
     "multi": (
         "models.data2vec2.Data2VecMultiModel",
         "modalities.base.ModalitySpecificEncoder",

@@ -93,7 +93,7 @@ def _student(model: Any, x: Tensor, padding: Tensor | None, masked: Sequences, o
 def _encoded(
     model: Any, x: Tensor, padding: Tensor | None, select: Sequences | None, options: Options
 ) -> tuple[list[Tensor], str]:
-    """Results of the teacher's last layers for x [B, T, C], and their layout; of the last one the selected rows only."""
+    """Results of the teacher's last layers for x [B, T, C], the last at the selected rows only; and their layout."""
     teacher, count = model.ema.model, _num_results(model)
     ours = shared_encoder(teacher, options)
     if ours is None:
