@@ -5,15 +5,16 @@ optimizers, ``state_dict`` and distributed wrappers see the other module alone. 
 are put behind each other at every use, a copy that is small beside the product it saves a launch for.
 """
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.weight_norm import WeightNorm
 
 from d2v_fast.checkpoints.rules import Rule
-from d2v_fast.patches._core import is_ours
+from d2v_fast.patches._core import is_ours, state_of
 
 
 @dataclass(frozen=True)
@@ -203,3 +204,27 @@ def _is_weight_normed(module: nn.Module) -> bool:
     if not _is_parametrized(module) or list(module.parametrizations) != ["weight"]:
         return False
     return [type(p).__name__ for p in module.parametrizations.weight] == ["_WeightNorm"]
+
+
+def plan_of(owner: nn.Module, key: str, make: Callable[[nn.Module], Any]) -> Any:
+    """What ``make(owner)`` gave, kept with ``owner`` while its ``valid()`` is true.
+
+    Where ``torch.compile`` traces the first call it is made outside of what is traced.
+    """
+    if torch.compiler.is_compiling():
+        _prepare(owner, key, make)
+    cache = state_of(owner).cache
+    plan = cache.get(key)
+    if plan is None or not plan.valid():
+        plan = cache[key] = make(owner)
+    return plan
+
+
+def _prepare(owner: nn.Module, key: str, make: Callable[[nn.Module], Any]) -> None:
+    cache = state_of(owner).cache
+    if key not in cache or not cache[key].valid():
+        cache[key] = make(owner)
+
+
+# what torch.compiler.assume_constant_result does, less the import of the compiler
+_prepare._dynamo_marked_constant = True

@@ -14,8 +14,8 @@ from d2v_fast.checkpoints.rules import pairs
 from d2v_fast.nn.config import EncoderConfig, SpeechFrontEndConfig
 from d2v_fast.nn.frontends.speech import SpeechFrontEnd
 from d2v_fast.ops import pos_conv
-from d2v_fast.patches._core import Options, Seam, fall_back, state_of
-from d2v_fast.patches._sharing import Bypassed, Shared, live_weight
+from d2v_fast.patches._core import Options, Seam, fall_back
+from d2v_fast.patches._sharing import Bypassed, Shared, live_weight, plan_of
 
 CONV_KINDS = (
     "ModuleList",
@@ -37,14 +37,14 @@ def _plain_conv(conv: nn.Conv1d, padding: int) -> bool:
 # ---- over the waveform
 
 
-class Convolutions:
+class _Extractor:
     """Our convolutions with the parameters of a ``ConvFeatureExtractionModel``."""
 
     def __init__(self, theirs: nn.Module) -> None:
-        self.bypassed = Bypassed(theirs, CONV_KINDS)
+        self._bypassed = Bypassed(theirs, CONV_KINDS)
         self._layers = list(theirs.conv_layers)
-        self.unfit = unfit_extractor(theirs)
-        if self.unfit is None:
+        self._unfit = unfit_extractor(theirs)
+        if self._unfit is None:
             self._share(theirs)
 
     def _share(self, theirs: nn.Module) -> None:
@@ -68,11 +68,15 @@ class Convolutions:
                 layer.norm.eps = norm.eps
         self._shared = Shared(ours, theirs, rules)
 
+    def valid(self) -> bool:
+        """Whether the modules are those it was made of."""
+        return self._bypassed.valid()
+
     def reason(self, x: Tensor) -> str | None:
         """Why ``x`` goes through fairseq's own convolutions, or None."""
-        if self.unfit is not None:
-            return self.unfit
-        found = self.bypassed.watched()
+        if self._unfit is not None:
+            return self._unfit
+        found = self._bypassed.watched()
         if found is None and any(layer[1].p > 0 and layer[1].training for layer in self._layers):
             found = "there is dropout between the convolutions"
         weight = self._layers[0][0].weight
@@ -115,10 +119,7 @@ def unfit_extractor(theirs: nn.Module) -> str | None:
 def _make_extractor(original: Callable, options: Options) -> Callable:
     @wraps(original)
     def forward(self: Any, x: Tensor) -> Tensor:  # [B, S] -> [B, C, T]
-        cache = state_of(self).cache
-        plan = cache.get("convolutions")
-        if plan is None or not plan.bypassed.valid():
-            plan = cache["convolutions"] = Convolutions(self)
+        plan = plan_of(self, "convolutions", _Extractor)
         reason = plan.reason(x)
         if reason is None:
             return plan(x)
@@ -192,15 +193,26 @@ class Positions(nn.Module):
         return positions(self._theirs[0], x, segments)
 
 
+class _Positions:
+    """Whether fairseq's ``pos_conv`` can be computed without calling its parts."""
+
+    def __init__(self, theirs: nn.Sequential) -> None:
+        self._bypassed = Bypassed(theirs, POSITION_KINDS, weight_norm=True)
+        self._unfit = unfit_positions(theirs)
+
+    def valid(self) -> bool:
+        """Whether the modules are those it was made of."""
+        return self._bypassed.valid()
+
+    def reason(self) -> str | None:
+        """Why they have to be called, or None."""
+        return self._unfit or self._bypassed.watched()
+
+
 def _make_positions(original: Callable, options: Options) -> Callable:
     @wraps(original)
     def forward(self: Any, input: Tensor) -> Tensor:  # [B, C, T] -> [B, C, T]; the name is that of nn.Sequential
-        cache = state_of(self).cache
-        bypassed = cache.get("positions")
-        if bypassed is None or not bypassed.valid():
-            bypassed = cache["positions"] = Bypassed(self, POSITION_KINDS, weight_norm=True)
-            cache["unfit"] = unfit_positions(self)
-        reason = cache["unfit"] or bypassed.watched()
+        reason = plan_of(self, "positions", _Positions).reason()
         if reason is None:
             return positions(self, input.mT).mT
         fall_back(self, "forward", reason, options)

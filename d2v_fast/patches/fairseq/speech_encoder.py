@@ -4,7 +4,6 @@ Dims: B batch, T frames, C channels.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import wraps
 from typing import Any
 
@@ -17,9 +16,9 @@ from d2v_fast.checkpoints.rules import pairs
 from d2v_fast.nn.block import Block
 from d2v_fast.nn.config import EncoderConfig
 from d2v_fast.nn.encoder import TransformerEncoder
-from d2v_fast.patches._core import Options, Seam, fall_back, is_ours, state_of
+from d2v_fast.patches._core import Options, Seam, fall_back, is_ours
 from d2v_fast.patches._fingerprint import fingerprint
-from d2v_fast.patches._sharing import Bypassed, Shared, watched
+from d2v_fast.patches._sharing import Bypassed, Shared, plan_of, watched
 from d2v_fast.patches.fairseq.attention import ATTENTION, unfit_attention
 from d2v_fast.patches.fairseq.convolutions import POSITION_KINDS, Positions, unfit_positions
 from d2v_fast.patches.fairseq.norms import LAYER_NORM, is_gelu
@@ -43,7 +42,7 @@ class _Encoder:
         self._bypassed = [Bypassed(theirs.layers, LAYER_KINDS)]
         if theirs.pos_conv is not None:
             self._bypassed.append(Bypassed(theirs.pos_conv, POSITION_KINDS, weight_norm=True))
-        self._norm = theirs.layer_norm
+        self._norm, self._dropout = theirs.layer_norm, theirs.dropout
         self.unfit = unfit_encoder(theirs)
         if self.unfit is None:
             try:
@@ -59,6 +58,7 @@ class _Encoder:
             ffn_dim=first.fc1.out_features,
             heads=first.self_attn.num_heads,
             norm="pre" if theirs.layer_norm_first else "post",
+            dropout=self._dropout,
             pos_conv_depth=1,  # until theirs take its place
             pos_conv_width=1,
             pos_conv_groups=1,
@@ -75,8 +75,10 @@ class _Encoder:
         self._shared = Shared(ours, theirs, rules)
 
     def valid(self) -> bool:
-        """Whether the layers are those it was made of."""
-        return self._norm is self._theirs.layer_norm and all(bypassed.valid() for bypassed in self._bypassed)
+        """Whether the layers are those it was made of, and dropout in front of them is what it was."""
+        theirs = self._theirs
+        same = self._norm is theirs.layer_norm and self._dropout == theirs.dropout
+        return same and all(bypassed.valid() for bypassed in self._bypassed)
 
     def get(self) -> TransformerEncoder | str:
         """Ours, as it has to run now; or why theirs has to."""
@@ -88,8 +90,6 @@ class _Encoder:
         ours, theirs = self._shared.module, self._theirs
         for layer, block in zip(self._layers, ours.layers, strict=True):
             reason = reason or _follow(layer, block, theirs.training)
-        if ours.config.dropout != theirs.dropout:
-            ours.config = replace(ours.config, dropout=theirs.dropout)
         return reason or ours
 
 
@@ -138,11 +138,7 @@ def unfit_encoder(theirs: nn.Module) -> str | None:
 
 
 def _usable(theirs: nn.Module) -> TransformerEncoder | str:
-    cache = state_of(theirs).cache
-    plan = cache.get("encoder")
-    if plan is None or not plan.valid():
-        plan = cache["encoder"] = _Encoder(theirs)
-    return plan.get()
+    return plan_of(theirs, "encoder", _Encoder).get()
 
 
 def shared_encoder(theirs: nn.Module, options: Options) -> TransformerEncoder | None:
