@@ -12,10 +12,11 @@ from typing import Any
 
 from torch import nn
 
+from d2v_fast.patches._compare import Comparison, compare
 from d2v_fast.patches._core import PARTS, Options, Patch, PatchError, disabled, logger
 from d2v_fast.patches.all import PatchAll, patch_all, report
 
-__all__ = ["Patch", "PatchAll", "PatchError", "patch", "patch_all", "report"]
+__all__ = ["Comparison", "Patch", "PatchAll", "PatchError", "compare", "patch", "patch_all", "report"]
 
 # Modules with SUPPORTED (names of classes), matches(model), sites(model, patch, options) and CLASSES (for patch_all);
 # none imports its framework. One with TAKES_TEACHER = True finds options.teacher itself.
@@ -69,7 +70,7 @@ def patch(
     on = {"ema": ema, "loss": loss, "targets": targets, "attention": attention, "conv": conv, "norms": norms}
     on |= {"encoder": encoder, "masks": masks, "metrics": metrics}
     options = Options(frozenset(part for part in PARTS if on[part]), strict, teacher)
-    model = _unwrapped(model)
+    model = unwrapped(model)
     kind = type(model).__name__
     result = Patch(f"d2v_fast on {kind}")
     if disabled():
@@ -83,7 +84,7 @@ def patch(
         hint = "; patch_all() changes classes" if isinstance(model, type) else ""
         raise PatchError(f"model must be one of {known}, or have one of these as a part, got {_described(model)}{hint}")
     if teacher is not None and not any(getattr(framework, "TAKES_TEACHER", False) for _, _, framework in found):
-        apart = list(_supported(_unwrapped(teacher), "teacher", frameworks))
+        apart = list(_supported(unwrapped(teacher), "teacher", frameworks))
         if not apart:
             raise PatchError(f"teacher must be of a supported class as model is, got {_described(teacher)}")
         found += apart
@@ -109,7 +110,7 @@ def _supported(model: Any, path: str, frameworks: list[ModuleType]) -> Iterator[
             yield from _supported(child, f"{path}.{name}".strip("."), frameworks)
 
 
-def _unwrapped(model: Any) -> Any:
+def unwrapped(model: Any) -> Any:
     """The model in ``DistributedDataParallel`` and its kind.
 
     Raises:

@@ -44,6 +44,7 @@ __all__ = [
     "is_ours",
     "logger",
     "state_of",
+    "table",
 ]
 _MISSING = object()
 
@@ -120,17 +121,25 @@ class Patch:
         """Revert a copy of one of the owners as well."""
         self._copies[id(copied)] = copied
 
-    def revert(self) -> None:
-        """Put everything back, in copies as well. A second time it does nothing.
+    def check_revert(self) -> None:
+        """Raise the error that :meth:`revert` would raise, and change nothing.
 
         Raises:
-            PatchError: somebody replaced one of these methods after us; nothing was put back then.
+            PatchError: somebody replaced one of these methods after us.
         """
         for site, ours, _ in self._undo:
             if not _has(site, ours):
                 found = site.owner.__dict__.get(site.seam.attribute)
                 by = "removed" if found is None else f"replaced by {found!r}"
                 raise PatchError(f"{site.name} was {by} after this patch: take that back first")
+
+    def revert(self) -> None:
+        """Put everything back, in copies as well. A second time it does nothing.
+
+        Raises:
+            PatchError: somebody replaced one of these methods after us; nothing was put back then.
+        """
+        self.check_revert()
         self._past = self.fallbacks()
         self._put_back(0)
         self.reverted = True
@@ -177,19 +186,23 @@ class Patch:
         back = ", taken back" if self.reverted else ""
         return f"<{self.title}: {len(self.applied)} replaced, {len(self.skipped)} left as they were{back}>"
 
-    def __str__(self) -> str:
-        """The table: what was replaced, what was not and why, and calls that went to the original."""
+    def rows(self) -> list[tuple[str, str, str, str, int]]:
+        """Lines of the table: (what, name, part, text, count)."""
         rows = [("replaced", s.name, s.seam.part, s.seam.does, 1) for s in self.applied]
         rows += [("left", s.name, s.part, s.reason, 1) for s in self.skipped]
         rows += [("upstream", name, "calls", why, count) for (name, why), count in sorted(self.fallbacks().items())]
-        return "\n".join([repr(self)[1:-1], *_table(rows)])
+        return rows
+
+    def __str__(self) -> str:
+        """The table: what was replaced, what was not and why, and calls that went to the original."""
+        return "\n".join([repr(self)[1:-1], *table(self.rows())])
 
     def _log(self) -> None:
         applied, skipped = self._logged
         self._logged = (len(self.applied), len(self.skipped))
-        for line in _table(("replaced", s.name, s.seam.part, s.seam.does, 1) for s in self.applied[applied:]):
+        for line in table(("replaced", s.name, s.seam.part, s.seam.does, 1) for s in self.applied[applied:]):
             logger.info(line.strip())
-        for line in _table(("left", s.name, s.part, s.reason, 1) for s in self.skipped[skipped:] if not s.harmless):
+        for line in table(("left", s.name, s.part, s.reason, 1) for s in self.skipped[skipped:] if not s.harmless):
             logger.warning(line.strip())
 
 
@@ -234,7 +247,7 @@ def _made(site: Site, options: Options) -> Callable:
     return ours
 
 
-def _table(rows: Iterable[tuple[str, str, str, str, int]]) -> Iterator[str]:
+def table(rows: Iterable[tuple[str, str, str, str, int]]) -> Iterator[str]:
     """Aligned lines of (what, name, part, text, count); places that differ in a number only share one."""
     counts: Counter[tuple[str, str, str, str]] = Counter()
     for what, name, part, text, count in rows:

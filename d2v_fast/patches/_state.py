@@ -8,7 +8,8 @@ from outside of the class: methods of a shallow copy are those of the original.
 import copy
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -21,6 +22,7 @@ _functions: weakref.WeakSet = weakref.WeakSet()  # all of ours that are methods 
 _stateful: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # id -> what has a state by its class only
 _at_classes: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # class -> (method, reason) -> calls
 _told: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # class -> (method, reason) that the log has
+_copies_as_upstream = False
 
 
 class State:
@@ -105,7 +107,7 @@ def forget(classes: tuple[type, ...]) -> None:
         if isinstance(owner, classes):
             clear(owner)
     for kind in list(_at_classes):
-        if issubclass(kind, classes) and not _has_ours(kind):
+        if issubclass(kind, classes) and not has_ours(kind):
             del _at_classes[kind]
 
 
@@ -114,7 +116,8 @@ def tell_again(kind: type) -> None:
     _told.pop(kind, None)
 
 
-def _has_ours(kind: type) -> bool:
+def has_ours(kind: type) -> bool:
+    """Whether instances of ``kind`` have a method of ours by their class."""
     return any(is_ours(value) for base in kind.__mro__ for value in vars(base).values())
 
 
@@ -144,7 +147,7 @@ def clear(owner: Any) -> None:
         for name, function in _plumbing(owner).items():
             if getattr(inside.get(name), "__func__", None) is function:
                 del inside[name]
-        if _has_ours(type(owner)):
+        if has_ours(type(owner)):
             _stateful[id(owner)] = owner
         else:
             inside.pop(STATE, None)
@@ -181,10 +184,23 @@ class _Upstream:
         return other.__dict__[STATE]
 
 
+@contextmanager
+def copies_as_upstream() -> Iterator[None]:
+    """Deep copies that are made inside have no methods of ours."""
+    global _copies_as_upstream
+    before, _copies_as_upstream = _copies_as_upstream, True
+    try:
+        yield
+    finally:
+        _copies_as_upstream = before
+
+
 def _deepcopy(self: Any, memo: dict) -> Any:
     state = state_of(self)
     with _Upstream(self) as upstream:
         copied = copy.deepcopy(self, memo)
+    if _copies_as_upstream:
+        return copied
     patches = upstream.put_into(copied).patches
     for patch in state.patches:
         patches.add(patch)
