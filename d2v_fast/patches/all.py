@@ -14,7 +14,7 @@ from collections.abc import Callable
 from types import ModuleType
 
 from d2v_fast.launch.hooks import AfterImport, complete
-from d2v_fast.patches._core import Options, Patch, PatchError, Seam, Site, disabled, logger
+from d2v_fast.patches._core import Options, Patch, PatchError, Seam, Site, disabled, logger, table
 
 REGISTRY = "fairseq.models"  # has MODEL_REGISTRY and register_model
 Seams = Callable[[type], list[Seam]]
@@ -125,10 +125,12 @@ class PatchAll:
         """Put everything back, and look at no more imports. A second time it does nothing.
 
         Raises:
-            PatchError: somebody replaced one of these methods after us; take that back first, then call this again.
+            PatchError: somebody replaced one of these methods after us; nothing was put back then.
         """
         global _active
         with self._lock:
+            for patch in self.patches:
+                patch.check_revert()
             self._active = False
             self._finder.remove()
             while self._registries:
@@ -147,12 +149,17 @@ class PatchAll:
         self.revert()
 
     def __str__(self) -> str:
-        """The tables of all modules, one below the other."""
+        """The table: what was replaced, what was not and why, and calls that went to the original."""
         if self.disabled:
             return "d2v_fast: D2V_FAST_DISABLE=1, nothing was replaced"
         if not self.patches:
             return "d2v_fast: no supported class was imported, nothing was replaced"
-        return "\n".join(map(str, self.patches))
+        rows = [row for patch in self.patches for row in patch.rows()]
+        replaced = sum(len(patch.applied) for patch in self.patches)
+        left = sum(len(patch.skipped) for patch in self.patches)
+        # stable: what was replaced in any module comes first
+        rows.sort(key=lambda row: ("replaced", "left", "upstream").index(row[0]))
+        return "\n".join([f"d2v_fast: {replaced} replaced, {left} left as they were", *table(rows)])
 
 
 def _known_classes() -> dict[str, Seams]:
