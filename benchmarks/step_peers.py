@@ -18,7 +18,9 @@ from common import DEVICE
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 
+import d2v_fast
 from d2v_fast.nn import Batch, Data2Vec
+from d2v_fast.patches import Patch
 
 TESTS = Path(__file__).parent.parent / "tests"
 
@@ -33,6 +35,7 @@ class Peer:
     follow: Callable[[int], object]  # the teacher's step after so many updates
     adamw: Callable[..., torch.optim.Optimizer]  # as its authors call it: tensor by tensor
     norm: Callable[[list[nn.Parameter]], Tensor]  # of the gradients, which both trainers log
+    patch: Callable[[], Patch]  # puts our ops under it
 
 
 def load(ours: Data2Vec) -> Peer | None:
@@ -120,8 +123,10 @@ def _of_fairseq(model: nn.Module, loss: Callable[[Batch], Tensor]) -> Peer:
     from fairseq.optim.adam import Adam  # with decoupled weight decay, as AdamW
     from fairseq.utils import clip_grad_norm_
 
-    parameters = list(model.parameters())
-    return Peer("fairseq", parameters, loss, model.set_num_updates, Adam, lambda params: clip_grad_norm_(params, 0))
+    return Peer(
+        "fairseq", list(model.parameters()), loss, model.set_num_updates, Adam,
+        lambda params: clip_grad_norm_(params, 0), lambda: d2v_fast.patch(model),
+    )  # fmt: skip
 
 
 def _share_weights(model: nn.Module, ours: Data2Vec, to_state: Callable, to_teacher: Callable) -> None:
@@ -157,4 +162,6 @@ def _beit(ours: Data2Vec) -> Peer:
         vision_restated.follow(teacher, student, config.ema.decay)
 
     adamw = partial(torch.optim.AdamW, foreach=False)
-    return Peer("BEiT", list(student.parameters()), loss, follow, adamw, partial(clip_grad_norm_, max_norm=math.inf))
+    norm = partial(clip_grad_norm_, max_norm=math.inf)
+    put = partial(d2v_fast.patch, student, teacher=teacher)
+    return Peer("BEiT", list(student.parameters()), loss, follow, adamw, norm, put)
