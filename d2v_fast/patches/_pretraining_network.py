@@ -17,7 +17,7 @@ from d2v_fast.nn.frontends import build_frontend
 from d2v_fast.nn.heads import build_head
 from d2v_fast.nn.positions import RelativePositionBias
 from d2v_fast.patches._core import PatchError
-from d2v_fast.patches._sharing import Shared, Slot
+from d2v_fast.patches._sharing import JoinedLinear, Shared, Slot
 
 SUPPORTED = ("Data2VecAudioModel", "Data2VecTextModel", "Data2VecVisionModel")
 RECIPE = ("targets", "loss", "ema", "mask", "prune", "head_layers")  # what a caller may set; the rest is the network's
@@ -197,6 +197,10 @@ class SharedNetwork(Shared):
             del owner._parameters[name]
             self._tokens.append((owner, name, self._slot(rule.theirs[0])))
         super().__init__(ours, theirs, [rule for rule in rules if not rule.lead])
+        for module in (module for module in ours.modules() if isinstance(module, JoinedLinear)):
+            for kind, slots in module._slots.items():  # among a layer's parameters: LayerDrop gives them gradients of 0
+                self._aliases += [(module._parameters, f"{kind}_{i}", slot) for i, slot in enumerate(slots)]
+                module._parameters.update((f"{kind}_{i}", slot.tensor) for i, slot in enumerate(slots))
         for module in list(ours.modules()):
             if isinstance(module, RelativePositionBias):
                 module.index = RelativePositionBias(1, round((module.index.shape[0] - 1) ** 0.5)).index

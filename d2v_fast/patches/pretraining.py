@@ -5,6 +5,7 @@ Dims: B batch, S samples, T positions (frames, tokens, patches).
 
 import logging
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 
 from d2v_fast.nn import Batch, Data2VecConfig, EMATeacher
+from d2v_fast.ops._lists import is_plain
 from d2v_fast.patches import _pretraining_network as network
 from d2v_fast.patches._pretraining_data import INPUTS, Data2VecCollator, build_batch
 from d2v_fast.patches._sharing import Slot
@@ -89,7 +91,11 @@ class Data2VecPretraining(nn.Module):
             network.skipped_names(self.recipe, rules),
             copies=torch.bfloat16 if self.recipe.prune.teacher_copy else None,
         )
-        self._updates, self._forwards = 0, 0  # optimizer steps; forwards since the last one
+        self._updates = 0  # optimizer steps
+        self._forwards = {
+            True: 0,
+            False: 0,
+        }  # in training since the last step, and in evaluation since the last of these
         self._seen: int | None = None  # version of the anchor at the last forward
         self._hooked_warning = False
         self._network: network.SharedNetwork | None = None
@@ -97,6 +103,7 @@ class Data2VecPretraining(nn.Module):
         self.register_load_state_dict_pre_hook(_add_shared)
         self._ddp_params_and_buffers_to_ignore = self._unused()  # DistributedDataParallel waits for no gradient of them
         _follow_optimizers(self)
+        self._student()
 
     @property
     def config(self) -> Any:
@@ -123,7 +130,7 @@ class Data2VecPretraining(nn.Module):
         return [name for name, _ in self.encoder.named_parameters("encoder") if name not in used]
 
     def _student(self) -> nn.Module:
-        """Our model around the parameters, made when it is first needed."""
+        """Our model around the parameters; made anew where a copy or a change of settings left it out."""
         if self._network is None:
             averages = network.Averages(self.teacher, self.recipe, network.teacher_rules(self.recipe, self.base))
             with torch.device("meta"):
@@ -154,7 +161,7 @@ class Data2VecPretraining(nn.Module):
                 is not at the end, or no masked position.
         """
         if not torch.compiler.is_compiling():
-            self._check_followed()
+            self._check_student()
         if batch is None:
             inputs = self._pick(input_values=input_values, input_ids=input_ids, pixel_values=pixel_values)
             batch = build_batch(self.recipe, inputs, attention_mask, mask, self._generator())
@@ -162,9 +169,11 @@ class Data2VecPretraining(nn.Module):
             raise ValueError("batch must come alone: it has inputs and masks")
         elif batch.num_masked == 0:
             raise ValueError("batch must have a masked position, got none: there is nothing to predict")
-        if self.training and self._forwards > 0 and self.recipe.ema.per == "micro_batch":
+        if self.training and self._forwards[True] > 0 and self.recipe.ema.per == "micro_batch":
             self.teacher.update_(self._updates, again=True)  # data2vec 1.0 as released; see docs/numerics.md
-        self._forwards += 1
+        self._forwards[self.training] += 1
+        if self.training:
+            self._forwards[False] = 0
         out = self._student()(batch)
         num_masked = torch.full((), batch.num_masked, device=out.loss.device)
         loss = out.loss / batch.num_masked
@@ -178,16 +187,19 @@ class Data2VecPretraining(nn.Module):
         return inputs[wanted]
 
     def _generator(self) -> np.random.Generator:
-        """For the masks of this forward: of the seed, the rank, the update, and which forward of it this is."""
+        """For the masks of this forward: of the seed, the rank, and which of an update's, or evaluation's, it is.
+
+        Every evaluation has the same masks, and training has those that it would have without.
+        """
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         rank = torch.distributed.get_rank() if distributed else 0
-        return np.random.default_rng([self.seed, rank, self._updates, self._forwards])
+        update = self._updates if self.training else 0
+        return np.random.default_rng([self.seed, rank, self.training, update, self._forwards[self.training]])
 
     def update_teacher(self) -> float:
         """Move the teacher after an optimizer step; return the decay. Optimizers of PyTorch do so by themselves."""
         self._updates += 1
-        self._forwards = 0
-        self._seen = None
+        self._forwards[True], self._seen = 0, None
         return self.teacher.update_(self._updates)
 
     def _anchor(self) -> nn.Parameter | None:
@@ -198,9 +210,11 @@ class Data2VecPretraining(nn.Module):
         if any(p is anchor for group in optimizer.param_groups for p in group["params"]):
             self.update_teacher()
 
-    def _check_followed(self) -> None:
+    def _check_student(self) -> None:
         """Say so if the student was changed and the teacher not; and if there are hooks that do not run."""
         anchor = self._anchor()
+        if anchor is not None and not is_plain(anchor):
+            raise ValueError(f"parameters must be whole on every rank, got {type(anchor).__name__}: shard no layer")
         version = None if anchor is None or anchor.is_inference() else anchor._version
         if self.training and None not in (version, self._seen) and version != self._seen:
             logger.warning("the student's weights changed, and no optimizer step was seen: call update_teacher()")
@@ -213,6 +227,18 @@ class Data2VecPretraining(nn.Module):
         """For ``DataLoader`` and ``Trainer(data_collator=...)``: pads, and draws the masks in the loader's workers."""
         return Data2VecCollator(self.recipe)
 
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict[str, Any] | None = None) -> None:
+        """Compute each layer again in backward, as ``Trainer(gradient_checkpointing=True)`` asks for."""
+        self._set_checkpointing("full")
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Keep all activations."""
+        self._set_checkpointing("none")
+
+    def _set_checkpointing(self, kind: str) -> None:
+        self.recipe = replace(self.recipe, encoder=replace(self.recipe.encoder, checkpointing=kind))
+        self._network = None
+
     def save_pretrained(self, folder: Any, **options: Any) -> None:
         """Write the student as transformers does, for its ``from_pretrained``; options are those of its method."""
         self.encoder.save_pretrained(folder, **options)
@@ -223,7 +249,7 @@ class Data2VecPretraining(nn.Module):
 
     def set_extra_state(self, state: Tensor) -> None:
         """Take over the number of updates."""
-        self._updates, self._forwards, self._seen = int(state), 0, None
+        self._updates, self._forwards[True], self._seen = int(state), 0, None
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_network": None}
