@@ -54,6 +54,12 @@ base = sys.modules["examples.data2vec.models.modalities.base"]
 modules = sys.modules["examples.data2vec.models.modalities.modules"]
 
 
+def decoder_config(**options):
+    """Options of a decoder: two layers of 32 channels, without dropout."""
+    sizes = {"decoder_dim": 32, "decoder_groups": 4, "decoder_kernel": 3, "decoder_layers": 2, "input_dropout": 0.0}
+    return modules.D2vDecoderConfig(**sizes | options)
+
+
 def build(kind: str, *, part: dict | None = None, decoder: dict | None = None, **model):
     """A model for one kind of data, "audio", "image" or "text", from seed 0; the teacher moved away from the student.
 
@@ -62,13 +68,10 @@ def build(kind: str, *, part: dict | None = None, decoder: dict | None = None, *
     """
     torch.manual_seed(0)
     settings = {**SIZES, **NO_DROPOUT, **TARGETS[kind], "ema_encoder_only": kind == "text", **model}
-    decoder = modules.D2vDecoderConfig(
-        **{"decoder_dim": 32, "decoder_groups": 4, "decoder_kernel": 3, "decoder_layers": 2, "input_dropout": 0.0}
-        | (decoder or {})
-    )
     configs = {"audio": data2vec2.D2vAudioConfig, "image": data2vec2.D2vImageConfig, "text": data2vec2.D2vTextConfig}
-    own = {"prenet_depth": 1, "mask_noise_std": 0.0, "mask_prob": 0.5, "mask_length": 2, "decoder": decoder}
+    own = {"prenet_depth": 1, "mask_noise_std": 0.0, "mask_prob": 0.5, "mask_length": 2}
     sizes = {"num_alibi_heads": settings["num_heads"], "model_depth": settings["depth"]}
+    own["decoder"] = decoder_config(**decoder or {})
     config = configs[kind](**own | sizes | PARTS[kind] | (part or {}))
     modality = getattr(data2vec2.Modality, kind.upper())
     cfg = data2vec2.Data2VecMultiConfig(
@@ -79,7 +82,6 @@ def build(kind: str, *, part: dict | None = None, decoder: dict | None = None, *
         seed=1,
         **settings,
     )
-    dictionary = SimpleNamespace(pad=lambda: 1, __len__=None)
     dictionary = type("Dictionary", (), {"pad": lambda self: 1, "__len__": lambda self: VOCAB})()
     with timm_parts.installed():
         built = data2vec2.Data2VecMultiModel(cfg, [modality], task=SimpleNamespace(source_dictionary=dictionary))

@@ -13,33 +13,23 @@ from torch import Tensor, nn
 from d2v_fast.ops import layer_targets, masked_smooth_l1
 from d2v_fast.patches._core import Options, Patch, Seam, Site, fall_back
 from d2v_fast.patches.fairseq import multi_attention, multi_context, multi_decoder
-
-
-def _norms(cfg: object) -> tuple[str, str] | str:
-    """Norms of the layers and of their mean, or why there are no such."""
-    layers = [k for k in ("batch", "instance", "layer") if getattr(cfg, f"{k}_norm_target_layer")]
-    means = [k for k in ("layer", "instance") if getattr(cfg, f"{k}_norm_targets")]
-    if len(layers) > 1 or len(means) > 1:
-        return f"several norms of targets: {', '.join(layers + means)}"
-    return (layers or ["none"])[0], (means or ["none"])[0]
+from d2v_fast.patches.fairseq.targets import target_norms
 
 
 def _unfit_targets(owner: nn.Module) -> str | None:
-    found = None if isinstance(owner, type) else _norms(owner.cfg)
-    return found if isinstance(found, str) else None
+    return None if isinstance(owner, type) else target_norms(owner.cfg)[1]
 
 
 def _make_targets(original: Callable, options: Options) -> Callable:
     def make_targets(self, y: Sequence[Tensor], num_layers: int) -> Tensor:
         """Layer results [B, T, C] each -> targets [B, T, C] float32, of the last ``num_layers``."""
-        norms = _norms(self.cfg)
-        reason = norms if isinstance(norms, str) else None
+        (norm, post_norm), reason = target_norms(self.cfg)
         if y[-1].dtype == torch.float64:
             reason = "results are float64"
         if reason is not None:
             fall_back(self, "make_targets", reason, options)
             return original(self, y, num_layers)
-        return layer_targets(y[-num_layers:], norm=norms[0], post_norm=norms[1])
+        return layer_targets(y[-num_layers:], norm=norm, post_norm=post_norm)
 
     return make_targets
 

@@ -35,7 +35,8 @@ class Alibi:
     def dense(self) -> Tensor:
         """The tensor [B, H, T, T], float32."""
         if self._dense is None:
-            _say_dense()
+            if not torch.compiler.is_compiling():
+                _say_dense()
             distance = (self.positions[:, :, None] - self.positions[:, None, :]).abs()  # [B, T, T]
             self._dense = -self.slopes[:, None, None] * distance[:, None]
         return self._dense
@@ -45,6 +46,8 @@ class Alibi:
             return Alibi(self.slopes * other.reshape(-1), self.positions)
         return self.dense() * other
 
+    __rmul__ = __mul__
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
@@ -52,8 +55,11 @@ class Alibi:
 
     @classmethod
     def __torch_function__(cls, func: Callable, types: tuple, args: tuple = (), kwargs: dict | None = None) -> Any:
-        if func is Tensor.type_as and isinstance(args[0], Tensor):
+        if func.__name__ == "type_as" and isinstance(args[0], Tensor):
             return args[0].to(args[1].slopes.dtype)
+        if func.__name__ in ("mul", "__mul__", "__rmul__") and not kwargs:
+            bias, factor = args if isinstance(args[0], Alibi) else reversed(args)
+            return Alibi.__mul__(bias, factor)
         args, kwargs = tree_map_only(Alibi, Alibi.dense, (args, kwargs or {}))
         return func(*args, **kwargs)
 
@@ -61,9 +67,7 @@ class Alibi:
 @cache
 def _say_dense() -> None:
     """Log it once."""
-    logger.warning(
-        "ALiBi of data2vec 2.0 was made a tensor [B, H, T, T]: code that d2v_fast does not know asked for it"
-    )
+    logger.warning("ALiBi was made a tensor [B, H, T, T], for code that d2v_fast does not know")
 
 
 def plain(module: nn.Module, *kinds: str) -> bool:
@@ -155,8 +159,9 @@ def _branch(attn: nn.Module, x: Tensor, padding_mask: Tensor | None, alibi_bias:
 
 def _mlp(mlp: nn.Module, x: Tensor) -> Tensor:
     """timm's MLP, its bias and GELU in one pass where that is all there is between its products."""
-    drops = [m for name in ("drop", "drop1", "drop2") if (m := getattr(mlp, name, None)) is not None]
-    norm = getattr(mlp, "norm", None)
+    children = mlp._modules
+    drops = [children[name] for name in ("drop", "drop1", "drop2") if name in children]
+    norm = children.get("norm")
     known = (
         plain(mlp, "Mlp")
         and plain(mlp.fc1, "Linear")

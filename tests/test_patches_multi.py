@@ -1,0 +1,372 @@
+"""fairseq's data2vec 2.0 with our ops against itself without them: tiny models for speech, images and text.
+
+There is no noise in front of the decoder and masks are given, so that both sides compute the same. Upstream's order of
+the tokens that are left is one of an unstable sort: each side sorts the same masks the same way.
+"""
+
+import copy
+from types import SimpleNamespace
+
+import pytest
+import torch
+from parity import assert_equal, gradients
+
+pytest.importorskip("fairseq_peer")
+
+import fairseq_multi_peer as peer
+from torch import nn
+
+import d2v_fast
+from d2v_fast.patches import PatchError
+from d2v_fast.patches._core import Options, Patch, Site
+from d2v_fast.patches.fairseq import multi, multi_attention, multi_context
+from d2v_fast.patches.fairseq.multi_attention import Alibi
+
+KINDS = ("audio", "image", "text")
+
+
+def step(model, batch):
+    """Sum of the losses, gradients, and what else forward returns, of one call."""
+    model.zero_grad()
+    result = model(**batch)
+    losses = {name: loss.float().sum() for name, loss in result.pop("losses").items()}
+    sum(losses.values()).backward()
+    return {name: loss.detach() for name, loss in losses.items()}, gradients(model), result
+
+
+def same(model, batch, tolerance=1e-5, **options):
+    """``model`` gives the same patched and not; returns the patch, which is in place."""
+    losses, grads, others = step(model, batch)
+    patch = d2v_fast.patch(model, **options)
+    got_losses, got_grads, got_others = step(model, batch)
+    assert got_losses.keys() == losses.keys()
+    assert got_others.keys() == others.keys()
+    assert_equal(got_losses, losses, tolerance)
+    assert_equal(got_grads, grads, tolerance)
+    for name, value in others.items():
+        assert float(got_others[name]) == pytest.approx(float(value), rel=1e-5), name
+    return patch
+
+
+CASES = {
+    "audio": ("audio", {}),
+    "audio, a scale for each layer": ("audio", {"part": {"learned_alibi_scale_per_layer": True}}),
+    "audio, one scale for all": ("audio", {"part": {"learned_alibi_scale_per_head": False}}),
+    "audio, fewer heads with ALiBi": ("audio", {"part": {"num_alibi_heads": 2}}),
+    "audio, pre-norm, outputs as targets": ("audio", {"layer_norm_first": True, "end_of_block_targets": True}),
+    "audio, one mask": ("audio", {"clone_batch": 1}),
+    "image": ("image", {}),
+    "image, wider decoder of even kernels": (
+        "image",
+        {"decoder": {"decoder_dim": 48, "decoder_kernel": 4, "decoder_groups": 8}},
+    ),
+    "image, no norms": ("image", {"layer_norm_target_layer": False, "norm_affine": False, "loss_scale": 2.0}),
+    "text": ("text", {}),
+    "text, batch norm, long projection": (
+        "text",
+        {"layer_norm_target_layer": False, "batch_norm_target_layer": True, "decoder": {"projection_layers": 2}},
+    ),
+    "text, two decoders": ("text", {"shared_decoder": peer.decoder_config()}),
+}
+
+
+def batch_of(kind, overrides):
+    batch = peer.batch(kind)
+    if overrides.get("clone_batch") == 1:
+        batch["precomputed_mask"] = batch["precomputed_mask"][::2]
+    return batch
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_loss_and_gradients(case):
+    kind, overrides = CASES[case]
+    model = peer.build(kind, **overrides)
+    patch = same(model, batch_of(kind, overrides))
+    assert not patch.skipped
+    assert not patch.fallbacks()
+
+
+@pytest.mark.parametrize("kind", ["audio", "text"])
+def test_padding(kind):
+    model, batch = peer.build(kind), peer.batch(kind)
+    length = batch["source"].shape[1]
+    batch["padding_mask"] = torch.arange(length) >= torch.tensor([[length], [length * 3 // 4], [length // 2]])
+    assert not same(model, batch).fallbacks()
+
+
+def test_alibi_is_no_tensor(monkeypatch):
+    """Neither student nor teacher makes it; and its scale has a gradient."""
+    model = peer.build("audio")
+    monkeypatch.setattr(Alibi, "dense", lambda self: pytest.fail("a bias [B, H, T, T] was made"))
+    monkeypatch.setattr(peer.base, "masked_alibi", lambda *_: pytest.fail("a bias was gathered"))
+    d2v_fast.patch(model)
+    step(model, peer.batch("audio"))
+    assert model.modality_encoders["AUDIO"].alibi_scale.grad.abs().min() > 0
+    assert model.alibi_biases == model.ema.model.alibi_biases == {}
+
+
+def test_alibi_becomes_a_tensor_for_others():
+    slopes, positions = torch.rand(3), torch.randint(0, 50, (2, 7))
+    want = -slopes[:, None, None] * (positions[:, None, :, None] - positions[:, None, None, :]).abs()
+    bias, scale = Alibi(slopes, positions), torch.rand(1, 3, 1, 1)
+    torch.testing.assert_close((bias * scale.type_as(bias)).dense(), want * scale)
+    torch.testing.assert_close((scale.double().type_as(bias) * bias).dense(), want * scale)
+    assert isinstance(bias * scale, Alibi)
+    assert bias.shape == want.shape
+    torch.testing.assert_close(bias * 2.0, want * 2.0)
+    torch.testing.assert_close(bias * want, want * want)
+    torch.testing.assert_close(torch.zeros(2, 3, 7, 7) + bias, want)
+    torch.testing.assert_close(nn.functional.pad(bias, (1, 0)), nn.functional.pad(want, (1, 0)))
+
+
+def test_attention_switched_off():
+    """Then upstream's own tensor goes through our blocks."""
+    patch = same(peer.build("audio"), peer.batch("audio"), attention=False)
+    assert {site.seam.part for site in patch.applied} == {"loss", "targets", "norms", "conv", "ema"}
+
+
+def test_norms_switched_off():
+    """Upstream's blocks call our attention with a dropout behind it."""
+    model = peer.build("audio", encoder_dropout=0.5)
+    model.eval()
+    batch = peer.batch("audio")
+    want = model(batch["source"], mask=False, features_only=True)["x"]
+    d2v_fast.patch(model, norms=False)
+    assert_equal({"x": model(batch["source"], mask=False, features_only=True)["x"]}, {"x": want})
+
+
+REFUSED = {
+    "two dimensions": ("image", {"part": {"use_alibi_encoder": True, "num_extra_tokens": 0}, "cls_loss": 0.0}),
+    "extra tokens": ("audio", {"part": {"num_extra_tokens": 1}}),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_other_biases_are_upstreams(case):
+    kind, overrides = REFUSED[case]
+    model = peer.build(kind, **overrides)
+    patch = same(model, peer.batch(kind))
+    assert {s.name.split(".")[-1] for s in patch.skipped} == {"contextualized_features"}
+    assert {name for name, _ in patch.fallbacks()} == {"AltAttention.forward"}  # tensors again
+    patch.revert()
+    with pytest.raises(PatchError, match="contextualized_features"):
+        d2v_fast.patch(model, strict=True)
+    assert not any("d2v_fast" in name for m in model.modules() for name in m.__dict__)
+
+
+def test_several_norms_of_targets_are_upstreams():
+    model = peer.build("text", instance_norm_target_layer=True)
+    patch = same(model, peer.batch("text"))
+    assert [s.name for s in patch.skipped] == ["Data2VecMultiModel.make_targets"]
+
+
+@pytest.mark.parametrize("inner", ["norm1", "post_mlp_dropout", "attn", "mlp", "mlp.fc1"])
+def test_hooks_are_called(inner):
+    """What somebody watches is called; of the rest as much as can be is ours."""
+    model, seen = peer.build("text"), []
+    patch = d2v_fast.patch(model)
+    model.blocks[0].get_submodule(inner).register_forward_hook(lambda *_: seen.append(inner))
+    step(model, peer.batch("text"))
+    assert seen == [inner]
+    expected = {"AltBlock.forward"} if inner in ("norm1", "post_mlp_dropout") else set()
+    assert {name for name, _ in patch.fallbacks()} == expected
+
+
+def test_strict_raises_for_a_hook():
+    model = peer.build("text")
+    d2v_fast.patch(model, strict=True)
+    model.blocks[1].norm2.register_forward_hook(lambda *_: None)
+    with pytest.raises(PatchError, match="norm is not an ordinary layer norm, or is watched"):
+        model(**peer.batch("text"))
+
+
+def test_rates_of_dropout(monkeypatch):
+    """Each of them reaches the op that does it, in training alone."""
+    rates = {"attention_dropout": 0.1, "encoder_dropout": 0.2, "post_mlp_drop": 0.3}
+    model = peer.build("text", **rates, end_drop_path_rate=0.4)
+    d2v_fast.patch(model)
+    seen = []
+
+    def attention(*args, dropout_p, **options):
+        seen.append(dropout_p)
+        return args[2]
+
+    def add_norm(x, residual, *args, p, row_scale, **options):
+        seen.append((p, row_scale is not None))
+        return x
+
+    monkeypatch.setattr(multi_attention, "attention", attention)
+    monkeypatch.setattr(multi_attention, "residual_dropout_layer_norm", add_norm)
+    model.blocks[1](torch.randn(2, 5, 32))
+    assert seen == [0.1, (0.2, True), (0.3, True)]
+    seen.clear()
+    model.eval().blocks[1](torch.randn(2, 5, 32))
+    assert seen == [0.0, (0.0, False), (0.0, False)]
+
+
+def test_dropout_trains():
+    """With all of it on, losses are finite, differ from call to call, and every weight has a gradient."""
+    rates = {"attention_dropout": 0.1, "encoder_dropout": 0.1, "post_mlp_drop": 0.1, "end_drop_path_rate": 0.2}
+    model = peer.build("audio", part={"prenet_dropout": 0.1}, **rates)
+    expected = {name for name, grad in step(model, peer.batch("audio"))[1].items() if grad.any()}
+    d2v_fast.patch(model)
+    first, grads, _ = step(model, peer.batch("audio"))
+    second, *_ = step(model, peer.batch("audio"))
+    assert first != second
+    assert {name for name, grad in grads.items() if grad.any()} == expected
+    assert all(grad.isfinite().all() for grad in grads.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_revert(kind):
+    model, batch = peer.build(kind), peer.batch(kind)
+    parts = [*model.modules(), *model.ema.model.modules(), model.ema]
+    before, (losses, grads, _) = [dict(part.__dict__) for part in parts], step(model, batch)
+    keys = list(model.state_dict())
+    patch = d2v_fast.patch(model)
+    step(model, batch)
+    assert list(model.state_dict()) == keys
+    assert not d2v_fast.patch(model).applied  # a second time: nothing
+    patch.revert()
+    assert [part.__dict__.keys() for part in parts] == [inside.keys() for inside in before]
+    got_losses, got_grads, _ = step(model, batch)
+    assert_equal(got_losses, losses, 0.0)
+    assert_equal(got_grads, grads, 0.0)
+
+
+def test_updates():
+    """Three updates with the teacher's: losses, weights and averages."""
+    results = []
+    for patched in (False, True):
+        model = peer.build("audio")
+        if patched:
+            d2v_fast.patch(model)
+        optimizer, losses = torch.optim.SGD(model.parameters(), 1e-3), []
+        for update in range(3):
+            model.set_num_updates(update + 1)
+            losses.append(sum(step(model, peer.batch("audio", update))[0].values()))
+            optimizer.step()
+        results.append((torch.stack(losses), dict(model.named_parameters()), dict(model.ema.fp32_params)))
+    (want_loss, want, averages), (loss, got, got_averages) = results
+    assert_equal({"losses": loss}, {"losses": want_loss})
+    assert_equal(got, want)
+    assert_equal(got_averages, averages)
+
+
+def test_criterion():
+    """fairseq's criterion adds up what it is given: rows here, elements there."""
+    from fairseq.criterions.model_criterion import ModelCriterion
+
+    model = peer.build("image")
+    criterion = ModelCriterion(SimpleNamespace(), loss_weights={}, log_keys=["pred_var", "target_var"], can_sum=True)
+    sample = {"net_input": peer.batch("image"), "id": torch.arange(3)}
+    want, want_size, want_log = criterion(model, sample)
+    d2v_fast.patch(model)
+    loss, size, log = criterion(model, sample)
+    assert size == want_size
+    assert loss.item() == pytest.approx(want.item(), rel=1e-5)
+    assert log.keys() == want_log.keys()
+    assert {k: float(v) for k, v in log.items()} == pytest.approx({k: float(v) for k, v in want_log.items()}, rel=1e-5)
+
+
+def test_features_for_other_tasks():
+    """What fine-tuning calls, after the pretraining modules are gone; with the results of all layers."""
+    results = []
+    for patched in (False, True):
+        model = peer.build("audio")
+        if patched:
+            d2v_fast.patch(model)
+        model.remove_pretraining_modules()
+        waves = peer.batch("audio")["source"]
+        padding = torch.arange(400) >= torch.tensor([[400], [300], [200]])
+        found = model.extract_features(waves, padding_mask=padding)
+        results.append({"x": found["x"], **dict(enumerate(found["layer_results"]))})
+        assert found["padding_mask"].sum() > 0
+    assert_equal(results[1], results[0])
+
+
+def test_copies_are_patched_too():
+    model = peer.build("audio")
+    d2v_fast.patch(model)
+    step(model, peer.batch("audio"))
+    copied = copy.deepcopy(model)
+    want, grads, _ = step(model, peer.batch("audio"))
+    got, copied_grads, _ = step(copied, peer.batch("audio"))
+    assert copied.blocks[0].attn.forward.__self__ is copied.blocks[0].attn
+    assert_equal(got, want, 0.0)
+    assert_equal(copied_grads, grads, 0.0)
+
+
+def test_half_precision():
+    """Everything in bfloat16, averages in float32: as far from float32 as upstream's own."""
+    model, batch = peer.build("audio"), peer.batch("audio")
+    exact, *_ = step(model, batch)
+    model.bfloat16()
+    batch["source"] = batch["source"].bfloat16()
+    upstream, *_ = step(model, batch)
+    d2v_fast.patch(model)
+    ours, grads, _ = step(model, batch)
+    (exact,), (upstream,), (ours,) = exact.values(), upstream.values(), ours.values()
+    assert abs(ours - exact) <= 2 * abs(upstream - exact) + 5e-3 * exact
+    assert all(grad.dtype == torch.bfloat16 for grad in grads.values())
+
+
+def test_compiled():
+    """A block with ALiBi, in one graph."""
+    model = peer.build("audio", part={"learned_alibi_scale_per_layer": True})
+    block = model.blocks[0]
+    d2v_fast.patch(model)
+    x, positions, scale = torch.randn(2, 7, 32), torch.randint(0, 30, (2, 7)), torch.rand(1, 4, 1, 1)
+
+    def run(slopes):
+        bias = Alibi(slopes, positions)
+        return block(x, None, bias * scale.type_as(bias))[0]
+
+    slopes = torch.rand(4, requires_grad=True)
+    want, got = run(slopes), torch.compile(run, backend="aot_eager", fullgraph=True)(slopes)
+    torch.testing.assert_close(got, want)
+    (want_grad,), (got_grad,) = (torch.autograd.grad(y.square().sum(), slopes) for y in (want, got))
+    torch.testing.assert_close(got_grad, want_grad)
+
+
+def test_at_the_classes():
+    """As patch_all does it: models made before and after are fast."""
+    model, batch = peer.build("audio"), peer.batch("audio")
+    losses, grads, _ = step(model, batch)
+    kinds = (
+        peer.data2vec2.Data2VecMultiModel,
+        peer.base.ModalitySpecificEncoder,
+        *(getattr(peer.modules, name) for name in ("AltAttention", "AltBlock", "Decoder1d", "Decoder2d")),
+    )
+    options, patch = Options(), Patch("classes")
+    with patch.apply([Site("", kind, seam) for kind in kinds for seam in multi.seams(kind)], options):
+        assert not patch.skipped
+        for each in (model, peer.build("audio")):
+            got_losses, got_grads, _ = step(each, batch)
+            assert_equal(got_losses, losses)
+            assert_equal(got_grads, grads)
+        assert not patch.fallbacks()
+        image, images = peer.build("image"), peer.batch("image")
+        got, *_ = step(image, images)
+    want, *_ = step(image, images)
+    assert_equal(got, want)
+
+
+def test_changed_upstream_is_left_alone(monkeypatch):
+    """Slopes by other code than ours was written from."""
+    monkeypatch.setattr(multi_context, "_KNOWN_BIAS", ("0" * 16, "0" * 16))
+    patch = same(peer.build("audio"), peer.batch("audio"))
+    assert "code that ours was not written from" in str(patch)
+
+
+def test_report():
+    patch = d2v_fast.patch(peer.build("image"), conv=False)
+    lines = str(patch).splitlines()
+    assert lines[0].startswith("d2v_fast on Data2VecMultiModel:")
+    shown = [" ".join(line.split()) for line in lines]
+    for expected in (
+        "replaced 2 x blocks.*.attn AltAttention.forward attention",
+        "replaced 2 x ema.model.blocks.* AltBlock.forward norms",
+        "left 1 x modality_encoders.IMAGE.decoder Decoder2d.forward conv conv=False",
+    ):
+        assert any(line.startswith(expected) for line in shown), expected
