@@ -59,6 +59,7 @@ def _make_forward(original: Callable, options: Options) -> Callable:
         """Upstream's forward; losses and values to log are tensors [] float32 on the device."""
         output = model(**sample["net_input"])
         scaled = _losses(self, model, output, sample, logger)
+        output = output if isinstance(output, dict) else {}
         loss = sum(scaled.values())
         sample_size = output["sample_size"] if "sample_size" in output else loss.numel()
         if reduce and loss.numel() > 1:
