@@ -118,40 +118,76 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 class Bypassed:
     """The modules below ``root`` that are not called any more where ours is, and whether that loses something.
 
-    ``kinds`` are the names of the classes they may have: a wrapper, an adapter or a quantised layer has another. With
-    ``weight_norm``, weights may be computed by the hook that ``torch.nn.utils.weight_norm`` sets, or by that of
-    ``torch.nn.utils.parametrizations``: ours reads them by :func:`live_weight` then.
+    Args:
+        root: holds them, and is called as ever.
+        kinds: classes that they may have, by :func:`is_known`, where ``home`` is the package of root's class.
+        weight_norm: weights may be computed by the hook that ``torch.nn.utils.weight_norm`` sets, or by that of
+            ``torch.nn.utils.parametrizations``: ours reads them by :func:`live_weight`.
+        followed: whether a hook is one that ours serves by itself.
     """
 
-    def __init__(self, root: nn.Module, kinds: Collection[str], *, weight_norm: bool = False) -> None:
-        self._root, self._kinds, self._weight_norm = root, frozenset(kinds), weight_norm
-        self._found = list(_below(root))
-        self._counts = [(module._modules, len(module._modules)) for _, _, _, module, _ in self._found]
-        self._counts.append((root._modules, len(root._modules)))
+    def __init__(
+        self,
+        root: nn.Module,
+        kinds: Collection[str],
+        *,
+        weight_norm: bool = False,
+        followed: Callable[[object], bool] = lambda hook: False,
+    ) -> None:
+        self._kinds, self._weight_norm, self._followed = frozenset(kinds), weight_norm, followed
+        self._found, self._home = list(_below(root)), _package(type(root))
+        modules = [root, *(module for _, _, _, module, _ in self._found)]
+        self._counts = [(module._modules, len(module._modules)) for module in modules]
+        # what is looked at in every call, without the attributes on the way there
+        self._insides = [(path, child.__dict__) for path, _, _, child, _ in self._found]
+        self._hooks = [(path, inside[name]) for path, inside in self._insides for name in HOOKS if name in inside]
 
     def valid(self) -> bool:
         """Whether nothing below was added, replaced or removed since."""
-        for children, count in self._counts:
+        for children, count in self._counts:  # plain loops: this runs once a call
             if len(children) != count:
                 return False
-        for _, children, name, child, kind in self._found:  # a plain loop: this runs once a call
-            if children.get(name) is not child or type(child) is not kind:
+        for _, children, name, child, kind in self._found:
+            if children.get(name) is not child or child.__class__ is not kind:
                 return False
         return True
 
     def misfit(self) -> str | None:
         """What below is of another class, or None."""
         for path, _, _, child, kind in self._found:
-            if kind.__name__ not in self._kinds and not (self._weight_norm and _is_weight_normed(child)):
+            normed = self._weight_norm and _is_weight_normed(child)
+            if not normed and not is_known(kind, self._kinds, self._home):
                 return f"{path} is a {kind.__name__}"
         return None
 
     def watched(self) -> str | None:
         """Who wants to see one of these modules called, or None; cheap enough for every call."""
-        for path, _, _, child, _ in self._found:
-            if (reason := watched(child, self._weight_norm)) is not None:
-                return f"{path} {reason}"
+        for path, hooks in self._hooks:
+            if hooks and not all(map(self._serves, hooks.values())):
+                return f"{path} has hooks, which want to see it called"
+        for path, inside in self._insides:
+            if "forward" in inside and not is_ours(inside["forward"]):
+                return f"{path} has another forward, by somebody else"
         return None
+
+    def _serves(self, hook: object) -> bool:
+        return self._followed(hook) or (self._weight_norm and _is_weight_norm(hook))
+
+
+def is_known(kind: type, names: Collection[str], home: str = "") -> bool:
+    """Whether a class is one of ``names``: with its module, or alone.
+
+    A name that ``torch.nn`` has is that class, or one of the package ``home``: adapters and quantised layers have names
+    like "Linear" as well.
+    """
+    name = kind.__name__
+    if f"{kind.__module__}.{name}" in names:
+        return True
+    return name in names and (getattr(nn, name, kind) is kind or _package(kind) == home)
+
+
+def _package(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
 
 
 def watched(module: nn.Module, weight_norm: bool = False) -> str | None:
@@ -159,11 +195,10 @@ def watched(module: nn.Module, weight_norm: bool = False) -> str | None:
     inside = module.__dict__
     if "forward" in inside and not is_ours(inside["forward"]):
         return "has another forward, by somebody else"
-    for name in HOOKS:
-        hooks = inside.get(name)
-        if hooks and not (weight_norm and all(map(_is_weight_norm, hooks.values()))):
-            return "has hooks, which want to see it called"
-    return None
+    hooks = [hook for name in HOOKS for hook in inside.get(name, {}).values()]
+    if all(weight_norm and _is_weight_norm(hook) for hook in hooks):
+        return None
+    return "has hooks, which want to see it called"
 
 
 def _below(module: nn.Module, path: str = "") -> Iterator[tuple[str, dict, str, nn.Module, type]]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from d2v_fast.ops import bias_gelu, residual_dropout_layer_norm
 from d2v_fast.ops._rows import runs_reference
 from d2v_fast.patches._core import Options, Seam, fall_back
-from d2v_fast.patches._sharing import watched
+from d2v_fast.patches._sharing import is_known, watched
 
 BYPASSED = ("dropout1", "dropout3", "self_attn_layer_norm", "final_layer_norm", "fc1")
 NORMS, OTHERS = ("LayerNorm", "FusedLayerNorm"), ("Dropout", "Linear")
@@ -31,7 +31,7 @@ def _unfit(layer: nn.Module) -> str | None:
     """Why the small modules of a layer have to be called, or None."""
     for name in BYPASSED:
         module = layer._modules[name]
-        if type(module).__name__ not in (NORMS if name.endswith("norm") else OTHERS):
+        if not is_known(type(module), NORMS if name.endswith("norm") else OTHERS):
             return f"{name} is a {type(module).__name__}"
         if (reason := watched(module)) is not None:
             return f"{name} {reason}"

@@ -18,14 +18,14 @@ from d2v_fast.nn.config import EncoderConfig
 from d2v_fast.nn.encoder import TransformerEncoder
 from d2v_fast.patches._core import Options, Seam, fall_back, is_ours
 from d2v_fast.patches._fingerprint import fingerprint
-from d2v_fast.patches._sharing import Bypassed, Shared, plan_of, watched
+from d2v_fast.patches._sharing import Bypassed, Shared, is_known, plan_of, watched
 from d2v_fast.patches.fairseq.attention import ATTENTION, unfit_attention
 from d2v_fast.patches.fairseq.convolutions import POSITION_KINDS, Positions, unfit_positions
-from d2v_fast.patches.fairseq.norms import LAYER_NORM, is_gelu
+from d2v_fast.patches.fairseq.norms import LAYER_NORM, NORMS, is_gelu
 
 LAYER_KINDS = (
     "TransformerSentenceEncoderLayer",
-    "MultiheadAttention",
+    "fairseq.modules.multihead_attention.MultiheadAttention",
     "FairseqDropout",
     "Linear",
     "Dropout",
@@ -73,6 +73,7 @@ class _Encoder:
             rules += pairs(f"layers.{i}.", f"layers.{i}.", LAYER)
             block.norm1.eps, block.norm2.eps = layer.self_attn_layer_norm.eps, layer.final_layer_norm.eps
         self._shared = Shared(ours, theirs, rules)
+        self._followers = [_Follower(*both) for both in zip(self._layers, ours.layers, strict=True)]
 
     def valid(self) -> bool:
         """Whether the layers are those it was made of, and dropout in front of them is what it was."""
@@ -87,26 +88,36 @@ class _Encoder:
             reason = reason or bypassed.watched()
         if reason is not None:
             return reason
-        ours, theirs = self._shared.module, self._theirs
-        for layer, block in zip(self._layers, ours.layers, strict=True):
-            reason = reason or _follow(layer, block, theirs.training)
+        ours, training = self._shared.module, self._theirs.training
+        for follower in self._followers:
+            reason = reason or follower(training)
         return reason or ours
 
 
-def _follow(layer: nn.Module, block: Block, training: bool) -> str | None:
-    """Give ``block`` the rates of dropout that ``layer`` has at the moment; or say why it cannot follow."""
-    first, hidden, second, weights = layer.dropout1, layer.dropout2, layer.dropout3, layer.self_attn.dropout_module
-    rates = [module.p if module.training else 0.0 for module in (first, hidden, second)]
-    always = weights.apply_during_inference
-    attention = weights.p if layer.self_attn.training or always else 0.0
-    if rates[0] != rates[2]:
-        return f"dropout behind attention and FFN differs: {rates[0]} and {rates[2]}"
-    if not training and (attention > 0 or any(rates)):
-        return "there is dropout although the encoder is in eval mode"
-    if not is_gelu(layer.activation_fn):
-        return "the activation is not GELU"
-    block.dropout, block.activation_dropout, block.attention.dropout = rates[0], rates[1], attention
-    return None
+class _Follower:
+    """Gives a block of ours the rates of dropout that a layer of theirs has at the moment."""
+
+    def __init__(self, layer: nn.Module, block: Block) -> None:
+        self._block, self._ours = block, block.attention
+        self._hidden = layer.dropout1, layer.dropout2, layer.dropout3
+        self._layer, self._theirs, self._weights = layer, layer.self_attn, layer.self_attn.dropout_module
+        self._activation = layer.activation_fn
+
+    def __call__(self, training: bool) -> str | None:
+        """Why ours cannot follow, or None; ``training`` is the encoder's."""
+        first, hidden, second = (module.p if module.training else 0.0 for module in self._hidden)
+        weights = self._weights
+        attention = weights.p if self._theirs.training or weights.apply_during_inference else 0.0
+        if first != second:
+            return f"dropout behind attention and FFN differs: {first} and {second}"
+        if not training and (attention or first or hidden):
+            return "there is dropout although the encoder is in eval mode"
+        if self._layer.activation_fn is not self._activation:
+            return "an activation was replaced"
+        block = self._block
+        if (block.dropout, block.activation_dropout, self._ours.dropout) != (first, hidden, attention):
+            block.dropout, block.activation_dropout, self._ours.dropout = first, hidden, attention
+        return None
 
 
 def unfit_encoder(theirs: nn.Module) -> str | None:
@@ -116,7 +127,7 @@ def unfit_encoder(theirs: nn.Module) -> str | None:
         return "there are no layers"
     if (reason := Bypassed(theirs.layers, LAYER_KINDS).misfit()) is not None:
         return f"layers.{reason}"
-    if type(theirs.layer_norm).__name__ not in ("LayerNorm", "FusedLayerNorm"):
+    if not is_known(type(theirs.layer_norm), NORMS):
         return f"layer_norm is a {type(theirs.layer_norm).__name__}"
     if theirs.pos_conv is None:
         return "there are no positional convolutions"
