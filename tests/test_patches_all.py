@@ -38,7 +38,7 @@ def doubled(original, options):
 
 
 SEAM = Seam("encoder", "forward", doubled, "twice as much")
-CLASSES = {"toy_model.ToyModel": lambda kind: [SEAM]}
+CLASSES = {"fairseq": {"toy_model.ToyModel": lambda kind: [SEAM]}}
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def test_strict_fails_the_import_and_changes_nothing(folder, handle):
     def known(kind):
         return [SEAM, Seam("ema", "no_such_method", doubled, "nothing")]
 
-    handle({"toy_model.ToyModel": known}, strict=True)
+    handle({"toy": {"toy_model.ToyModel": known}}, strict=True)
     with pytest.raises(PatchError, match="no_such_method"):
         load("a.toy_model")
     assert "a.toy_model" not in sys.modules
@@ -251,6 +251,14 @@ def off(monkeypatch):
     yield
     if everywhere._active is not None:
         everywhere._active.revert()
+
+
+def test_only_fairseq_registers(folder, handle):
+    """Transformers has classes of the same names."""
+    patched = handle({"transformers": CLASSES["fairseq"]})
+    kind = load("not_toy_model").ToyModel
+    patched._registered(kind)
+    assert kind().forward(3) == 3 and not patched.patches
 
 
 def test_patch_all_twice_is_once(off, folder):

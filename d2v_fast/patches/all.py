@@ -27,7 +27,7 @@ class PatchAll:
     Made by :func:`patch_all`. ``patches`` has one :class:`Patch` for each module in which a class was looked at.
     """
 
-    def __init__(self, classes: dict[str, Seams], options: Options) -> None:
+    def __init__(self, frameworks: dict[str, dict[str, Seams]], options: Options) -> None:
         self.patches: list[Patch] = []
         self.disabled = disabled()
         self.options = options
@@ -36,11 +36,13 @@ class PatchAll:
         self._seen: weakref.WeakSet[type] = weakref.WeakSet()
         self._registries: list[tuple[ModuleType, Callable, Callable]] = []  # module, our register_model, theirs
         self._endings: dict[str, list[tuple[str, str, Seams]]] = {}  # last name -> (module, class, its seams)
-        self._classes: dict[str, list[Seams]] = {}
-        for key, seams in classes.items():
-            module, _, name = key.rpartition(".")
-            self._endings.setdefault(module.rpartition(".")[2], []).append((module, name, seams))
-            self._classes.setdefault(name, []).append(seams)
+        self._models: dict[str, list[Seams]] = {}  # what fairseq may register; Transformers has classes of these names
+        for framework, classes in frameworks.items():
+            for key, seams in classes.items():
+                module, _, name = key.rpartition(".")
+                self._endings.setdefault(module.rpartition(".")[2], []).append((module, name, seams))
+                if framework == "fairseq":
+                    self._models.setdefault(name, []).append(seams)
         self._finder = AfterImport(self._wants, self.look)
 
     def _matches(self, name: str) -> list[tuple[str, Seams]]:
@@ -97,7 +99,7 @@ class PatchAll:
 
     def _registered(self, owner: type) -> None:
         with self._lock:
-            makers = self._classes.get(getattr(owner, "__name__", ""))
+            makers = self._models.get(getattr(owner, "__name__", ""))
             if self._active and makers is not None:
                 self._apply(Patch(f"{owner.__module__} (registered)"), self._sites(owner, makers))
 
@@ -162,10 +164,9 @@ class PatchAll:
         return "\n".join([f"d2v_fast: {replaced} replaced, {left} left as they were", *table(rows)])
 
 
-def _known_classes() -> dict[str, Seams]:
+def _known_classes() -> dict[str, dict[str, Seams]]:
     names = importlib.import_module("d2v_fast.patches").FRAMEWORKS  # it imports this file
-    modules = [importlib.import_module(f"d2v_fast.patches.{name}") for name in names]
-    return {key: seams for module in modules for key, seams in module.CLASSES.items()}
+    return {name: importlib.import_module(f"d2v_fast.patches.{name}").CLASSES for name in names}
 
 
 def patch_all(strict: bool = False) -> PatchAll:
