@@ -37,7 +37,10 @@ class State:
     def __deepcopy__(self, memo: dict) -> "State | None":
         owner = None if self._owner is None else self._owner()
         copied = memo.get(id(owner))
-        return None if copied is None else _registered(copied)
+        if copied is None:
+            return None
+        _register(copied)
+        return State(copied)
 
     def __reduce__(self) -> tuple:
         return type(None), ()  # no name of ours in a pickle
@@ -47,18 +50,13 @@ def state_of(owner: Any) -> State:
     """What our methods keep with ``owner``; made at the first call where they are in its class."""
     found = owner.__dict__.get(STATE)
     if not isinstance(found, State):
-        _start(owner)
-        found = owner.__dict__[STATE]
+        _register(owner)
+        found = owner.__dict__[STATE] = State(owner)
     return found
 
 
-def _start(owner: Any) -> None:
-    owner.__dict__[STATE] = _registered(owner)
-
-
-def _registered(owner: Any) -> State:
+def _register(owner: Any) -> None:
     _stateful[id(owner)] = owner
-    return State(owner)
 
 
 def fall_back(owner: Any, method: str, reason: str, options: Options) -> None:
@@ -87,7 +85,7 @@ def _note(owner: Any, method: str, reason: str) -> None:
 
 # What torch.compiler.assume_constant_result does, less the import of the compiler: these run while a call is traced,
 # and are no part of what is compiled.
-for _function in (_start, _note):
+for _function in (_register, _note):
     _function._dynamo_marked_constant = True
 
 
@@ -113,7 +111,9 @@ def forget(classes: tuple[type, ...]) -> None:
 
 def tell_again(kind: type) -> None:
     """Log the next fallback in instances of ``kind`` even if the same was logged before."""
-    _told.pop(kind, None)
+    for told in list(_told):
+        if issubclass(told, kind):
+            del _told[told]
 
 
 def has_ours(kind: type) -> bool:
@@ -148,7 +148,7 @@ def clear(owner: Any) -> None:
             if getattr(inside.get(name), "__func__", None) is function:
                 del inside[name]
         if has_ours(type(owner)):
-            _stateful[id(owner)] = owner
+            _register(owner)
         else:
             inside.pop(STATE, None)
 

@@ -1,0 +1,479 @@
+"""Swapping methods: all or nothing, taken back without a trace, and through copies, pickles, wrappers and compilers."""
+
+import copy
+import functools
+import gc
+import inspect
+import io
+import logging
+import pickle
+import subprocess
+import sys
+import weakref
+from pathlib import Path
+from types import MethodType
+
+import pytest
+import torch
+import toy_patches as toy
+from torch import nn
+
+import d2v_fast.patches as patches
+from d2v_fast.patches._core import STATE, Options, Patch, PatchError, Seam, Site, State, is_ours, state_of
+from d2v_fast.patches._fingerprint import fingerprint
+
+X = torch.linspace(-1, 1, 8).reshape(2, 4)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    model = toy.Toy()
+    for layer in model.layers:
+        nn.init.zeros_(layer.linear.bias)
+    return model
+
+
+def patched(model, *seams, strict=False):
+    return Patch("toy").apply(toy.sites(model, *seams), Options(strict=strict))
+
+
+def two_layers(model, x=X):
+    """What upstream computes."""
+    return model.layers[1].linear(model.layers[0].linear(x))
+
+
+def doubled(model, x=X) -> bool:
+    return torch.equal(model(x), 4 * two_layers(model, x))
+
+
+# in place, and back
+
+
+def test_swap_and_revert_leave_no_trace(model):
+    before, keys = toy.snapshot(model), list(model.state_dict())
+    names = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    with patched(model, toy.SPREAD) as patch:
+        assert doubled(model) and model.spread(X) == 20
+        assert list(model.state_dict()) == keys
+        assert [name for name, _ in (*model.named_parameters(), *model.named_buffers())] == names
+        assert [site.name for site in patch.applied] == [
+            "layers.0 Layer.forward",
+            "layers.1 Lazy.forward",
+            "Toy.spread",
+        ]
+    assert toy.snapshot(model) == before
+    assert torch.equal(model(X), two_layers(model)) and model.spread(X) == 2
+    patch.revert()
+    assert patch.reverted and toy.snapshot(model) == before
+
+
+def test_again_changes_nothing(model):
+    first = patched(model)
+    inside = toy.snapshot(model)
+    second = patched(model)
+    assert not second.applied and {s.reason for s in second.skipped} == {"already replaced"}
+    second.revert()
+    assert toy.snapshot(model) == inside and doubled(model)
+    first.revert()
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_two_patches_of_one_object_come_off_in_either_order(model, order):
+    before = toy.snapshot(model)
+    both = [Patch("a").apply([Site("", model, seam)], Options()) for seam in (toy.SPREAD, inner_seam("forward"))]
+    copied = copy.deepcopy(model)
+    both[order[0]].revert()
+    assert state_of(model) is model.__dict__[STATE]
+    both[order[1]].revert()
+    for each in (model, copied):
+        assert [set(inside) for inside in toy.snapshot(each)] == [set(inside) for inside in before]
+    assert toy.snapshot(model) == before
+
+
+def inner_seam(attribute, **options):
+    def make(original, options):
+        return lambda self, *args: original(self, *args) + 1
+
+    return Seam("loss", attribute, make, "one more", **options)
+
+
+def test_signature_is_the_original_s(model):
+    forward = inspect.signature(model.layers[0].forward)
+    with patched(model):
+        ours = model.layers[0].forward
+        assert inspect.signature(ours) == forward and ours.__name__ == "forward"
+        assert not hasattr(ours, "__wrapped__"), "somebody who unwraps would strip ours off"
+
+
+def test_static_methods_at_classes_and_instances(model):
+    at_class = Patch("classes").apply([Site("", toy.Toy, toy.SPREAD)], Options())
+    assert toy.Toy.spread(X) == 20 and model.spread(X) == 20
+    at_class.revert()
+    assert toy.Toy.spread(X) == 2 and isinstance(toy.Toy.__dict__["spread"], staticmethod)
+
+
+# what does not fit
+
+
+@pytest.mark.parametrize(
+    ("seam", "reason"),
+    [
+        (inner_seam("nothing"), "there is no such method"),
+        (inner_seam("depth"), "it is a property, not a method"),
+        (inner_seam("build"), "it is a classmethod, not a method"),
+        (inner_seam("forward", known=frozenset({"0" * 16})), "its source is not one that ours was written from"),
+        (inner_seam("forward", refuses=lambda owner: f"{type(owner).__name__} is odd"), "Toy is odd"),
+    ],
+)
+def test_skipped_with_its_reason(model, seam, reason, caplog):
+    before = toy.snapshot(model)
+    patch = patched(model, seam)
+    assert len(patch.applied) == 2 and reason in patch.skipped[0].reason and reason in caplog.text
+    patch.revert()
+    with pytest.raises(PatchError, match=f"strict=True: Toy.{seam.attribute}: .*{reason}"):
+        patched(model, seam, strict=True)
+    assert toy.snapshot(model) == before
+
+
+def test_foreign_replacement_stays(model):
+    model.forward = MethodType(lambda self, x: x, model)
+    patch = patched(model, inner_seam("forward"))
+    assert "somebody else replaced it already" in patch.skipped[0].reason and torch.equal(model(X), X)
+
+
+def test_fingerprint_follows_the_source():
+    assert fingerprint(toy.Layer.forward) == fingerprint(toy.Lazy().forward) != fingerprint(toy.Toy.forward)
+    assert fingerprint(toy.Toy.__dict__["spread"]) == fingerprint(toy.Toy.spread)
+    assert fingerprint(len) == "unknown"
+
+
+@pytest.mark.parametrize("where", ["refuses", "make", "prepare"])
+def test_nothing_is_half_patched_after_an_error(model, where):
+    def broken(*args):
+        raise OSError(where)
+
+    before = toy.snapshot(model)
+    keys = {where: broken}
+    make = keys.pop("make", None)
+    seam = Seam("loss", "forward", make or toy.make_double, "never", **keys)
+    patch = Patch("toy").apply([Site("", model, toy.SPREAD)], Options())
+    with pytest.raises(OSError, match=where):
+        patch.apply(toy.sites(model, seam), Options())
+    assert len(patch.applied) == 1 and model.spread(X) == 20, "what an earlier apply() did stays"
+    patch.revert()
+    assert toy.snapshot(model) == before
+
+
+def test_nothing_is_half_patched_after_an_error_in_a_swap(model):
+    before = toy.snapshot(model)
+    with pytest.raises(TypeError, match="immutable"):
+        Patch("toy").apply([*toy.sites(model), Site("", int, inner_seam("bit_length"))], Options())
+    assert toy.snapshot(model) == before
+
+
+def test_make_that_returns_the_original_is_an_error(model):
+    with pytest.raises(TypeError, match=r"seam at Toy.forward returned the original"):
+        patched(model, Seam("loss", "forward", lambda original, options: original, "nothing"))
+    assert not is_ours(toy.Toy.forward)
+
+
+def test_one_object_in_two_places(model):
+    model.layers[1] = model.layers[0]
+    patch = patched(model)
+    assert [s.reason for s in patch.skipped] == ["the same object as layers.0 Layer.forward"] and doubled(model)
+    patch.revert()
+    assert torch.equal(model(X), two_layers(model))
+
+
+def test_revert_under_somebody_else_changes_nothing(model):
+    patch = patched(model)
+    ours = model.layers[0].forward
+    model.layers[0].forward = functools.wraps(ours)(lambda x: ours(x))
+    with pytest.raises(PatchError, match=r"layers.0 Layer.forward was replaced by .*: take that back first"):
+        patch.revert()
+    assert doubled(model)
+    model.layers[0].__dict__["forward"] = ours
+    patch.revert()
+    assert torch.equal(model(X), two_layers(model))
+    patch = patched(model)
+    del model.layers[1].forward
+    with pytest.raises(PatchError, match=r"layers.1 Lazy.forward was removed"):
+        patch.revert()
+
+
+def test_no_patch_during_a_capture(model, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    before = toy.snapshot(model)
+    with pytest.raises(RuntimeError, match="while a CUDA graph is captured"):
+        patched(model)
+    assert toy.snapshot(model) == before
+
+
+# classes
+
+
+def test_class_and_instance_in_either_order(model):
+    classes = [Site("", kind, toy.DOUBLE) for kind in (toy.Layer, toy.Lazy)]
+    before = toy.snapshot(model)
+    at_class = Patch("classes").apply(classes, Options())
+    assert doubled(model), "Lazy inherits a method that was replaced, and is doubled once"
+    at_instance = patched(model)
+    assert not at_instance.applied and doubled(model)
+    at_class.revert()
+    assert "forward" not in vars(toy.Lazy) and torch.equal(model(X), two_layers(model))
+    at_instance = patched(model)
+    at_class = Patch("classes").apply(classes, Options())
+    assert doubled(model)
+    at_instance.revert()
+    assert doubled(model)
+    at_class.revert()
+    assert torch.equal(model(X), two_layers(model)) and toy.snapshot(model) == before
+
+
+def test_states_of_a_class_go_with_its_patch(model):
+    before = toy.snapshot(model)
+    patch = Patch("classes").apply([Site("", toy.Layer, toy.DOUBLE)], Options())
+    model(X)
+    model(X[:1])
+    copied = copy.deepcopy(model)
+    assert state_of(copied.layers[0]).cache == {} and state_of(model.layers[0]).cache
+    assert patch.fallbacks() == {("Layer.forward", "a single row"): 1, ("Lazy.forward", "a single row"): 1}
+    assert b"d2v_fast" not in pickle.dumps(model).replace(STATE.encode(), b"")
+    patch.revert()
+    assert toy.snapshot(model) == before
+    assert all(STATE not in module.__dict__ for module in copied.modules())
+    assert patch.fallbacks()["Layer.forward", "a single row"] == 1, "the record stays"
+
+
+# calls that ours leaves to the original
+
+
+def test_fallbacks_are_counted_and_logged_once(model, caplog):
+    patch = patched(model)
+    for _ in range(3):
+        assert torch.equal(model(X[:1]), two_layers(model, X[:1]))
+    assert patch.fallbacks() == {("Layer.forward", "a single row"): 3, ("Lazy.forward", "a single row"): 3}
+    told = [r.message for r in caplog.records if r.levelno == logging.WARNING]
+    assert told == [f"{kind}.forward runs as upstream wrote it: a single row" for kind in ("Layer", "Lazy")]
+    patch.revert()
+    patched(model, strict=True)
+    with pytest.raises(PatchError, match=r"strict=True: Layer\.forward would run as upstream wrote it: a single row"):
+        model(X[:1])
+
+
+# copies, pickles, wrappers, compilers
+
+
+def test_copies_are_patched_and_die(model):
+    patch = patched(model, toy.SPREAD)
+    model(X)
+    copied = copy.deepcopy(copy.deepcopy(model))
+    layer = copy.deepcopy(model.layers[0])
+    for each in (*copied.layers, layer):
+        assert each.forward.__self__ is each and state_of(each).cache == {}
+    with torch.no_grad():
+        copied.layers[0].linear.weight.mul_(2)
+    assert doubled(copied) and doubled(model) and torch.equal(copied.layers[1](X), 2 * copied.layers[1].linear(X))
+    layer(X[:1])
+    assert patch.fallbacks() == {("Layer.forward", "a single row"): 1}
+    gone = [weakref.ref(each) for each in copied.modules()]
+    del copied, each
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * len(gone)
+    copied = copy.deepcopy(model)
+    patch.revert()
+    assert torch.equal(copied(X), two_layers(copied)) and copied.spread(X) == 2
+    assert all("forward" not in module.__dict__ for module in copied.modules())
+
+
+def test_patch_does_not_keep_the_model(model):
+    ref = weakref.ref(model.layers[0])
+    patched(model)
+    model.layers[0] = nn.Identity()
+    gc.collect()
+    assert ref() is None
+
+
+def test_copies_by_the_class_s_own_deepcopy(model):
+    class Own(toy.Toy):
+        def __deepcopy__(self, memo):
+            made = type(self)()
+            made.load_state_dict(self.state_dict())
+            return made
+
+    own = Own()
+    patch = patched(own, inner_seam("forward"))
+    copied = copy.deepcopy(own)
+    assert copied.forward.__self__ is copied and copied is not own
+    patch.revert()
+    assert not any(map(is_ours, copied.__dict__.values())) and STATE not in copied.__dict__
+
+
+@pytest.mark.parametrize("dump", ["pickle", "torch.save", "protocol 0"])
+def test_pickles_are_as_upstream_s(model, dump):
+    unpatched = [set(inside) for inside in toy.snapshot(model)]
+    patched(model, toy.SPREAD)
+    model(X)
+    file = io.BytesIO()
+    if dump == "torch.save":
+        torch.save(model, file)
+        loaded = torch.load(io.BytesIO(file.getvalue()), weights_only=False)
+    else:
+        pickle.dump(model, file, protocol=0 if dump == "protocol 0" else None)
+        loaded = pickle.loads(file.getvalue())
+    assert b"d2v_fast" not in file.getvalue()
+    assert [set(inside) for inside in toy.snapshot(loaded)] == unpatched
+    assert torch.equal(loaded(X), two_layers(model)) and doubled(model)
+    assert patched(loaded).applied
+
+
+def test_pickle_of_a_state_is_nothing():
+    assert pickle.loads(pickle.dumps({"a": State()})) == {"a": None}
+    layer = toy.Layer()
+    layer.__dict__[STATE] = None
+    assert isinstance(state_of(layer), State)
+
+
+def test_replicas_of_data_parallel_call_themselves(model):
+    patch = patched(model)
+    layer = model.layers[0]
+    replica = layer._replicate_for_data_parallel()
+    assert replica.forward.__self__ is replica and state_of(replica) is not state_of(layer)
+    replica.linear = nn.Identity()
+    assert torch.equal(replica(X), 2 * X) and torch.equal(replica(X[:1]), X[:1])
+    assert patch.fallbacks() == {("Layer.forward", "a single row"): 1}
+    patch.revert()
+    assert "_replicate_for_data_parallel" not in layer.__dict__
+
+
+@pytest.mark.parametrize("level", ["instance", "class"])
+def test_compiled_in_one_graph(model, level):
+    torch.compiler.reset()
+    places = [Site("", kind, toy.DOUBLE) for kind in (toy.Layer, toy.Lazy)] if level == "class" else toy.sites(model)
+    with Patch("toy").apply(places, Options()) as patch:
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(X), 4 * two_layers(model))
+        torch.testing.assert_close(compiled(X[:1]), two_layers(model, X[:1]))
+        assert patch.fallbacks()["Layer.forward", "a single row"] >= 1
+    torch.testing.assert_close(compiled(X), two_layers(model))
+    torch.compiler.reset()
+
+
+DISTRIBUTED = """
+import sys
+sys.path.append(sys.argv[1])
+import torch, toy_patches as toy
+from d2v_fast.patches._core import Options, Patch
+torch.distributed.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=0, world_size=1)
+torch.manual_seed(0)
+model, x = toy.Toy(), torch.ones(2, 4)
+patch = Patch("toy").apply(toy.sites(model), Options())
+model(x).sum().backward()
+want = [p.grad.clone() for p in model.parameters()]
+for patched_first in (True, False):
+    model.zero_grad()
+    patch.revert()
+    if patched_first:
+        patch = Patch("toy").apply(toy.sites(model), Options())
+    wrapped = torch.nn.parallel.DistributedDataParallel(model)
+    if not patched_first:
+        patch = Patch("toy").apply(toy.sites(model), Options())
+    wrapped(x).sum().backward()
+    assert all(map(torch.equal, want, (p.grad for p in model.parameters())))
+torch.distributed.destroy_process_group()
+print("done")
+"""
+
+
+def test_distributed_data_parallel(tmp_path):
+    arguments = [sys.executable, "-c", DISTRIBUTED, str(Path(__file__).parent), str(tmp_path / "store")]
+    done = subprocess.run(arguments, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.stdout.strip() == "done", done.stderr
+
+
+# d2v_fast.patch
+
+
+def test_patch_finds_the_model_and_parts(model, monkeypatch):
+    toy.install(monkeypatch)
+    with patches.patch(model) as patch:
+        assert doubled(model) and len(patch.applied) == 3 and repr(patch).startswith("<d2v_fast on Toy: 3 replaced")
+    outer = nn.ModuleDict({"student": nn.Sequential(model), "head": nn.Linear(4, 4)})
+    with patches.patch(outer) as patch:
+        assert [s.path for s in patch.applied] == ["student.0.layers.0", "student.0.layers.1", "student.0"]
+    with patches.patch(nn.DataParallel(model)) as patch:
+        assert len(patch.applied) == 3
+
+
+def test_patch_takes_a_teacher(model, monkeypatch):
+    teacher = toy.Toy()
+    toy.install(monkeypatch)
+    with patches.patch(model, teacher=teacher) as patch:
+        assert [s.path for s in patch.applied[3:]] == ["teacher.layers.0", "teacher.layers.1", "teacher"]
+    with pytest.raises(PatchError, match="teacher must be of a supported class as model is, got Linear"):
+        patches.patch(model, teacher=nn.Linear(2, 2))
+    seen = []
+    toy.install(monkeypatch, TAKES_TEACHER=True, sites=lambda model, patch, options: seen.append(options.teacher) or [])
+    patches.patch(model, teacher=teacher)
+    assert seen == [teacher]
+
+
+def test_switches(model, monkeypatch):
+    toy.install(monkeypatch)
+    patch = patches.patch(model, norms=False, strict=True)
+    assert [s.seam.part for s in patch.applied] == ["metrics"]
+    assert {s.reason for s in patch.skipped} == {"norms=False"}
+    with pytest.raises(TypeError, match="unexpected keyword argument 'nroms'"):
+        patches.patch(model, nroms=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "got"), [(nn.Linear(2, 2), "Linear"), ("toy", "str"), (toy.Toy, r"the class Toy; patch_all\(\)")]
+)
+def test_unknown_models_are_told_what_is_supported(model, got, monkeypatch):
+    toy.install(monkeypatch, SUPPORTED=("Toy", "Other"), matches=lambda model: False)
+    with pytest.raises(PatchError, match=f"model must be one of Toy, Other, or have one .*, got {got}"):
+        patches.patch(model)
+
+
+def test_wrappers_that_come_after_the_patch(model, monkeypatch):
+    toy.install(monkeypatch)
+    with pytest.raises(PatchError, match=r"went through torch\.compile already: patch it before that"):
+        patches.patch(torch.compile(model, backend="aot_eager"))
+    sharded = type("FSDPToy", (type("FSDPModule", (), {}), toy.Toy), {})()
+    with pytest.raises(PatchError, match="went through FSDP already"):
+        patches.patch(sharded)
+
+
+def test_disabled_is_a_logged_no_op(model, monkeypatch, caplog):
+    toy.install(monkeypatch)
+    monkeypatch.setenv("D2V_FAST_DISABLE", "1")
+    before = toy.snapshot(model)
+    patch = patches.patch(model, strict=True)
+    assert toy.snapshot(model) == before and "D2V_FAST_DISABLE=1: Toy stays as it is" in caplog.text
+    assert not patch.applied and patch.skipped[0].reason == "D2V_FAST_DISABLE=1"
+
+
+REPORT = """\
+d2v_fast on Toy: 3 replaced, 2 left as they were
+  replaced    2 x layers.* Layer.forward  norms      twice as much
+  replaced    1 x Toy.spread              metrics    ten times as much
+  left        1 x Toy.nothing             loss       there is no such method in this version
+  left        1 x Toy.forward             loss       loss=False
+  upstream    3 x Layer.forward           calls      a single row"""
+
+
+def test_report(model, monkeypatch):
+    model.layers[1] = toy.Layer()
+    seams = (toy.SPREAD, inner_seam("nothing"))
+    both = lambda model, patch, options: toy.sites(model, *seams)  # noqa: E731
+    toy.install(monkeypatch, sites=both)
+    patch = patches.patch(model)
+    patch.skip("Toy.forward", "loss", "loss=False", harmless=True)
+    model(X[:1])
+    model.layers[0](X[:1])
+    assert str(patch) == REPORT
+    patch.revert()
+    assert str(patch) == REPORT.replace("as they were\n", "as they were, taken back\n")
