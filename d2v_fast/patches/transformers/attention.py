@@ -1,0 +1,255 @@
+"""Attention: ``attn_implementation="d2v_fast"`` for every model that asks transformers' AttentionInterface, and the
+attention modules of Data2Vec, Wav2Vec2 and HuBERT, whose three projections become one product."""
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from d2v_fast.nn.attention import attention
+from d2v_fast.patches._core import Options, Seam, fall_back
+from d2v_fast.patches.transformers._plan import collected, padding_of, plain, unknown_argument, without_none
+
+NAME = "d2v_fast"
+SPEECH, TEXT = "022aa8879f935129", "bb3a4ea7b5423dd7"
+VISION = frozenset({"552cf972a1c0beee", "fa87e1ac31d7e75b", "55c62b697b4c89a1", "1dae894a4c4f0e8f"})
+IGNORED = frozenset(
+    {"output_attentions", "output_hidden_states", "return_dict", "position_ids", "num_items_in_batch", "use_cache"}
+    | {"labels", "encoder_hidden_states"}  # the latter is None in self-attention
+)
+
+
+def register_attention() -> None:
+    """Let models be loaded with ``attn_implementation="d2v_fast"``; ``patch`` and ``d2v_fast.auto`` do this as well.
+
+    It reaches the models that look attention up in transformers' AttentionInterface; Data2VecVision does not.
+
+    Raises:
+        ImportError: transformers is not installed.
+    """
+    modeling = importlib.import_module("transformers.modeling_utils")
+    masking = importlib.import_module("transformers.masking_utils")
+    modeling.AttentionInterface.register(NAME, attention_forward)
+    masking.AttentionMaskInterface.register(NAME, attention_mask)
+
+
+def attention_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    *args: Any,
+    mask_function: Callable | None = None,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """The mask as transformers' AttentionMaskInterface asks for it: bool [B, 1, Tq, Tk], True = seen, or None.
+
+    Of bidirectional attention its rows are one row in memory, so that nothing has to look for differences; every other
+    one is that of SDPA.
+    """
+    masking = sys.modules["transformers.masking_utils"]
+    bidirectional = getattr(masking, "bidirectional_mask_function", None)
+    padding = isinstance(attention_mask, Tensor) and tuple(attention_mask.shape) == (batch_size, kv_length)
+    shifted = args or kwargs.get("q_offset") or kwargs.get("kv_offset") or kwargs.get("use_vmap")
+    if mask_function is None or mask_function is not bidirectional or not padding or shifted:
+        given = {"attention_mask": attention_mask, **kwargs}
+        given |= {} if mask_function is None else {"mask_function": mask_function}
+        return masking.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](batch_size, q_length, kv_length, *args, **given)
+    seen = attention_mask.bool()
+    if kwargs.get("allow_is_bidirectional_skip") and without_none(~seen) is None:
+        return None
+    return seen[:, None, None].expand(batch_size, 1, q_length, kv_length)
+
+
+def attention_forward(
+    module: nn.Module,
+    query: Tensor,  # [B, H, Tq, D]
+    key: Tensor,  # [B, H, Tk, D]
+    value: Tensor,  # like key
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention as transformers' AttentionInterface calls it -> ([B, Tq, H, D], None).
+
+    What ours does not do goes to ``sdpa_attention_forward``, with the same result: causal attention, fewer heads of
+    keys than of queries, masks that are not one row for all queries, a bias in ``kwargs``.
+    """
+    sdpa = _sdpa()
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = causal and attention_mask is None and query.shape[2] > 1
+    padding, other = _padding(attention_mask, query, key)
+    more = any(kwargs.get(name) is not None for name in _honoured(sdpa))
+    if causal or other or more or key.shape[1] != query.shape[1] or value.shape != key.shape:
+        options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+        return sdpa(module, query, key, value, attention_mask, **options, **kwargs)
+    D = query.shape[3]
+    if scaling is not None and scaling != D**-0.5:
+        query = query * (scaling * D**0.5)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return attention(q, k, v, padding_mask=padding, dropout_p=dropout), None
+
+
+def _sdpa() -> Callable:
+    return sys.modules["transformers.integrations.sdpa_attention"].sdpa_attention_forward
+
+
+@cache
+def _honoured(sdpa: Callable) -> tuple[str, ...]:
+    """Further arguments that ``sdpa`` does not ignore."""
+    passed = {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "kwargs"}
+    return (*sorted(set(inspect.signature(sdpa).parameters) - passed), "softcap")
+
+
+def _padding(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, bool]:
+    """Padding [B, Tk], True = padding, and whether the mask is something else."""
+    if mask is None:
+        return None, False
+    B, _, Tq, _ = query.shape
+    rows = isinstance(mask, Tensor) and mask.dtype == torch.bool and tuple(mask.shape) == (B, 1, Tq, key.shape[2])
+    if not rows or (Tq > 1 and mask.stride(2) != 0):
+        return None, True
+    return ~mask[:, 0, 0], False
+
+
+def _projected(x: Tensor, parts: Sequence[nn.Linear], heads: int) -> tuple[Tensor, ...]:
+    """What the linear layers ``parts`` make of x [B, T, C], by one product: [B, T, H, D] each."""
+    weight = torch.cat([part.weight for part in parts])
+    zero = parts[0].weight.new_zeros(parts[0].out_features)
+    bias = torch.cat([zero if part.bias is None else part.bias for part in parts])
+    return F.linear(x, weight, bias).unflatten(-1, (len(parts), heads, -1)).unbind(-3)
+
+
+def _is_mask(mask: Any) -> bool:
+    return mask is None or (isinstance(mask, Tensor) and mask.dim() in (2, 4))
+
+
+def _attend(x: Tensor, qkv: tuple[Tensor, ...], mask: Tensor | None, p: float) -> Tensor:
+    """Attention [B, T, H, D] of rows x; a mask of each query's own goes to SDPA as it is."""
+    padding, other = padding_of(mask, x)
+    if other is None:
+        return attention(*qkv, padding_mask=padding, dropout_p=p)
+    q, k, v = (part.transpose(1, 2) for part in qkv)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=p).transpose(1, 2)
+
+
+def _obstacle(module: nn.Module, parts: Sequence[nn.Linear], kwargs: dict[str, Any]) -> str | None:
+    """Why ours cannot take this call."""
+    if not all(plain(part, nn.Linear) for part in parts):
+        return "its projections are other modules, or have hooks"
+    if "attentions" in collected(module) or kwargs.get("output_attentions"):
+        return "attention weights were asked for"
+    if getattr(module, "is_causal", False) or getattr(module, "is_decoder", False):
+        return "it is causal"
+    return packs(module, kwargs) or unknown_argument(kwargs, IGNORED)
+
+
+def packs(module: nn.Module, kwargs: dict[str, Any]) -> str | None:
+    """The reason, if FlashAttention would take several sequences in one row apart by their positions."""
+    flash = "flash" in (module.config._attn_implementation or "")
+    return (
+        "positions may say where packed sequences begin" if flash and kwargs.get("position_ids") is not None else None
+    )
+
+
+def make_speech(original: Callable, options: Options) -> Callable:
+    """``forward`` of self-attention: hidden_states [B, T, C] -> ([B, T, C], None); cross-attention is upstream's."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        key_value_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        output_attentions: bool | None = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        parts = (self.q_proj, self.k_proj, self.v_proj)
+        reason = _obstacle(self, parts, kwargs | {"output_attentions": output_attentions})
+        if key_value_states is not None:
+            reason = "it is cross-attention"
+        if reason or not _is_mask(attention_mask):
+            fall_back(self, "forward", reason or "its mask is of an unknown kind", options)
+            return original(self, hidden_states, key_value_states, attention_mask, output_attentions, **kwargs)
+        p = self.dropout if self.training else 0.0
+        out = _attend(hidden_states, _projected(hidden_states, parts, self.num_heads), attention_mask, p)
+        return self.out_proj(out.flatten(-2)), None
+
+    return forward
+
+
+def make_text(original: Callable, options: Options) -> Callable:
+    """``forward`` of self-attention: hidden_states [B, T, C] -> ([B, T, C], None); decoding is upstream's."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        parts = (self.query, self.key, self.value)
+        reason = _obstacle(self, parts, kwargs | {"past_key_values": past_key_values})
+        if reason or not _is_mask(attention_mask):
+            fall_back(self, "forward", reason or "its mask is of an unknown kind", options)
+            return original(self, hidden_states, attention_mask, past_key_values, **kwargs)
+        p = self.dropout.p if self.training else 0.0
+        qkv = _projected(hidden_states, parts, self.num_attention_heads)
+        out = _attend(hidden_states, qkv, attention_mask, p)
+        return out.flatten(-2), None
+
+    return forward
+
+
+def make_vision(original: Callable, options: Options) -> Callable:
+    """``forward`` of self-attention, relative-position bias in the kernel: hidden_states [B, N, C] -> ([B, N, C], ...).
+
+    ``relative_position_bias`` [1, H, N, N] is that of all layers; a bias of the layer's own is upstream's to make.
+    """
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        output_attentions: bool = False,
+        relative_position_bias: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        resolution: tuple[int, int] | None = None,
+    ) -> tuple[Tensor, ...]:
+        parts = (self.query, self.key, self.value)
+        given = (output_attentions, relative_position_bias, interpolate_pos_encoding, resolution)
+        reason = _obstacle(self, parts, {"output_attentions": output_attentions})
+        if reason:
+            fall_back(self, "forward", reason, options)
+            return original(self, hidden_states, *given)
+        bias = relative_position_bias
+        if self.has_relative_position_bias:
+            patch = self.config.patch_size
+            window = (resolution[0] // patch, resolution[1] // patch)
+            own = self.relative_position_bias(window, interpolate_pos_encoding, dim_size=hidden_states.shape[1])
+            bias = own if bias is None else own + bias
+        q, k, v = _projected(hidden_states, parts, self.num_attention_heads)
+        sdpa = "Sdpa" in type(self).__name__
+        p = self.config.attention_probs_dropout_prob if sdpa else self.dropout.p
+        out = attention(q, k, v, bias=None if bias is None else bias[0], dropout_p=p if self.training else 0.0)
+        return (out.flatten(-2), None) if sdpa else (out.flatten(-2),)
+
+    return forward
+
+
+DOES = "one product for q, k, v; the best attention kernel that is installed"
+SPEECH_SEAM = Seam("attention", "forward", make_speech, DOES, known=frozenset({SPEECH}))
+TEXT_SEAM = Seam("attention", "forward", make_text, DOES, known=frozenset({TEXT}))
+VISION_SEAM = Seam(
+    "attention",
+    "forward",
+    make_vision,
+    "one product for q, k, v; relative-position bias and its gradient inside of the kernel",
+    known=VISION,
+)
