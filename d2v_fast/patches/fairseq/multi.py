@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from d2v_fast.ops import layer_targets, masked_smooth_l1
 from d2v_fast.patches._core import Options, Patch, Seam, Site, fall_back
-from d2v_fast.patches.fairseq import multi_attention, multi_context, multi_decoder
+from d2v_fast.patches.fairseq import multi_attention, multi_context, multi_decoder, multi_forward
 from d2v_fast.patches.fairseq.targets import target_norms
 
 
@@ -73,7 +73,7 @@ LOSS = Seam(
 
 
 SEAMS: dict[str, tuple[Seam, ...]] = {
-    "Data2VecMultiModel": (TARGETS, LOSS),
+    "Data2VecMultiModel": (TARGETS, LOSS, multi_forward.FORWARD),
     "ModalitySpecificEncoder": (multi_context.CONTEXT,),
     "AltAttention": (multi_attention.ATTENTION,),
     "AltBlock": (multi_attention.BLOCK,),
@@ -105,10 +105,15 @@ def sites(model: nn.Module, patch: Patch, options: Options) -> list[Site]:
     """Every seam of a ``Data2VecMultiModel`` and its teacher; none of other models."""
     if "Data2VecMultiModel" not in {kind.__name__ for kind in type(model).__mro__}:
         return []
-    return [
+    found = [
         Site(path, module, seam)
         for path, module in _modules(model)
         for kind in type(module).__mro__
         for seam in SEAMS.get(kind.__name__, ())
         if _concerns(seam, model, module)
     ]
+    if "targets" not in options.parts:  # what makes them is a part of forward
+        forward = next(site for site in found if site.seam is multi_forward.FORWARD)
+        found.remove(forward)
+        patch.skip(forward.name, "targets", "targets=False", harmless=True)
+    return found
