@@ -7,6 +7,7 @@ the tokens that are left is one of an unstable sort: each side sorts the same ma
 import copy
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from parity import assert_equal, gradients
@@ -84,6 +85,66 @@ def test_loss_and_gradients(case):
     patch = same(model, batch_of(kind, overrides))
     assert not patch.skipped
     assert not patch.fallbacks()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_masks_that_upstream_draws(kind):
+    """By seeds from ids, for each clone its own; LayerDrop by the same draws."""
+    part = {"mask_length": 1} if kind == "text" else {"mask_length": 3, "mask_prob": 0.4, "mask_prob_adjust": 0.1}
+    model, batch = peer.build(kind, part=part, layerdrop=0.5, depth=3), peer.batch(kind)
+    del batch["precomputed_mask"]
+    batch["id"] = torch.tensor([3, 7, 8])
+    results = []
+    for patched in (False, True):
+        if patched:
+            d2v_fast.patch(model)
+        np.random.seed(1)
+        torch.manual_seed(1)
+        results.append(step(model, batch))
+    (losses, grads, others), (got_losses, got_grads, got_others) = results
+    assert got_others["masked_pct"] == others["masked_pct"]
+    assert_equal(got_losses, losses)
+    assert_equal(got_grads, grads)
+
+
+def test_second_view_of_an_image():
+    """Upstream's teacher reads it in place of the source."""
+    model, batch = peer.build("image"), peer.batch("image")
+    alone = step(model, batch)[0]["IMAGE_regression"]
+    batch["target"] = torch.randn_like(batch["source"])
+    same(model, batch)
+    assert step(model, batch)[0]["IMAGE_regression"] != pytest.approx(alone.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("spread", ["target", "pred"])
+def test_collapse_stops_the_run(spread):
+    model = peer.build("text", **{f"min_{spread}_var": 10.0})
+    model.num_updates = 5001
+    with pytest.raises(Exception, match=f"{spread}.var is .* < 10.0, exiting"):
+        step(model, peer.batch("text"))
+    d2v_fast.patch(model)
+    with pytest.raises(Exception, match=f"{spread} var is .* < 10.0, exiting"):
+        step(model, peer.batch("text"))
+
+
+def test_calls_that_are_upstreams():
+    """Reconstruction of pixels, and a subclass with targets of its own, with the finer seams below."""
+    # patches of as many values as there are channels, which is what upstream compares
+    model = peer.build("image", embed_dim=48, part={"embed_dim": 48, "input_size": 16, "patch_size": 4}, recon_loss=0.5)
+    patch = same(model, {**peer.batch("image"), "source": torch.randn(3, 3, 16, 16)})
+    assert {reason for _, reason in patch.fallbacks()} == {"recon_loss: pixels are reconstructed too"}
+    model = peer.build("text")
+    model.__class__ = type("Mine", (type(model),), {"make_targets": lambda self, y, n: y[-1].float() * 2})
+    patch = same(model, peer.batch("text"))
+    assert [s.name for s in patch.skipped] == ["Mine.make_targets"]
+    assert {reason for _, reason in patch.fallbacks()} == {"make_targets is not upstream's"}
+
+
+def test_targets_switched_off():
+    patch = same(peer.build("audio"), peer.batch("audio"), targets=False)
+    names = {site.name for site in patch.applied}
+    assert "Data2VecMultiModel.d2v_loss" in names
+    assert "Data2VecMultiModel.forward" not in names
 
 
 @pytest.mark.parametrize("kind", ["audio", "text"])
@@ -207,7 +268,7 @@ def test_rates_of_dropout(monkeypatch):
 def test_dropout_trains():
     """With all of it on, losses are finite, differ from call to call, and every weight has a gradient."""
     rates = {"attention_dropout": 0.1, "encoder_dropout": 0.1, "post_mlp_drop": 0.1, "end_drop_path_rate": 0.2}
-    model = peer.build("audio", part={"prenet_dropout": 0.1}, **rates)
+    model = peer.build("audio", part={"prenet_dropout": 0.1}, decoder={"input_dropout": 0.1}, **rates)
     expected = {name for name, grad in step(model, peer.batch("audio"))[1].items() if grad.any()}
     d2v_fast.patch(model)
     first, grads, _ = step(model, peer.batch("audio"))

@@ -108,8 +108,8 @@ def sites(model: nn.Module, patch: Patch, options: Options) -> list[Site]:
     found = [
         Site(path, module, seam)
         for path, module in _modules(model)
-        for kind in type(module).__mro__
-        for seam in SEAMS.get(kind.__name__, ())
+        for name in dict.fromkeys(kind.__name__ for kind in type(module).__mro__)
+        for seam in SEAMS.get(name, ())
         if _concerns(seam, model, module)
     ]
     if "targets" not in options.parts:  # what makes them is a part of forward
