@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from d2v_fast.patches._fingerprint import fingerprint
+from d2v_fast.patches._rules import guarded, has_rules
 from d2v_fast.patches._seams import (
     MARK,
     PARTS,
@@ -27,7 +28,18 @@ from d2v_fast.patches._seams import (
     is_ours,
     logger,
 )
-from d2v_fast.patches._state import STATE, State, fall_back, fallbacks_at, forget, put, state_of, take_off, tell_again
+from d2v_fast.patches._state import (
+    STATE,
+    State,
+    fall_back,
+    fallbacks_at,
+    forget,
+    note,
+    put,
+    state_of,
+    take_off,
+    tell_again,
+)
 
 __all__ = [
     "PARTS",
@@ -240,6 +252,8 @@ def _made(site: Site, options: Options) -> Callable:
     ours = site.seam.make(original, options)
     if ours is original:
         raise TypeError(f"make() of the seam at {site.name} returned the original method")
+    if site.seam.op and has_rules(site.seam.op):
+        ours = guarded(ours, original, site.seam.op, lambda owner, reason: note(owner, attribute, reason))
     ours.__name__, ours.__qualname__ = attribute, getattr(original, "__qualname__", attribute)
     # callers look at the arguments by name; __wrapped__ would invite them to unwrap ours
     ours.__signature__ = inspect.signature(original)

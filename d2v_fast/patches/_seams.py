@@ -40,6 +40,7 @@ class Seam:
     refuses: Callable[[Any], str | None] = field(default=lambda owner: None)  # why ours does not fit this owner
     # called when the method is in place at an instance: builds what a compiler could not trace being built
     prepare: Callable[[Any], None] = field(default=lambda owner: None)
+    op: str = ""  # of benchmarks/bench_*.py; at sizes where it was measured to be slower (_rules.py) upstream's runs
 
 
 @dataclass(frozen=True)

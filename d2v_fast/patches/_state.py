@@ -69,10 +69,11 @@ def fall_back(owner: Any, method: str, reason: str, options: Options) -> None:
     """
     if options.strict:
         raise PatchError(f"strict=True: {type(owner).__name__}.{method} would run as upstream wrote it: {reason}")
-    _note(owner, method, reason)
+    note(owner, method, reason)
 
 
-def _note(owner: Any, method: str, reason: str) -> None:
+def note(owner: Any, method: str, reason: str) -> None:
+    """As :func:`fall_back`, where upstream's code is the better one."""
     kind, key = type(owner), (method, reason)
     state_of(owner).fallbacks[key] += 1
     if not is_ours(owner.__dict__.get(method)):
@@ -85,7 +86,7 @@ def _note(owner: Any, method: str, reason: str) -> None:
 
 # What torch.compiler.assume_constant_result does, less the import of the compiler: these run while a call is traced,
 # and are no part of what is compiled.
-for _function in (_register, _note):
+for _function in (_register, note):
     _function._dynamo_marked_constant = True
 
 

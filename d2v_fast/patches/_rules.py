@@ -1,0 +1,78 @@
+"""Sizes at which an op of ours was measured to be no faster than what it replaces, so that upstream's code runs there.
+
+An entry comes from a committed benchmark. After ``make gpu-check`` on a GPU, for every case of
+``benchmarks/results/<gpu>/<op>.json`` in which eager code took less time than ours (``ratio`` below 1, mode
+``fwd+bwd`` where there is one), add a :class:`Slower` with that file as its source, and the GPU to ``TIMED``;
+``tests/test_patches_rules.py`` compares both with the files. On a GPU that nobody timed, ours runs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Slower:
+    """A measured loss. Rows and width are those of a seam's first tensor: all dimensions but the last, and that."""
+
+    op: str  # of benchmarks/bench_*.py
+    device: str  # "cpu", or the GPU's name as torch says it
+    dtype: torch.dtype
+    rows: tuple[int, int]  # from, to; what was measured, and no further
+    width: tuple[int, int]
+    ratio: float  # upstream's time over ours
+    source: str  # file below benchmarks/results
+
+
+SLOWER: tuple[Slower, ...] = ()
+# device -> ops with committed times of their own. On CPUs, whole updates and the front-end were timed, all of them
+# faster (benchmarks/results/README.md).
+TIMED: dict[str, frozenset[str]] = {"cpu": frozenset({"conv_encoder"})}
+
+
+def use(op: str, *, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
+    """Whether ours should run at this size, and what that is known from."""
+    name = device_name(device)
+    for case in SLOWER:
+        inside = case.rows[0] <= rows <= case.rows[1] and case.width[0] <= width <= case.width[1]
+        if inside and (case.op, case.device, case.dtype) == (op, name, dtype):
+            size = f"{rows} x {width}, {str(dtype).removeprefix('torch.')}"
+            return False, f"{op} takes {1 / case.ratio:.2f} times as long at {size} on {name} ({case.source})"
+    return True, f"{'timed' if op in TIMED.get(name, ()) else 'not timed'} on {name}"
+
+
+def device_name(device: torch.device) -> str:
+    """What entries call a device."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def has_rules(op: str) -> bool:
+    """Whether there is a size at which this op is left alone."""
+    return any(case.op == op for case in SLOWER)
+
+
+def guarded(ours: Callable, original: Callable, op: str, left: Callable[[Any, str], None]) -> Callable:
+    """``ours`` where it is faster; the method as it was elsewhere, after ``left(self, reason)``."""
+
+    def method(self, *args, **kwargs):
+        x = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        if x is not None and x.dim() > 0:
+            width = x.shape[-1]
+            rows = x.numel() // width if width else 0
+            fast, reason = use(op, rows=rows, width=width, dtype=x.dtype, device=x.device)
+            if not fast:
+                left(self, reason)
+                return original(self, *args, **kwargs)
+        return ours(self, *args, **kwargs)
+
+    return method
+
+
+def describe() -> str:
+    """The table in a line, for :func:`d2v_fast.info`."""
+    gpus = sorted(name for name in TIMED if name != "cpu")
+    timed = "no GPU was timed, ours runs at every size" if not gpus else f"timed on {', '.join(gpus)}"
+    return f"{timed}; {len(SLOWER)} sizes left to upstream as ours is slower there"

@@ -1,0 +1,56 @@
+"""The table of measured losses: its form, where it comes from, and that upstream's code runs at its sizes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import toy_patches as toy
+
+from d2v_fast.patches import _rules
+from d2v_fast.patches._core import Options, Patch, Seam, Site
+
+BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
+RESULTS = BENCHMARKS / "results"
+LOSS = _rules.Slower("bias_gelu", "cpu", torch.float32, (1, 3), (4, 4), 0.8, "cpu/bias_gelu.json")
+
+
+def folder(device: str) -> str:
+    return "-".join("".join(c if c.isalnum() else " " for c in device.lower()).split())
+
+
+def test_entries_are_measured_losses():
+    for case in _rules.SLOWER:
+        assert case.ratio < 1 and case.rows[0] <= case.rows[1] and case.width[0] <= case.width[1]
+        record = json.loads((RESULTS / case.source).read_text(encoding="utf-8"))
+        assert record["op"] == case.op and case.source.startswith(folder(case.device))
+        assert any(row.get("ratio", 1) < 1 for row in record["results"])
+
+
+def test_every_gpu_with_results_is_in_the_table():
+    timed = {path.name for path in RESULTS.iterdir() if path.is_dir() and path.name != "static"}
+    assert {folder(device) for device in _rules.TIMED} - {"cpu"} == timed
+    known = {path.stem.removeprefix("bench_") for path in BENCHMARKS.glob("bench_*.py")}
+    assert set().union(*_rules.TIMED.values(), (case.op for case in _rules.SLOWER)) <= known
+
+
+@pytest.mark.parametrize("rows, width, dtype", [(4, 4, torch.float32), (3, 5, torch.float32), (3, 4, torch.float64)])
+def test_only_what_was_measured(monkeypatch, rows, width, dtype):
+    monkeypatch.setattr(_rules, "SLOWER", (LOSS,))
+    size = {"rows": rows, "width": width, "dtype": dtype, "device": torch.device("cpu")}
+    assert _rules.use("bias_gelu", **size) == (True, "not timed on cpu")
+    assert _rules.use("bias_gelu", **(size | {"device": torch.device("meta")})) == (True, "not timed on meta")
+    assert "1 sizes left to upstream" in _rules.describe()
+
+
+def test_upstream_runs_where_ours_is_slower(monkeypatch):
+    monkeypatch.setattr(_rules, "SLOWER", (LOSS,))
+    layer = toy.Layer()
+    seam = Seam("norms", "forward", toy.make_double, "twice as much", op="bias_gelu")
+    patch = Patch("toy").apply([Site("", layer, seam)], Options(strict=True))
+    for rows, factor in ((2, 1), (3, 1), (5, 2)):
+        x = torch.ones(rows, 4)
+        assert torch.equal(layer(x), factor * layer.linear(x))
+        assert torch.equal(layer(x=x), factor * layer.linear(x))
+    reason = "bias_gelu takes 1.25 times as long at 2 x 4, float32 on cpu (cpu/bias_gelu.json)"
+    assert patch.fallbacks()["Layer.forward", reason] == 2 and reason in str(patch)
