@@ -78,9 +78,9 @@ def test_follows_moves_loads_and_modes():
 def test_rules_that_do_not_fit():
     with torch.device("meta"):
         ours = Ours()
-    with pytest.raises(ValueError, match="no rule says where these are: qkv.weight"):
+    with pytest.raises(ValueError, match="no rule says where these are"):
         Shared(ours, Theirs(), pairs("", "", {"norm": ("tail.0",)}))
-    with pytest.raises(KeyError, match="Theirs has no tensor tail.7.weight"):
+    with pytest.raises(KeyError, match="Theirs has no tensor"):
         Shared(ours, Theirs(), pairs("", "", {"norm": ("tail.7",)}))
     with pytest.raises(ValueError, match=r"qkv.weight has shape \(8, 4\), expected \(12, 4\)"):
         Shared(ours, Theirs(), [Rule("qkv.weight", ("q.weight", "k.weight"))])

@@ -121,6 +121,7 @@ class Bypassed:
     Args:
         root: holds them, and is called as ever.
         kinds: classes that they may have, by :func:`is_known`, where ``home`` is the package of root's class.
+        path: of root, for the reasons.
         weight_norm: weights may be computed by the hook that ``torch.nn.utils.weight_norm`` sets, or by that of
             ``torch.nn.utils.parametrizations``: ours reads them by :func:`live_weight`.
         followed: whether a hook is one that ours serves by itself.
@@ -130,12 +131,13 @@ class Bypassed:
         self,
         root: nn.Module,
         kinds: Collection[str],
+        path: str = "",
         *,
         weight_norm: bool = False,
         followed: Callable[[object], bool] = lambda hook: False,
     ) -> None:
         self._kinds, self._weight_norm, self._followed = frozenset(kinds), weight_norm, followed
-        self._found, self._home = list(_below(root)), _package(type(root))
+        self._found, self._home = list(_below(root, path and f"{path}.")), _package(type(root))
         modules = [root, *(module for _, _, _, module, _ in self._found)]
         self._counts = [(module._modules, len(module._modules)) for module in modules]
         # what is looked at in every call, without the attributes on the way there

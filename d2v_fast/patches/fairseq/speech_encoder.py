@@ -33,16 +33,19 @@ LAYER_KINDS = (
     "FusedLayerNorm",
 )
 
+PARTS = ("layers", "pos_conv", "layer_norm")
+
 
 class _Encoder:
     """Our encoder with the parameters of ``theirs``, or the reason why there is none."""
 
     def __init__(self, theirs: nn.Module) -> None:
         self._theirs, self._layers = theirs, list(theirs.layers)
-        self._bypassed = [Bypassed(theirs.layers, LAYER_KINDS)]
+        self._bypassed = [Bypassed(theirs.layers, LAYER_KINDS, "layers")]
         if theirs.pos_conv is not None:
-            self._bypassed.append(Bypassed(theirs.pos_conv, POSITION_KINDS, weight_norm=True))
-        self._norm, self._dropout = theirs.layer_norm, theirs.dropout
+            self._bypassed.append(Bypassed(theirs.pos_conv, POSITION_KINDS, "pos_conv", weight_norm=True))
+        self._parts = [(name, theirs._modules.get(name)) for name in PARTS]
+        self._dropout = theirs.dropout
         self.unfit = unfit_encoder(theirs)
         if self.unfit is None:
             try:
@@ -77,9 +80,9 @@ class _Encoder:
 
     def valid(self) -> bool:
         """Whether the layers are those it was made of, and dropout in front of them is what it was."""
-        theirs = self._theirs
-        same = self._norm is theirs.layer_norm and self._dropout == theirs.dropout
-        return same and all(bypassed.valid() for bypassed in self._bypassed)
+        parts = self._theirs._modules
+        same = all(parts.get(name) is part for name, part in self._parts)
+        return same and self._dropout == self._theirs.dropout and all(x.valid() for x in self._bypassed)
 
     def get(self) -> TransformerEncoder | str:
         """Ours, as it has to run now; or why theirs has to."""
@@ -125,8 +128,8 @@ def unfit_encoder(theirs: nn.Module) -> str | None:
     layers = list(theirs.layers)
     if not layers:
         return "there are no layers"
-    if (reason := Bypassed(theirs.layers, LAYER_KINDS).misfit()) is not None:
-        return f"layers.{reason}"
+    if (reason := Bypassed(theirs.layers, LAYER_KINDS, "layers").misfit()) is not None:
+        return reason
     if not is_known(type(theirs.layer_norm), NORMS):
         return f"layer_norm is a {type(theirs.layer_norm).__name__}"
     if theirs.pos_conv is None:
