@@ -20,7 +20,7 @@ __all__ = ["Comparison", "Patch", "PatchAll", "PatchError", "compare", "patch", 
 
 # Modules with SUPPORTED (names of classes), matches(model), sites(model, patch, options) and CLASSES (for patch_all);
 # none imports its framework. One with TAKES_TEACHER = True finds options.teacher itself.
-FRAMEWORKS = ("fairseq", "transformers")
+FRAMEWORKS = ("fairseq", "transformers", "beit")
 # classes of wrappers, told by their names; fairseq has wrappers of its own
 WRAPPERS = {
     "DistributedDataParallel",
