@@ -38,14 +38,14 @@ def _import() -> ModuleType:
     data = ModuleType("examples.data2vec.data")  # its own imports are data sets of images, which need torchvision
     data.__path__ = [os.path.join(os.path.dirname(fairseq_peer.fairseq.__file__), "examples", "data2vec", "data")]
     sys.modules[data.__name__] = data
-    # Python 3.11 refuses unhashable dataclass defaults
-    dataclasses.dataclass = lambda cls=None, /, **options: original(cls, **{**options, "unsafe_hash": True})
-    try:
-        with timm_parts.installed():
+    with timm_parts.installed():
+        # Python 3.11 refuses unhashable dataclass defaults
+        dataclasses.dataclass = lambda cls=None, /, **options: original(cls, **{**options, "unsafe_hash": True})
+        try:
             from examples.data2vec.models import data2vec2
-    finally:
-        dataclasses.dataclass = original
-        del sys.modules[data.__name__]
+        finally:
+            dataclasses.dataclass = original
+            del sys.modules[data.__name__]
     return data2vec2
 
 

@@ -3,6 +3,7 @@
 timm itself needs torchvision, which does not load beside a PyTorch for the CPU alone.
 """
 
+import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,12 +58,12 @@ class Block(nn.Module):
 def installed() -> Iterator[None]:
     """timm can be imported inside: the real one where it works, otherwise these parts of it."""
     try:
-        import timm.models.vision_transformer
+        importlib.import_module("timm.models.vision_transformer")
+        importlib.import_module("timm.models.layers")
     except (ImportError, RuntimeError):
         for name in [name for name in sys.modules if name.partition(".")[0] in ("timm", "torchvision")]:
             del sys.modules[name]
     else:
-        assert timm.models.vision_transformer.Mlp
         yield
         return
     parts = {"DropPath": DropPath, "Mlp": Mlp, "PatchEmbed": PatchEmbed, "Block": Block, "to_2tuple": lambda x: (x, x)}
