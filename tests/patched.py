@@ -32,3 +32,18 @@ def repeat_masks(monkeypatch: pytest.MonkeyPatch, seed: int = 0) -> None:
         "default_rng",
         lambda given=None: real(np.random.PCG64([seed, next(number)] if given is None else given)),
     )
+
+
+def same_as_upstream(got: dict, want: dict, tolerance: float) -> None:
+    """Two results of a fairseq model: the same keys in the same order, numbers equal, tensors within ``tolerance``."""
+    assert list(got) == list(want)
+    for name, value in want.items():
+        if isinstance(value, dict):
+            same_as_upstream(got[name], value, tolerance)
+        elif isinstance(value, torch.Tensor):
+            assert got[name].shape == value.shape
+            assert got[name].dtype == value.dtype
+            torch.testing.assert_close(got[name], value, rtol=tolerance, atol=0)
+        else:
+            assert type(got[name]) is type(value)
+            assert got[name] == value

@@ -94,7 +94,7 @@ def test_each_step(dtype):
 
 def test_averages_move():
     """Neither side of the comparison stands still."""
-    student, theirs, ours, _ = trio()
+    student, _, ours, _ = trio()
     start = {name: x.clone() for name, x in ours.fp32_params.items()}
     perturb(student)
     ours.step(student)

@@ -81,13 +81,21 @@ def _masked_frames(model: Any, mask: Tensor | np.ndarray, device: torch.device) 
     return Sequences.from_mask(on_host(model, "mask", mask)).map(lambda x: to_device(x.numpy(), device))
 
 
+@torch.compiler.disable
+def _ours(encoder: nn.Module, options: Options) -> tuple[nn.Module, list[int]] | None:
+    """Our encoder around the parameters of this one, and the layers to run; None where upstream's has to run."""
+    found = shared_encoder(encoder, options)
+    return None if found is None else (found, kept_layers(encoder))
+
+
 def _student(model: Any, x: Tensor, padding: Tensor | None, masked: Sequences, options: Options) -> Tensor:
     """The encoder's output [M, C] at the masked frames of x [B, T, C]."""
-    ours = shared_encoder(model.encoder, options) if masked.num_rows else None
-    if ours is None:
+    found = _ours(model.encoder, options) if masked.num_rows else None
+    if found is None:
         x, _ = model.encoder(x, padding_mask=padding, layer=None)
         return masked.take(x.flatten(0, 1))
-    return ours(x, padding_mask=padding, select=masked, kept=kept_layers(model.encoder)).x
+    ours, kept = found
+    return ours(x, padding_mask=padding, select=masked, kept=kept).x
 
 
 def _encoded(
@@ -95,11 +103,11 @@ def _encoded(
 ) -> tuple[list[Tensor], str]:
     """Results of the teacher's last layers for x [B, T, C], the last at the selected rows only; and their layout."""
     teacher, count = model.ema.model, _num_results(model)
-    ours = shared_encoder(teacher, options)
-    if ours is None:
+    found = _ours(teacher, options)
+    if found is None:
         _, layers = teacher.extract_features(x, padding_mask=padding, min_layer=len(teacher.layers) - count)
         return [result for _, _, result in layers], "TBC"
-    kept = kept_layers(teacher)
+    ours, kept = found
     results = ours(x, padding_mask=padding, top_k=count, results_only=True, select=select, kept=kept).layer_results
     if select is not None:  # nothing reads the other rows
         B, T, C = x.shape

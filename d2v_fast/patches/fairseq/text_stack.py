@@ -170,6 +170,7 @@ def _unfit_layer(layer: nn.Module) -> str | None:
     return None if reason is None else f"self_attn: {reason}"
 
 
+@torch.compiler.disable
 def text_stack(owner: Any, role: str, theirs: nn.Module) -> TextStack | str:
     """Our embedding and encoder around the parameters of ``theirs``, or why there are none; kept with ``owner``."""
     cache = state_of(owner).cache

@@ -1,0 +1,324 @@
+"""fairseq's ``Data2VecAudioModel`` patched against not: same weights, masks and layers, dropout off."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from parity import assert_equal, gradients, relative
+
+pytest.importorskip("fairseq_peer")
+
+from fairseq_pairs import NORMS, speech_pair
+from patched import dictionaries, perturb, repeat_masks, same_as_upstream
+
+import d2v_fast
+from d2v_fast.patches import PatchError
+from d2v_fast.patches._core import PARTS, is_ours
+
+EVEN, ODD = 8000, 8320  # samples: 24 and 25 frames
+LENGTHS = np.array([0, 1600, 1300])  # samples less, in padded batches
+
+
+def batch(seed=0, samples=EVEN, padded=False):
+    generator = torch.Generator().manual_seed(seed)
+    padding = torch.arange(samples) >= torch.from_numpy(samples - LENGTHS)[:, None]
+    waves = torch.randn(3, samples, generator=generator)
+    if not padded:
+        return {"source": waves}
+    return {"source": waves.masked_fill(padding, 0), "padding_mask": padding}
+
+
+def upstreams(norm="instance", **options):
+    """fairseq's model with its teacher, moved away from the student; ``options`` are changed in model and ``cfg``."""
+    torch.manual_seed(0)
+    model = speech_pair(norm)[0]
+    perturb(model)
+    for name, value in options.items():
+        setattr(model.cfg, name, value)
+        if hasattr(model, name):
+            setattr(model, name, value)
+    return model
+
+
+def pair(norm="instance", switches=None, **options):
+    theirs = upstreams(norm, **options)
+    ours = copy.deepcopy(theirs)
+    return theirs, ours, d2v_fast.patch(ours, **(switches or {}))
+
+
+def run(model, monkeypatch, inputs):
+    """The result and every gradient, with the same random numbers each time."""
+    repeat_masks(monkeypatch)
+    np.random.seed(2)  # LayerDrop's first draws are 0.44, 0.03, 0.55
+    torch.manual_seed(1)
+    model.zero_grad()
+    out = model(**inputs)
+    out["losses"]["regression"].backward()
+    return out, gradients(model)
+
+
+def trained(tensors):
+    """Without the biases of keys, which have no gradient in exact arithmetic."""
+    return {name: x for name, x in tensors.items() if not name.endswith("self_attn.k_proj.bias")}
+
+
+def assert_same(theirs, ours, monkeypatch, inputs=None, tolerance=1e-5):
+    inputs = batch() if inputs is None else inputs
+    want, grads = run(theirs, monkeypatch, inputs)
+    got, ours_grads = run(ours, monkeypatch, inputs)
+    same_as_upstream(got, want, tolerance)
+    assert_equal(trained(ours_grads), trained(grads), tolerance)
+    none = [{name for name, p in model.named_parameters() if p.grad is None} for model in (ours, theirs)]
+    assert none[0] == none[1]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_targets(norm, monkeypatch):
+    theirs, ours, patch = pair(norm)
+    assert_same(theirs, ours, monkeypatch)
+    assert_same(theirs, ours, monkeypatch, batch(1, ODD, padded=True))
+    assert not patch.fallbacks()
+
+
+@pytest.mark.parametrize("samples", [EVEN, ODD])
+@pytest.mark.parametrize("padded", [False, True])
+def test_batches(samples, padded, monkeypatch):
+    theirs, ours, patch = pair()
+    assert_same(theirs, ours, monkeypatch, batch(2, samples, padded))
+    assert not patch.fallbacks()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"loss_beta": 0.5, "loss_scale": 0.3},
+        {"feature_grad_mult": 0.1},
+        {"feature_grad_mult": 0.0},
+        {"average_top_k_layers": 3},
+        {"average_top_k_layers": 9},  # more than there are
+    ],
+)
+def test_options(options, monkeypatch):
+    theirs, ours, patch = pair(**options)
+    assert_same(theirs, ours, monkeypatch, batch(3, ODD))
+    assert not patch.fallbacks()
+
+
+def test_masks_that_are_given(monkeypatch):
+    theirs, ours, patch = pair()
+    mask = np.random.Generator(np.random.PCG64(0)).random((3, 24)) < 0.4  # rows of different counts
+    for given in (mask, torch.from_numpy(mask)):
+        assert_same(theirs, ours, monkeypatch, {**batch(4), "mask_indices": given})
+    assert not patch.fallbacks()
+
+
+def test_layerdrop(monkeypatch):
+    """The same layers are left out, and have no gradient."""
+    theirs, ours, patch = pair()
+    theirs.encoder.layerdrop = ours.encoder.layerdrop = 0.5
+    theirs.ema.model.layerdrop = ours.ema.model.layerdrop = 0.5  # draws, and drops nothing: it is in eval mode
+    assert_same(theirs, ours, monkeypatch)
+    assert any(p.grad is None for p in ours.encoder.layers.parameters())
+    assert not patch.fallbacks()
+
+
+def test_a_teacher_of_the_whole_model(monkeypatch):
+    theirs = upstreams()
+    theirs.cfg.ema_transformer_only = theirs.cfg.ema_layers_only = False
+    theirs.ema = None
+    theirs.set_num_updates(0)
+    perturb(theirs.ema.model)
+    ours = copy.deepcopy(theirs)
+    patch = d2v_fast.patch(ours)
+    assert_same(theirs, ours, monkeypatch, batch(5, padded=True))
+    assert not patch.fallbacks()
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_every_switch(part, monkeypatch):
+    theirs, ours, patch = pair(switches={part: False})
+    assert_same(theirs, ours, monkeypatch, batch(6, ODD, padded=True))
+    assert is_ours(ours.forward) == (part not in ("loss", "targets"))
+    assert is_ours(ours.apply_mask) == (part != "masks")
+    assert not patch.fallbacks()
+
+
+def test_five_updates(monkeypatch):
+    """Optimizer and teacher; the weights, the averages and the teacher itself."""
+    theirs, ours, patch = pair()
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=2e-5) for model in (theirs, ours)]
+    for update in range(5):
+        for model in (theirs, ours):
+            model.set_num_updates(update)
+        assert_same(theirs, ours, monkeypatch, batch(update, ODD if update % 2 else EVEN, padded=update % 2))
+        for optimizer in optimizers:
+            optimizer.step()
+    for tensors in (
+        lambda m: m.ema.fp32_params,
+        lambda m: m.ema.model.state_dict(),
+        lambda m: dict(m.named_parameters()),
+    ):
+        assert_equal(trained(tensors(ours)), trained(tensors(theirs)))
+    assert not patch.fallbacks()
+
+
+def test_checkpoints_go_both_ways(tmp_path, monkeypatch):
+    theirs, ours, _ = pair()
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for number, (saved, loaded) in enumerate(((ours, upstreams()), (theirs, copy.deepcopy(ours)))):
+        perturb(saved)
+        saved.set_num_updates(1)
+        torch.save(saved.state_dict(), tmp_path / f"{number}.pt")
+        perturb(loaded)
+        loaded.set_num_updates(1)
+        loaded.load_state_dict(torch.load(tmp_path / f"{number}.pt"))
+        assert_equal(loaded.ema.fp32_params, saved.ema.fp32_params, 0)
+        assert_same(saved, loaded, monkeypatch)
+
+
+def test_revert_leaves_nothing(monkeypatch):
+    model = upstreams()
+    want, grads = run(model, monkeypatch, batch(7))
+    before = dictionaries(model), dictionaries(model.ema.model), set(model.ema.__dict__)
+    with d2v_fast.patch(model):
+        run(model, monkeypatch, batch(7, padded=True))
+        assert set(model.ema.__dict__) != before[2]
+    assert (dictionaries(model), dictionaries(model.ema.model), set(model.ema.__dict__)) == before
+    got, again = run(model, monkeypatch, batch(7))
+    assert torch.equal(got["losses"]["regression"], want["losses"]["regression"])
+    assert all(torch.equal(x, grads[name]) for name, x in again.items())
+
+
+def test_deep_copies_are_patched(monkeypatch):
+    theirs, ours, patch = pair()
+    run(ours, monkeypatch, batch(8))
+    copied = copy.deepcopy(ours)
+    assert is_ours(copied.forward)
+    assert is_ours(copied.ema._step_internal)
+    perturb(ours)  # the copy has parameters of its own
+    assert_same(theirs, copied, monkeypatch, batch(9))
+    patch.revert()
+    assert not is_ours(copied.forward)
+    assert not is_ours(copied.ema._step_internal)
+
+
+def test_features_for_other_uses_are_upstreams():
+    theirs, ours, patch = pair()
+    want = theirs.extract_features(batch()["source"], None)
+    got = ours.extract_features(batch()["source"], None)
+    assert relative(got["x"], want["x"]) < 1e-5
+    assert len(got["layer_results"]) == len(want["layer_results"])
+    assert not patch.fallbacks()
+
+
+@pytest.mark.parametrize(
+    ("norm", "options", "call", "reason"),
+    [
+        ("none", {"group_norm_target_layer": True}, {}, "targets are normalised by group_norm_target_layer"),
+        ("instance", {"layer_norm_target_layer": True}, {}, "instance_norm_target_layer and layer_norm_target_layer"),
+        ("layer", {"instance_norm_targets": True}, {}, "a norm over the batch"),
+        ("instance", {}, {"layer": 1}, "the output of a layer"),
+    ],
+)
+def test_what_is_left_to_upstream(norm, options, call, reason, monkeypatch):
+    theirs, ours, patch = pair(norm, **options)
+    assert_same(theirs, ours, monkeypatch, {**batch(), **call})
+    assert [reason in why for (name, why) in patch.fallbacks() if name == "Data2VecAudioModel.forward"] == [True]
+    patch.revert()
+    d2v_fast.patch(ours, strict=True)
+    with pytest.raises(PatchError, match=reason):
+        ours(**batch(), **call)
+
+
+def test_hooks_see_their_modules_called(monkeypatch):
+    """The encoder is upstream's again then; the loss stays ours."""
+    theirs, ours, patch = pair()
+    seen = []
+    ours.encoder.layers[1].register_forward_hook(lambda *_: seen.append(1))
+    assert_same(theirs, ours, monkeypatch)
+    assert len(seen) == 1
+    assert {name for name, _ in patch.fallbacks()} == {"TransformerEncoder.extract_features"}
+
+
+@pytest.mark.parametrize(("name", "least"), [("min_target_var", "target"), ("min_pred_var", "pred")])
+def test_collapse_stops_the_run(name, least, monkeypatch):
+    theirs, ours, _ = pair(**{name: 1e3})
+    for model in (theirs, ours):
+        run(model, monkeypatch, batch())  # not in the first updates
+        model.num_updates = 5001
+    messages = []
+    for model in (theirs, ours):
+        with pytest.raises(Exception, match=rf"{least} var is .* < 1000\.0, exiting") as caught:
+            run(model, monkeypatch, batch())
+        messages.append(str(caught.value).split())
+    assert float(messages[0][3]) == pytest.approx(float(messages[1][3]), rel=1e-5)
+    assert messages[0][:3] + messages[0][4:] == messages[1][:3] + messages[1][4:]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision(dtype, monkeypatch):
+    """As the trainer converts it: the student, and the teacher made of it with averages in float32."""
+    theirs = upstreams().to(dtype)
+    theirs.ema = None
+    theirs.set_num_updates(0)
+    ours = copy.deepcopy(theirs)
+    patch = d2v_fast.patch(ours)
+    inputs = {**batch(), "source": batch()["source"].to(dtype)}
+    (want, _), (got, grads) = (run(model, monkeypatch, inputs) for model in (theirs, ours))
+    same_as_upstream(got, want, 5e-3)
+    assert all(x.dtype == dtype and x.isfinite().all() for x in grads.values())
+    for model in (theirs, ours):
+        model.set_num_updates(1)
+    assert_equal(ours.ema.fp32_params, theirs.ema.fp32_params)
+    assert not patch.fallbacks()
+
+
+def test_spreads_over_ranks(tmp_path, monkeypatch):
+    """With a process group of one the same values, from one collective."""
+    _, ours, _ = pair()
+    want, _ = run(ours, monkeypatch, batch())
+    calls = []
+    reduce = torch.distributed.all_reduce
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *args, **more: calls.append(1) or reduce(*args, **more))
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        got, _ = run(ours, monkeypatch, batch())
+    finally:
+        torch.distributed.destroy_process_group()
+    same_as_upstream(got, want, 1e-6)
+    assert len(calls) == 1
+
+
+def test_compiled(monkeypatch):
+    theirs, ours, patch = pair()
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend="aot_eager")
+    want, grads = run(theirs, monkeypatch, batch())
+    got, _ = run(compiled, monkeypatch, batch())
+    same_as_upstream(got, want, 1e-5)
+    assert_equal(trained(gradients(ours)), trained(grads))
+    assert not patch.fallbacks()
+
+
+def test_another_source_is_left_alone(monkeypatch):
+    kind = type("Data2VecAudioModel", (type(upstreams()),), {"forward": lambda self, source: source})
+    model = upstreams()
+    model.__class__ = kind
+    patch = d2v_fast.patch(model)
+    assert not is_ours(model.forward)
+    reasons = [s.reason for s in patch.skipped if s.name == "Data2VecAudioModel.forward"]
+    assert len(reasons) == 1
+    assert "its source is not one that ours was written from" in reasons[0]
+
+
+def test_report():
+    _, _, patch = pair(switches={"targets": False})
+    lines = str(patch).splitlines()
+    assert [" ".join(line.split()) for line in lines if "Data2VecAudioModel." in line or "EMAModule" in line] == [
+        "replaced 1 x ema EMAModule._step_internal ema averages and the teacher's copy of them in one pass over the"
+        " memory",
+        "replaced 1 x Data2VecAudioModel.apply_mask masks spans drawn by the same random numbers without a loop over"
+        " frames, put in without waiting for the device",
+        "left 1 x Data2VecAudioModel.forward targets targets=False",
+    ]
