@@ -45,6 +45,7 @@ def info() -> str:
     from d2v_fast.nn import attention_backends
     from d2v_fast.ops import _extension
     from d2v_fast.ops._dispatch import INTERPRET
+    from d2v_fast.patches import _versions
 
     lines = [
         f"d2v_fast      {__version__}",
@@ -75,6 +76,7 @@ def info() -> str:
     lines.append(f"extension     {'not used: ' + why_not if why_not else 'loaded'}")
     lines += [f"              {text}" for text in _extension.describe()]
     lines += [f"attention     {text}" for text in attention_backends.report()]
+    lines += [f"drop-in       {text}" for text in _versions.report()]
     cores, threads = _cores(), torch.get_num_threads()
     omp = os.environ.get("OMP_NUM_THREADS", "unset")
     lines.append(f"threads       {cores} cores, torch uses {threads}, OMP_NUM_THREADS={omp}")

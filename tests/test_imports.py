@@ -19,7 +19,7 @@ ARROWS = {
     "launch": {"errors"},
     "auto": {"patches"},
     "checkpoints": {"nn", "ops", "errors", "files"},
-    "patches": {"nn", "ops", "checkpoints", "errors", "files"},
+    "patches": {"nn", "ops", "checkpoints", "errors", "files", "launch"},
     "train": {"nn", "ops", "optim", "checkpoints", "errors", "files"},
     "demo": {"train", "nn"},
 }

@@ -1,5 +1,9 @@
-"""The table of measured losses: its form, where it comes from, and that upstream's code runs at its sizes."""
+"""The table of measured losses: its form, where it comes from, and that upstream's code runs at its sizes.
 
+And what ``info()`` says about the drop-in.
+"""
+
+import importlib.metadata
 import json
 from pathlib import Path
 
@@ -7,7 +11,8 @@ import pytest
 import torch
 import toy_patches as toy
 
-from d2v_fast.patches import _rules
+import d2v_fast
+from d2v_fast.patches import _rules, _versions
 from d2v_fast.patches._core import Options, Patch, Seam, Site
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -40,7 +45,7 @@ def test_only_what_was_measured(monkeypatch, rows, width, dtype):
     size = {"rows": rows, "width": width, "dtype": dtype, "device": torch.device("cpu")}
     assert _rules.use("bias_gelu", **size) == (True, "not timed on cpu")
     assert _rules.use("bias_gelu", **(size | {"device": torch.device("meta")})) == (True, "not timed on meta")
-    assert "1 sizes left to upstream" in _rules.describe()
+    assert "ours is slower there: 1" in _rules.describe()
 
 
 def test_upstream_runs_where_ours_is_slower(monkeypatch):
@@ -54,3 +59,35 @@ def test_upstream_runs_where_ours_is_slower(monkeypatch):
         assert torch.equal(layer(x=x), factor * layer.linear(x))
     reason = "bias_gelu takes 1.25 times as long at 2 x 4, float32 on cpu (cpu/bias_gelu.json)"
     assert patch.fallbacks()["Layer.forward", reason] == 2 and reason in str(patch)
+
+
+def test_tested_releases_are_those_that_are_required():
+    folder = BENCHMARKS.parent / "requirements"
+    pinned = "\n".join((folder / name).read_text(encoding="utf-8") for name in ("constraints.txt", "peers.txt"))
+    for framework in _versions.FRAMEWORKS:
+        if framework.name != "timm":  # which the tests only need parts of
+            assert f"{framework.distributions[0]}=={framework.tested}" in pinned
+
+
+@pytest.mark.parametrize(
+    ("found", "says"),
+    [
+        ({"ve-fairseq": "0.12.3"}, "fairseq 0.12.3: supported, tested with this release"),
+        ({"fairseq": "0.12.2"}, "fairseq 0.12.2: tested with 0.12.3; methods with another source are left, and reported"),
+        ({}, "fairseq not installed (tested with 0.12.3)"),
+    ],
+)
+def test_info_says_what_the_drop_in_finds(monkeypatch, found, says):
+    known = importlib.metadata.version
+
+    def version(name):
+        if "fairseq" not in name:
+            return known(name)
+        if name not in found:
+            raise importlib.metadata.PackageNotFoundError(name)
+        return found[name]
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    assert f"drop-in       {says}" in d2v_fast.info()
+    monkeypatch.setenv("D2V_FAST_DISABLE", "1")
+    assert "drop-in       off: D2V_FAST_DISABLE=1\n" in d2v_fast.info()

@@ -74,5 +74,5 @@ def guarded(ours: Callable, original: Callable, op: str, left: Callable[[Any, st
 def describe() -> str:
     """The table in a line, for :func:`d2v_fast.info`."""
     gpus = sorted(name for name in TIMED if name != "cpu")
-    timed = "no GPU was timed, ours runs at every size" if not gpus else f"timed on {', '.join(gpus)}"
-    return f"{timed}; {len(SLOWER)} sizes left to upstream as ours is slower there"
+    timed = f"timed on {', '.join(gpus)}" if gpus else "no GPU was timed"
+    return f"{timed}; sizes left to upstream as ours is slower there: {len(SLOWER) or 'none'}"
