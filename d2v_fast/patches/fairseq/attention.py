@@ -4,7 +4,6 @@ Dims: B batch, T positions, C channels, H heads, D head dim.
 """
 
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,7 +26,6 @@ def unfit_attention(module: nn.Module) -> str | None:
 
 
 def _make(original: Callable, options: Options) -> Callable:
-    @wraps(original)
     def forward(
         self: Any,
         query: Tensor,  # [T, B, C]
@@ -69,4 +67,5 @@ ATTENTION = Seam(
     known=frozenset({"eadb6eb07b09a35a", "214c4df384df602d", "c241212ae8c3d90e", "6b71952d827c3fde"})
     | {"6bc70f10ea72ce95", "3d9f8930753eb50b", "a66dde0967f64265"},
     refuses=lambda owner: None if isinstance(owner, type) else unfit_attention(owner),
+    op="attention",
 )

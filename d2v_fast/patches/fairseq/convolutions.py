@@ -4,7 +4,6 @@ Dims: B batch, S samples, T frames, C channels.
 """
 
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
@@ -117,7 +116,6 @@ def unfit_extractor(theirs: nn.Module) -> str | None:
 
 
 def _make_extractor(original: Callable, options: Options) -> Callable:
-    @wraps(original)
     def forward(self: Any, x: Tensor) -> Tensor:  # [B, S] -> [B, C, T]
         plan = plan_of(self, "convolutions", _Extractor)
         reason = plan.reason(x)
@@ -136,6 +134,8 @@ EXTRACTOR = Seam(
     "convolution, norm and GELU in one op each, channels last",
     known=frozenset({"778734b5d89d2e09"}),
     refuses=lambda owner: None if isinstance(owner, type) else unfit_extractor(owner),
+    prepare=lambda owner: plan_of(owner, "convolutions", _Extractor),
+    op="conv_encoder",
 )
 
 
@@ -210,7 +210,6 @@ class _Positions:
 
 
 def _make_positions(original: Callable, options: Options) -> Callable:
-    @wraps(original)
     def forward(self: Any, input: Tensor) -> Tensor:  # [B, C, T] -> [B, C, T]; the name is that of nn.Sequential
         reason = plan_of(self, "positions", _Positions).reason()
         if reason is None:
@@ -227,4 +226,5 @@ POSITIONS = Seam(
     _make_positions,
     "convolution, norm and GELU in one op, for calls that the encoder leaves",
     refuses=unfit_positions,
+    prepare=lambda owner: plan_of(owner, "positions", _Positions),
 )

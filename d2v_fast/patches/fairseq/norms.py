@@ -4,7 +4,6 @@ Dims: B batch, T frames, C channels.
 """
 
 from collections.abc import Callable
-from functools import wraps
 from typing import Any
 
 import torch
@@ -54,7 +53,6 @@ def _ffn(layer: nn.Module, x: Tensor) -> Tensor:
 
 
 def _make_layer(original: Callable, options: Options) -> Callable:
-    @wraps(original)
     def forward(
         self: Any,
         x: Tensor,  # [T, B, C]
@@ -93,6 +91,7 @@ LAYER_NORM = Seam(
     _make_layer,
     "dropout, residual and norm in one op, bias and GELU in one, for calls that the encoder leaves",
     known=frozenset({"1a712918bbabfead"}),
+    op="residual_dropout_layer_norm",
 )
 
 
@@ -103,7 +102,6 @@ def _low(module: nn.Module, x: Tensor) -> bool:
 
 
 def _make_layer_norm(original: Callable, options: Options) -> Callable:
-    @wraps(original)
     def forward(self: Any, input: Tensor) -> Tensor:
         """In low precision without the copies in float32; otherwise there is nothing to gain."""
         if not _low(self, input):
@@ -114,7 +112,6 @@ def _make_layer_norm(original: Callable, options: Options) -> Callable:
 
 
 def _make_group_norm(original: Callable, options: Options) -> Callable:
-    @wraps(original)
     def forward(self: Any, input: Tensor) -> Tensor:
         """In low precision without the copies in float32; otherwise there is nothing to gain."""
         if not _low(self, input):
