@@ -16,7 +16,7 @@ MODELING = "transformers.models."
 AUDIO, TEXT, VISION = (
     f"data2vec.modeling_data2vec_{kind}.Data2Vec{kind.title()}" for kind in ("audio", "text", "vision")
 )
-SPEECH = (AUDIO, "wav2vec2.modeling_wav2vec2.Wav2Vec2", "hubert.modeling_hubert.Hubert")
+SPEECH = ("wav2vec2.modeling_wav2vec2.Wav2Vec2", "hubert.modeling_hubert.Hubert")
 SUPPORTED = ("Data2VecAudioModel", "Data2VecTextModel", "Data2VecVisionModel", "Wav2Vec2Model", "HubertModel")
 # class, without what is in front of its own name -> (file, seam); in the order of the report
 OF_SPEECH = {
@@ -44,7 +44,9 @@ OF_VISION = {
     "Layer": ("vision", "LAYER_SEAM"),
     "Intermediate": ("vision", "INTERMEDIATE_SEAM"),
 }
-FAMILIES = [*((prefix, OF_SPEECH) for prefix in SPEECH), (TEXT, OF_TEXT), (VISION, OF_VISION)]
+STABLE = {"EncoderStableLayerNorm", "EncoderLayerStableLayerNorm"}  # pre-norm, which Data2VecAudio does not have
+FAMILIES = [(AUDIO, {name: place for name, place in OF_SPEECH.items() if name not in STABLE})]
+FAMILIES += [*((prefix, OF_SPEECH) for prefix in SPEECH), (TEXT, OF_TEXT), (VISION, OF_VISION)]
 PLACES = {MODELING + prefix + name: place for prefix, family in FAMILIES for name, place in family.items()}
 
 

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from d2v_fast.checkpoints.rules import Rule
 from d2v_fast.nn.checkpointing import capturing
-from d2v_fast.patches._core import is_ours, state_of
+from d2v_fast.patches._core import Seam, is_ours, state_of
 from d2v_fast.patches._fingerprint import fingerprint
-from d2v_fast.patches._sharing import Bypassed, Shared, watched
+from d2v_fast.patches._sharing import Bypassed, Shared, plan_of, watched
 
 Sources = Mapping[str, frozenset[str]]  # name of a class -> fingerprints of the forward that ours was written from
+PLAN = "plan"  # where it is in a State
 RECORDING = "transformers.utils.output_capturing"
 TORCH = ("ModuleList", "Linear", "LayerNorm", "GroupNorm", "Dropout", "Conv1d", "Identity", "GELUActivation", "GELU")
 
@@ -33,8 +34,7 @@ class Survey:
 
     def __init__(self, root: nn.Module, sources: Sources) -> None:
         self.root, self._read = root, []
-        self._bypassed = Bypassed(root, (*sources, *TORCH), weight_norm=True)
-        self._below = [(path, module) for path, module in root.named_modules() if path]
+        self._bypassed = Bypassed(root, (*sources, *TORCH), weight_norm=True, followed=is_recorder)
         self.unknown = self._bypassed.misfit() or _unknown_source(root, sources)
 
     def get(self, owner: Any, name: str) -> Any:
@@ -56,13 +56,9 @@ class Survey:
         """Whether modules and settings are those that were read."""
         return self._bypassed.valid() and all(getattr(owner, name, None) == value for owner, name, value in self._read)
 
-    def reason(self) -> str | None:
-        """Why the modules have to be called now."""
-        for path, module in self._below:
-            reason = watched(module, weight_norm=True)
-            if reason is not None and not _only_recorded(module):
-                return f"{path} {reason}"
-        return None
+    def watched(self) -> str | None:
+        """Who wants to see one of the modules called now."""
+        return self._bypassed.watched()
 
 
 class Plan:
@@ -70,6 +66,10 @@ class Plan:
 
     def __init__(self, survey: Survey, shared: Shared | None, reason: str | None) -> None:
         self.survey, self.shared, self.reason = survey, shared, reason
+
+    def valid(self) -> bool:
+        """Whether modules and settings are as they were; not looked at again where torch.compile traces."""
+        return torch.compiler.is_compiling() or self.survey.valid()
 
 
 Build = Callable[[Survey], tuple[nn.Module, Sequence[Rule]]]  # ours on the meta device, and where its tensors are
@@ -87,27 +87,40 @@ def make_plan(owner: nn.Module, sources: Sources, build: Build) -> Plan:
         return Plan(survey, None, str(error.args[0]))
 
 
-def plan_of(owner: nn.Module, sources: Sources, build: Build) -> Plan:
-    """The plan that is kept with ``owner``, a new one after a change."""
-    kept = state_of(owner).cache
-    plan = kept.get("plan")
-    if plan is None or not (torch.compiler.is_compiling() or plan.survey.valid()):
-        plan = kept["plan"] = make_plan(owner, sources, build)
-    return plan
+def around(part: str, make: Callable, does: str, known: frozenset[str], plan: Callable[[nn.Module], Plan]) -> Seam:
+    """The seam of a ``forward`` that ours takes the place of as ``plan`` says."""
+    return Seam(
+        part,
+        "forward",
+        make,
+        does,
+        known=known,
+        refuses=lambda owner: None if isinstance(owner, type) else plan(owner).reason,
+        prepare=lambda owner: plan_of(owner, PLAN, plan),
+    )
 
 
-def obstacle(plan: Plan) -> str | None:
-    """Why this call has to be upstream's; inside of torch.compile, hooks are looked for before it traces, if at all."""
-    if plan.reason is not None or torch.compiler.is_compiling():
-        return plan.reason
-    return plan.survey.reason()
+def planned(owner: nn.Module, plan: Callable[[nn.Module], Plan]) -> tuple[Shared | None, str | None]:
+    """Ours for ``owner``, or the reason why this call has to be upstream's.
+
+    torch.compile looks when it traces: hooks that are set later are not noticed.
+    """
+    found = plan_of(owner, PLAN, plan)
+    reason = _reason(owner)
+    return (found.shared, None) if reason is None else (None, reason)
+
+
+def _reason(owner: nn.Module) -> str | None:
+    plan = state_of(owner).cache[PLAN]
+    return plan.reason or plan.survey.watched()
+
+
+_reason._dynamo_marked_constant = True  # evaluated while torch.compile traces
 
 
 def _unknown_source(root: nn.Module, sources: Sources) -> str | None:
     for kind in {type(module) for module in root.modules()}:
         method = kind.forward
-        if getattr(nn, kind.__name__, kind) is not kind:
-            return f"it has a {kind.__name__} of {kind.__module__}"
         if kind.__name__ not in sources or is_ours(method):  # ours: it was looked at when it was replaced
             continue
         found = _fingerprint(method)
@@ -128,22 +141,12 @@ def is_gelu(activation: Any) -> bool:
 
 def plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether ``module`` is a ``kind`` and no other, that nobody listens to, so that its tensors are all there is."""
-    inside = module.__dict__
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return type(module) is kind and "forward" not in inside and not any(inside[name] for name in hooks)
+    return type(module) is kind and watched(module) is None
 
 
 def is_recorder(hook: Any) -> bool:
     """Whether a hook is the one by which transformers collects hidden states and attention weights."""
     return getattr(hook, "__module__", "") == RECORDING
-
-
-def _only_recorded(module: nn.Module) -> bool:
-    """Whether those that listen to ``module`` are recorders, and nobody has replaced its method."""
-    inside = module.__dict__
-    others = any(inside[name] for name in ("_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"))
-    replaced = "forward" in inside and not is_ours(inside["forward"])
-    return not replaced and not others and all(map(is_recorder, module._forward_hooks.values()))
 
 
 def collected(listened: nn.Module) -> Mapping[str, Any]:

@@ -9,8 +9,16 @@ from d2v_fast.checkpoints.rules import Rule, pairs
 from d2v_fast.nn.config import EncoderConfig, SpeechFrontEndConfig
 from d2v_fast.nn.frontends.speech import SpeechFrontEnd
 from d2v_fast.nn.positions import ConvPositions
-from d2v_fast.patches._core import Options, Seam, fall_back
-from d2v_fast.patches.transformers._plan import Build, Sources, Survey, Unfit, is_gelu, make_plan, obstacle, plan_of
+from d2v_fast.patches._core import Options, fall_back
+from d2v_fast.patches.transformers._plan import (
+    Plan,
+    Survey,
+    Unfit,
+    around,
+    is_gelu,
+    make_plan,
+    planned,
+)
 
 PREFIXES = ("Data2VecAudio", "Wav2Vec2", "Hubert")
 CONV_FORWARDS = {
@@ -69,6 +77,11 @@ def build_convs(survey: Survey) -> tuple[nn.Module, Sequence[Rule]]:
     return ours, rules
 
 
+def convs_plan(features: nn.Module) -> Plan:
+    """Ours around a feature encoder."""
+    return make_plan(features, CONV_SOURCES, build_convs)
+
+
 def make_convs(original: Callable, options: Options) -> Callable:
     """``forward`` of a feature encoder: waveforms [B, S] -> features [B, C, T].
 
@@ -76,14 +89,13 @@ def make_convs(original: Callable, options: Options) -> Callable:
     """
 
     def forward(self, input_values: Tensor) -> Tensor:
-        plan = plan_of(self, CONV_SOURCES, build_convs)
-        reason = obstacle(plan)
+        shared, reason = planned(self, convs_plan)
         if reason is None and self.training and self.conv_layers[0].gradient_checkpointing:
             reason = "its layers are computed again in backward (gradient checkpointing)"
         if reason is not None:
             fall_back(self, "forward", reason, options)
             return original(self, input_values)
-        ours = plan.shared.module
+        ours = shared.module
         if not _takes(ours, input_values):
             return original(self, input_values)
         return ours.convolve(input_values).mT
@@ -138,40 +150,35 @@ def build_positions(survey: Survey) -> tuple[nn.Module, Sequence[Rule]]:
     return ours, position_rules(embed)
 
 
+def positions_plan(embed: nn.Module) -> Plan:
+    """Ours around a positional embedding."""
+    return make_plan(embed, POSITION_SOURCES, build_positions)
+
+
 def make_positions(original: Callable, options: Options) -> Callable:
     """``forward`` of a positional embedding: [B, T, C] -> [B, T, C]."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        plan = plan_of(self, POSITION_SOURCES, build_positions)
-        reason = obstacle(plan)
+        shared, reason = planned(self, positions_plan)
         if reason is not None:
             fall_back(self, "forward", reason, options)
             return original(self, hidden_states)
-        return plan.shared.module(hidden_states)
+        return shared.module(hidden_states)
 
     return forward
 
 
-def _around(sources: Sources, build: Build) -> dict[str, Callable]:
-    return {
-        "refuses": lambda owner: None if isinstance(owner, type) else make_plan(owner, sources, build).reason,
-        "prepare": lambda owner: plan_of(owner, sources, build),
-    }
-
-
-FEATURES_SEAM = Seam(
+FEATURES_SEAM = around(
     "conv",
-    "forward",
     make_convs,
     "convolutions as matrix products, channels last; the first with its norm, the others' norms with GELU, in one pass",
-    known=frozenset({"5ed08171342199ad"}),
-    **_around(CONV_SOURCES, build_convs),
+    frozenset({"5ed08171342199ad"}),
+    convs_plan,
 )
-POSITIONS_SEAM = Seam(
+POSITIONS_SEAM = around(
     "conv",
-    "forward",
     make_positions,
     "convolutions, norm and GELU of the positions fused",
-    known=frozenset(POSITION_FORWARDS["PositionalConvEmbedding"]),
-    **_around(POSITION_SOURCES, build_positions),
+    frozenset(POSITION_FORWARDS["PositionalConvEmbedding"]),
+    positions_plan,
 )

@@ -22,16 +22,17 @@ from d2v_fast.ops import residual_dropout_layer_norm
 from d2v_fast.ops._dropout import dropout
 from d2v_fast.patches._core import Options, Seam, fall_back
 from d2v_fast.patches.transformers._plan import (
+    Plan,
     Survey,
     Unfit,
+    around,
     as_upstream,
     collected,
     is_gelu,
     make_plan,
-    obstacle,
     padding_of,
     plain,
-    plan_of,
+    planned,
     record,
     unknown_argument,
 )
@@ -48,7 +49,6 @@ FORWARDS = {  # fingerprints of what ours was written from, by the class's name 
 SOURCES = {
     prefix + name: frozenset(known) for prefix in PREFIXES for name, known in FORWARDS.items()
 } | POSITION_SOURCES
-ENCODER = frozenset({"f4a4ddcb82ecbc45", "cb346a1a258a9835"})
 # arguments that change nothing in these layers, or that the recorders have served
 IGNORED = frozenset({"output_attentions", "output_hidden_states", "return_dict", "use_cache", "num_items_in_batch"})
 
@@ -94,6 +94,11 @@ def build_encoder(survey: Survey) -> tuple[nn.Module, Sequence[Rule]]:
     return ours, rules
 
 
+def encoder_plan(encoder: nn.Module) -> Plan:
+    """Ours around ``encoder``."""
+    return make_plan(encoder, SOURCES, build_encoder)
+
+
 def kept_layers(encoder: nn.Module) -> list[int]:
     """The layers that LayerDrop leaves, drawn as upstream draws."""
     count, rate = len(encoder.layers), encoder.config.layerdrop
@@ -117,9 +122,9 @@ def make_encoder(original: Callable, options: Options) -> Callable:
     """
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        plan = plan_of(self, SOURCES, build_encoder)
+        shared, reason = planned(self, encoder_plan)
         asked = collected(self.layers[0]) if len(self.layers) else {}
-        reason = obstacle(plan) or _in_step(self) or unknown_argument(kwargs, IGNORED) or _asked_for(asked)
+        reason = reason or _in_step(self) or unknown_argument(kwargs, IGNORED) or _asked_for(asked)
         padding = None
         if reason is None:
             padding, reason = padding_of(attention_mask, hidden_states)
@@ -129,7 +134,7 @@ def make_encoder(original: Callable, options: Options) -> Callable:
         on_device = torch.compiler.is_compiling() or capturing(hidden_states)
         kept = None if on_device and self.training and self.config.layerdrop > 0 else kept_layers(self)
         wants_states = "hidden_states" in asked
-        out = plan.shared.module(hidden_states, padding_mask=padding, hidden_states=wants_states, kept=kept)
+        out = shared.module(hidden_states, padding_mask=padding, hidden_states=wants_states, kept=kept)
         if wants_states:
             ran = self.layers if kept is None else [self.layers[index] for index in kept]
             record(ran, [as_upstream(state, hidden_states) for state in out.hidden_states])
@@ -218,22 +223,12 @@ def make_ffn(original: Callable, options: Options) -> Callable:
     return forward
 
 
-def _refuses(owner: Any) -> str | None:
-    return None if isinstance(owner, type) else make_plan(owner, SOURCES, build_encoder).reason
-
-
-def _prepare(owner: nn.Module) -> None:
-    plan_of(owner, SOURCES, build_encoder)
-
-
-ENCODER_SEAM = Seam(
+ENCODER_SEAM = around(
     "encoder",
-    "forward",
     make_encoder,
     "all layers in fused operators: one product for q, k, v; norms, dropout, residuals, GELU and positions fused",
-    known=ENCODER,
-    refuses=_refuses,
-    prepare=_prepare,
+    frozenset({"f4a4ddcb82ecbc45", "cb346a1a258a9835"}),
+    encoder_plan,
 )
 NORMS = "dropout, residual and norm in one pass"
 LAYER_SEAM = Seam("norms", "forward", make_layer, NORMS, known=frozenset({LAYER}))

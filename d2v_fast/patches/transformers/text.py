@@ -17,16 +17,17 @@ from d2v_fast.nn.encoder import TransformerEncoder
 from d2v_fast.ops import residual_dropout_layer_norm
 from d2v_fast.patches._core import Options, Seam, fall_back, is_ours
 from d2v_fast.patches.transformers._plan import (
+    Plan,
     Survey,
     Unfit,
+    around,
     as_upstream,
     collected,
     is_gelu,
     make_plan,
-    obstacle,
     padding_of,
     plain,
-    plan_of,
+    planned,
     record,
     unknown_argument,
 )
@@ -88,6 +89,11 @@ def build_encoder(survey: Survey) -> tuple[nn.Module, Sequence[Rule]]:
     ]
 
 
+def encoder_plan(encoder: nn.Module) -> Plan:
+    """Ours around ``encoder``."""
+    return make_plan(encoder, SOURCES, build_encoder)
+
+
 def make_encoder(original: Callable, options: Options) -> Callable:
     """``forward`` of an encoder: (hidden_states [B, T, C], attention_mask) -> a model output.
 
@@ -105,14 +111,14 @@ def make_encoder(original: Callable, options: Options) -> Callable:
         use_cache: bool | None = None,
         **kwargs: Any,
     ) -> Any:
-        plan = plan_of(self, SOURCES, build_encoder)
+        shared, reason = planned(self, encoder_plan)
         asked = collected(self.layer[0]) if len(self.layer) else {}
         decoding = {
             "encoder_hidden_states": encoder_hidden_states,
             "past_key_values": past_key_values,
             "use_cache": use_cache or None,
         }
-        reason = obstacle(plan) or unknown_argument(decoding | kwargs, IGNORED) or _asked_for(asked)
+        reason = reason or unknown_argument(decoding | kwargs, IGNORED) or _asked_for(asked)
         reason = reason or packs(self, kwargs)
         padding = None
         if reason is None:
@@ -124,7 +130,7 @@ def make_encoder(original: Callable, options: Options) -> Callable:
             given = (attention_mask, encoder_hidden_states, encoder_attention_mask, past_key_values, use_cache)
             return original(self, hidden_states, *given, **kwargs)
         wants_states = "hidden_states" in asked
-        out = plan.shared.module(hidden_states, padding_mask=padding, hidden_states=wants_states)
+        out = shared.module(hidden_states, padding_mask=padding, hidden_states=wants_states)
         if wants_states:
             record(self.layer, [as_upstream(state, hidden_states) for state in out.hidden_states])
         outputs = sys.modules["transformers.modeling_outputs"]
@@ -185,22 +191,12 @@ def make_intermediate(original: Callable, options: Options) -> Callable:
     return forward
 
 
-def _refuses(owner: Any) -> str | None:
-    return None if isinstance(owner, type) else make_plan(owner, SOURCES, build_encoder).reason
-
-
-def _prepare(owner: nn.Module) -> None:
-    plan_of(owner, SOURCES, build_encoder)
-
-
-ENCODER_SEAM = Seam(
+ENCODER_SEAM = around(
     "encoder",
-    "forward",
     make_encoder,
     "all layers in fused operators: one product for q, k, v; norms, dropout, residuals and GELU fused",
-    known=frozenset({"180e1590ecdd4658"}),
-    refuses=_refuses,
-    prepare=_prepare,
+    frozenset({"180e1590ecdd4658"}),
+    encoder_plan,
 )
 MASKS_SEAM = Seam(
     "encoder",

@@ -23,14 +23,15 @@ from d2v_fast.nn.self_attention import Scope
 from d2v_fast.ops import residual_dropout_layer_norm
 from d2v_fast.patches._core import Options, Seam, fall_back
 from d2v_fast.patches.transformers._plan import (
+    Plan,
     Survey,
     Unfit,
+    around,
     as_upstream,
     is_gelu,
     make_plan,
-    obstacle,
     plain,
-    plan_of,
+    planned,
 )
 from d2v_fast.patches.transformers.linear import checkpointing
 from d2v_fast.patches.transformers.text import GELU, make_intermediate
@@ -165,6 +166,11 @@ def _rules(ours: ImageEncoder, scaled: bool) -> list[Rule]:
     return rules
 
 
+def encoder_plan(encoder: nn.Module) -> Plan:
+    """Ours around ``encoder``."""
+    return make_plan(encoder, SOURCES, build_encoder)
+
+
 def make_encoder(original: Callable, options: Options) -> Callable:
     """``forward`` of an encoder: hidden_states [B, 1 + P, C] -> BaseModelOutput or tuple.
 
@@ -180,15 +186,15 @@ def make_encoder(original: Callable, options: Options) -> Callable:
         resolution: tuple[int, int] | None = None,
         return_dict: bool = True,
     ) -> Any:
-        plan = plan_of(self, SOURCES, build_encoder)
-        reason = obstacle(plan) or _other_grid(self, interpolate_pos_encoding, resolution)
+        shared, reason = planned(self, encoder_plan)
+        reason = reason or _other_grid(self, interpolate_pos_encoding, resolution)
         if output_attentions:
             reason = "attention weights were asked for"
         if reason is not None:
             fall_back(self, "forward", reason, options)
             given = (output_attentions, output_hidden_states, interpolate_pos_encoding, resolution, return_dict)
             return original(self, hidden_states, *given)
-        ours = plan.shared.module
+        ours = shared.module
         ours.bring_index(hidden_states.device)
         if output_hidden_states:
             found = ours(hidden_states, hidden_states=True).hidden_states
@@ -246,22 +252,12 @@ def make_layer(original: Callable, options: Options) -> Callable:
     return forward
 
 
-def _refuses(owner: Any) -> str | None:
-    return None if isinstance(owner, type) else make_plan(owner, SOURCES, build_encoder).reason
-
-
-def _prepare(owner: nn.Module) -> None:
-    plan_of(owner, SOURCES, build_encoder)
-
-
-ENCODER_SEAM = Seam(
+ENCODER_SEAM = around(
     "encoder",
-    "forward",
     make_encoder,
     "all layers in fused operators: one product for q, k, v; norms, LayerScale, DropPath, residuals and GELU fused",
-    known=frozenset({"8e9bf3d1f55d8ea0"}),
-    refuses=_refuses,
-    prepare=_prepare,
+    frozenset({"8e9bf3d1f55d8ea0"}),
+    encoder_plan,
 )
 LAYER_SEAM = Seam(
     "norms", "forward", make_layer, "LayerScale, DropPath, residual and norm in one pass", known=frozenset({LAYER})
