@@ -20,7 +20,7 @@ from torch import nn
 import d2v_fast
 from d2v_fast.patches import PatchError
 from d2v_fast.patches._core import Options, Patch, Site
-from d2v_fast.patches.fairseq import multi, multi_attention, multi_context
+from d2v_fast.patches.fairseq import multi, multi_attention, multi_context, multi_forward
 from d2v_fast.patches.fairseq.multi_attention import Alibi
 
 KINDS = ("audio", "image", "text")
@@ -145,6 +145,16 @@ def test_targets_switched_off():
     names = {site.name for site in patch.applied}
     assert "Data2VecMultiModel.d2v_loss" in names
     assert "Data2VecMultiModel.forward" not in names
+
+
+def test_targets_switched_off_at_the_class(monkeypatch):
+    kind, options = peer.data2vec2.Data2VecMultiModel, Options(frozenset({"loss"}), strict=True)
+    model, batch = peer.build("text"), peer.batch("text")
+    losses, *_ = step(model, batch)
+    monkeypatch.setattr(multi_forward, "data2vec_loss", lambda *_, **__: pytest.fail("targets were made by ours"))
+    sites = [Site("", kind, seam) for seam in (multi.LOSS, multi_forward.FORWARD)]
+    with Patch("class").apply(sites, options):
+        assert_equal(step(model, batch)[0], losses)
 
 
 @pytest.mark.parametrize("kind", ["audio", "text"])
@@ -370,6 +380,20 @@ def test_half_precision():
     (exact,), (upstream,), (ours,) = exact.values(), upstream.values(), ours.values()
     assert abs(ours - exact) <= 2 * abs(upstream - exact) + 5e-3 * exact
     assert all(grad.dtype == torch.bfloat16 for grad in grads.values())
+
+
+@pytest.mark.parametrize("targets", [True, False])
+def test_autocast(targets):
+    """Weights, teacher and what goes from block to block stay float32."""
+    model, batch = peer.build("text", clone_batch=1), peer.batch("text")
+    batch["precomputed_mask"] = batch["precomputed_mask"][::2]
+    (exact,) = step(model, batch)[0].values()
+    d2v_fast.patch(model, targets=targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        (ours,) = step(model, batch)[0].values()
+        assert model.extract_features(batch["source"])["x"].dtype == torch.float32
+    assert ours.item() == pytest.approx(exact.item(), rel=1e-2)
+    assert {p.dtype for p in model.ema.model.parameters()} == {torch.float32}
 
 
 def test_compiled():

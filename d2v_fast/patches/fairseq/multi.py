@@ -41,6 +41,7 @@ TARGETS = Seam(
     "norms and mean of the layers' results in one or two passes",
     known=frozenset({"42da031cf22076e7"}),
     refuses=_unfit_targets,
+    op="layer_targets",
 )
 
 
@@ -69,6 +70,7 @@ LOSS = Seam(
     _make_loss,
     "the loss of a row in one pass, no tensors of all elements",
     known=frozenset({"a4db811e15091824"}),
+    op="masked_smooth_l1",
 )
 
 

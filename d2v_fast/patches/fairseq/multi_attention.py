@@ -196,6 +196,7 @@ def _make_block(original: Callable, options: Options) -> Callable:
             out = _add_norm(target, y, self.norm2, p, _path(self, x))
         else:  # upstream's residual is the MLP's output here, not its input
             out = target + self.drop_path(self.post_mlp_dropout(target))
+        out = out.to(x.dtype)  # under autocast upstream's stream is float32, and the teacher takes its dtype from it
         return out, target if self.ffn_targets else out
 
     return forward
@@ -208,4 +209,5 @@ BLOCK = Seam(
     "dropout, DropPath, residual and norm in one pass; bias and GELU in one",
     known=frozenset({"fc4663c756a32a08"}),
     refuses=lambda owner: None if isinstance(owner, type) else _unfit_block(owner),
+    op="residual_dropout_layer_norm",
 )

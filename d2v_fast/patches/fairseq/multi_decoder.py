@@ -112,6 +112,7 @@ def _seam(known: str) -> Seam:
         "convolutions with channels last, norm and GELU in one pass",
         known=frozenset({known}),
         refuses=lambda owner: None if isinstance(owner, type) else _unfit_decoder(owner),
+        op="pos_conv",
     )
 
 

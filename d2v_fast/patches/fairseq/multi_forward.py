@@ -208,10 +208,11 @@ def _make(original: Callable, options: Options) -> Callable:
         """Upstream's forward; ours where it pretrains. Features for other uses (``features_only``) are upstream's."""
         which = self.cfg.supported_modality if mode is None else mode
         which = getattr(which, "name", which)
-        reason = None if features_only else _unfit(self, which, mask)
+        left = features_only or "targets" not in options.parts  # which are a part of ours
+        reason = None if left else _unfit(self, which, mask)
         if reason is not None:
             fall_back(self, "forward", reason, options)
-        if features_only or reason is not None:
+        if left or reason is not None:
             more = (features_only, force_remove_masked, remove_extra_tokens, precomputed_mask)
             return original(self, source, target, id, mode, padding_mask, mask, *more)
         seeds = None if id is None else names["MaskSeed"](seed=self.cfg.seed, update=self.num_updates, ids=id)
