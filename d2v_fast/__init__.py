@@ -16,6 +16,8 @@ _PUBLIC = {
     "Data2VecConfig": "d2v_fast.nn",
     "Data2VecPretraining": "d2v_fast.patches.pretraining",
     "adamw_ema_": "d2v_fast.ops",
+    "beit_loss": "d2v_fast.patches.beit.engine",
+    "beit_targets": "d2v_fast.patches.beit.engine",
     "bias_attention": "d2v_fast.ops",
     "bias_gelu": "d2v_fast.ops",
     "build_extension": "d2v_fast.ops._extension",

@@ -1,4 +1,4 @@
-"""A vision transformer under BEiT's names and signatures, and timm's teacher, in plain PyTorch: what patches are put on.
+"""A vision transformer under BEiT's names and signatures, and timm's teacher, in plain PyTorch, to be patched.
 
 Written from the description of data2vec's image code, for want of released code to run.
 """

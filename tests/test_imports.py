@@ -96,6 +96,8 @@ def test_public_names():
         "Data2VecPretraining",
         "__version__",
         "adamw_ema_",
+        "beit_loss",
+        "beit_targets",
         "bias_attention",
         "bias_gelu",
         "build_extension",

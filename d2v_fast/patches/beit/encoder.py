@@ -24,7 +24,7 @@ from d2v_fast.patches.beit.attention import PARTS as ATTENTION_PARTS
 from d2v_fast.patches.beit.probe import compare, random_like
 
 KINDS = ("ModuleList", "ModuleDict", "Block", "Attention", "Mlp", "RelativePositionBias")
-KINDS += ("Linear", "LayerNorm", "Dropout", "DropPath", "Identity", "GELU")
+KINDS += ("Linear", "LayerNorm", "Dropout", "DropPath", "Identity", "GELU", "timm.layers.norm.LayerNorm")
 BLOCK = {"norm1", "attn", "norm2", "mlp"}
 DROP_PATHS = ({"drop_path"}, {"drop_path1", "drop_path2"})
 PRETRAINING = ("self", "x", "bool_masked_pos", "return_all_tokens", "layer_results")
@@ -79,7 +79,7 @@ class Plan:
     """Ours around the blocks of ``model``, or the reason why not."""
 
     def __init__(self, model: nn.Module, tries: bool = True) -> None:
-        self._bypassed, self._settings = Bypassed(model.blocks, KINDS), list(_settings(model))
+        self._bypassed, self._settings = Bypassed(model.blocks, KINDS, "blocks"), list(_settings(model))
         self.shared, self._reason = None, self._bypassed.misfit()
         if self._reason is None:
             try:
@@ -179,6 +179,8 @@ def _check_block(block: nn.Module) -> None:
         raise Unfit(f"its blocks have other parts than BEiT's: {', '.join(sorted(children ^ BLOCK))}")
     if set(block.attn._modules) != ATTENTION_PARTS or block.attn.q_bias is None:
         raise Unfit("its attention has no biases of queries and values, or other parts than BEiT's")
+    if any(getattr(norm, "_fast_norm", False) for norm in (block.norm1, block.norm2)):
+        raise Unfit("its norms are timm's fast ones, which autocast rounds")
     activation = getattr(block.mlp, "act", None)
     if activation is not None and (type(activation) is not nn.GELU or activation.approximate != "none"):
         raise Unfit("its activation is not the exact GELU")
