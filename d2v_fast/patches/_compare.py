@@ -126,7 +126,8 @@ def called(model: nn.Module, batch: Any) -> Any:
 def _run(model: nn.Module, batch: Any, call: Callable[[nn.Module, Any], Any], seed: int) -> _Run:
     model.zero_grad(set_to_none=True)
     modules: dict[str, Tensor] = {}
-    with _seeded(seed), _recorded(model, modules):
+    gpus = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with _seeded(seed, gpus), _recorded(model, modules):
         output = call(model, batch)
         loss, has_loss = _loss(output, seed)
         if loss is not None and loss.requires_grad:
@@ -143,12 +144,12 @@ def _loss(output: Any, seed: int) -> tuple[Tensor | None, bool]:
     if isinstance(found, Tensor):
         return found.sum(), True
     if isinstance(output, Mapping) and isinstance(output.get("losses"), Mapping):
-        return sum(x.float().sum() for x in output["losses"].values()), True
+        return sum(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)) for x in output["losses"].values()), True
     if isinstance(output, Tensor) and output.dim() == 0:
         return output, True
     live = [x for x in _live(output) if x.requires_grad]
     generator = torch.Generator().manual_seed(seed)
-    weighted = [(x * torch.randn(x.shape, generator=generator).to(x)).sum().float() for x in live]
+    weighted = [(x * torch.randn(x.shape, generator=generator).to(x.device)).sum() for x in live]
     return (sum(weighted), False) if weighted else (None, False)
 
 
@@ -198,7 +199,7 @@ def _recorded(model: nn.Module, into: dict[str, Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
+def _seeded(seed: int, gpus: set[int]) -> Iterator[None]:
     """All random numbers from ``seed``, and the callers' generators as they were afterwards."""
     kept = random.getstate(), np.random.get_state(), np.random.default_rng
     unseeded = iter(range(seed, 2**31))
@@ -206,7 +207,7 @@ def _seeded(seed: int) -> Iterator[None]:
     def default_rng(found=None):
         return kept[2](next(unseeded) if found is None else found)
 
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(sorted(gpus)):
         torch.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed)
