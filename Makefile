@@ -1,6 +1,7 @@
 # make demo   install into .venv, fetch small real data, pretrain and probe on two CPU cores
 # make test   install the test tools too and run everything that CI runs
 # make lint   ruff only
+# make test-integration  ten fairseq-hydra-train runs, as written and under d2v-fast run; 2 minutes of one core, not in CI
 # make gpu-check  extension, GPU tests and all benchmarks with the Python that has PyTorch for CUDA (PYTHON=...), in 9 minutes
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +17,7 @@ INTERPRETED := $(filter-out tests/test_conv0.py tests/test_strided_conv.py, \
 PATHS := $(if $(SPEECH),--speech "$(SPEECH)") $(if $(IMAGE),--image "$(IMAGE)") $(if $(TEXT),--text "$(TEXT)")
 
 .DELETE_ON_ERROR:
-.PHONY: demo test lint gpu-check clean
+.PHONY: demo test test-integration lint gpu-check clean
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -49,6 +50,10 @@ test: lint
 	$(BIN)/python benchmarks/cpu_frontend.py --threads 2 --budget 1
 	$(BIN)/python benchmarks/bench_train_step.py --smoke --threads 2
 	TRITON_INTERPRET=1 $(BIN)/pytest $(INTERPRETED)
+
+# Real speech and text of the demo: loss, gradient norm and every tensor of the checkpoints, resumed by the other too.
+test-integration: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(BIN)/pytest --timeout=1800 -s tests/integration/fairseq_runs.py
 
 # No virtual environment: the pinned PyTorch may not be the one that drives this GPU, and nothing need be installed.
 gpu-check:

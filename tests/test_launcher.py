@@ -87,7 +87,7 @@ def test_the_command_is_itself(script):
     """)
     out, err = run(path, "--help", "-x", "lr=[0.1]", send="from stdin", expect=7)
     assert out.splitlines() == ["['--help', '-x', 'lr=[0.1]'] from stdin True", "False False"]
-    assert err.strip() == "d2v_fast: no supported class was imported, nothing was replaced"
+    assert err.strip() == "d2v_fast: no supported class was imported in this process, nothing was replaced"
 
 
 def test_without_torch_nothing_is_imported(script):
@@ -150,6 +150,24 @@ def test_child_process(script):
         subprocess.run([sys.executable, "-c", "import sys; print({HOOKED})"], check=True)
     """)
     assert run(path) == ("True\n", "")
+
+
+def test_first_rank_reports(script):
+    """Launchers such as torchrun train in processes below the command; a stand-in for a class that was replaced."""
+    rank = script(
+        """
+        import torch, d2v_fast.auto
+        from d2v_fast.patches import Patch
+        d2v_fast.auto.handle.patches.append(Patch("toy"))
+        """,
+        "rank.py",
+    )
+    path = script(f"""
+        import os, subprocess, sys
+        for rank in ("0", "1"):
+            subprocess.run([sys.executable, {rank!r}], env={{**os.environ, "RANK": rank}}, check=True)
+    """)
+    assert run(path) == ("", "d2v_fast: 0 replaced, 0 left as they were\n")
 
 
 def test_spawned_workers(script):

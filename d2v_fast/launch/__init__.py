@@ -41,7 +41,7 @@ def resolve(command: Sequence[str]) -> list[str]:
 
 
 def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """``environment`` with our folder in front of PYTHONPATH; this process prints the report at its end."""
+    """``environment`` with our folder in front of PYTHONPATH, and who this process is, which prints the report."""
     paths = [str(FOLDER), *filter(None, environment.get("PYTHONPATH", "").split(os.pathsep))]
     paths = [p for i, p in enumerate(paths) if i == 0 or p != str(FOLDER)]
     return {**environment, "PYTHONPATH": os.pathsep.join(paths), "D2V_FAST_REPORT": str(os.getpid())}

@@ -8,6 +8,7 @@ import importlib
 import sys
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
@@ -48,7 +49,7 @@ class AfterImport:
 
     def remove(self) -> None:
         """Be asked no more; modules that are being executed are still looked at."""
-        if self in sys.meta_path:
+        with suppress(ValueError):  # it is not there any more
             sys.meta_path.remove(self)
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:

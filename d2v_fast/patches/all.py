@@ -155,7 +155,7 @@ class PatchAll:
         if self.disabled:
             return "d2v_fast: D2V_FAST_DISABLE=1, nothing was replaced"
         if not self.patches:
-            return "d2v_fast: no supported class was imported, nothing was replaced"
+            return "d2v_fast: no supported class was imported in this process, nothing was replaced"
         rows = [row for patch in self.patches for row in patch.rows()]
         replaced = sum(len(patch.applied) for patch in self.patches)
         left = sum(len(patch.skipped) for patch in self.patches)

@@ -102,10 +102,11 @@ class Run:
         state = torch.load(self.checkpoint(), weights_only=False)
         assert state["optimizer_history"][-1]["num_updates"] == UPDATES
         yield from flat("model", state["model"])
-        students = [name for name in state["model"] if "_ema" not in name]  # in the order of the parameters
-        moments = state["last_optimizer_state"]["state"]
-        assert len(students) == len(moments)
-        yield from flat("optimizer", {name: moments[i] for i, name in enumerate(students)})
+        # the optimizer counts parameters in the order of the model, which has a buffer too
+        moments = list(state["last_optimizer_state"]["state"].values())
+        names = [name for name in state["model"] if "_ema" not in name and not name.endswith(".version")]
+        assert [m["exp_avg"].shape for m in moments] == [state["model"][name].shape for name in names]
+        yield from flat("optimizer", dict(zip(names, moments, strict=True)))
 
 
 def flat(name: str, value) -> Iterator[tuple[str, torch.Tensor]]:
