@@ -20,6 +20,7 @@ import fairseq_peer as peer
 from fairseq.models.hubert.hubert import HubertConfig, HubertModel
 from fairseq.models.wav2vec import wav2vec2 as upstream
 from fairseq.modules import MultiheadAttention
+from fairseq.modules.checkpoint_activations import checkpoint_wrapper, unwrap_checkpoint
 
 from d2v_fast.patches import PatchError, patch
 from d2v_fast.patches._core import PARTS, Options, Patch, Site, is_ours, state_of
@@ -272,24 +273,32 @@ def test_fewer_layers():
         ({"activation_fn": "relu"}, "layers.0 has another activation than GELU"),
         ({"batch_norm": True, "depth": 1}, "pos_conv: 0 is a BatchNorm1d"),
         ({"layer_type": "trf_adp", "adp_trf_idx": "1:2", "adp_num": 1, "adp_dim": 4}, "layers.1 is a "),
-        ({"checkpoint_activations": True}, None),
     ],
 )
 def test_settings_that_ours_does_not_follow(settings, reason):
-    """They stay as they are, and say why; or at the call, where it may change."""
+    """They stay as they are, and say why."""
     theirs = make_encoder(**settings)
     handle = Patch("test")
     handle.apply(wav2vec2.sites(theirs, handle, Options()), Options())
     skipped = {s.name: s.reason for s in handle.skipped}
-    if reason is None:
-        assert is_ours(theirs.extract_features)
-        theirs(torch.randn(2, 12, 32))
-        assert ("TransformerEncoder.extract_features", "layers.0 has another forward, by somebody else") in (
-            handle.fallbacks()
-        )
-    else:
-        assert not is_ours(theirs.extract_features)
-        assert skipped["TransformerEncoder.extract_features"].startswith(reason)
+    assert not is_ours(theirs.extract_features)
+    assert skipped["TransformerEncoder.extract_features"].startswith(reason)
+
+
+def test_checkpointed_layers():
+    """What fairseq computes again in backward, ours does as well."""
+    theirs = make_encoder(checkpoint_activations=True, encoder_layerdrop=0.0)
+    ours, handle = patched(theirs)
+    both(theirs, ours, torch.randn(2, 11, 32), padding(11), TOLERANCE)
+    assert wav2vec2.shared_encoder(ours, Options()).config.checkpointing == "full"
+    assert not handle.fallbacks() and all(skipped.harmless for skipped in handle.skipped)
+    unwrap_checkpoint(ours)
+    both(theirs, ours, torch.randn(2, 11, 32), None, TOLERANCE)
+    assert wav2vec2.shared_encoder(ours, Options()).config.checkpointing == "none"
+    checkpoint_wrapper(ours.layers[1])
+    both(theirs, ours, torch.randn(2, 11, 32), None, TOLERANCE)
+    reason = "layers.1: activations of some layers are checkpointed, of others not"
+    assert handle.fallbacks() == {("TransformerEncoder.extract_features", reason): 1}
 
 
 def test_a_layer_of_a_changed_source():

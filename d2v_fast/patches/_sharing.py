@@ -85,8 +85,9 @@ class Shared:
         owner = self._ours.get_submodule(path)
         for name, parts in slots.items():
             found = (sum(slot.tensor.shape[0] for slot in parts), *parts[0].tensor.shape[1:])
-            if found != tuple(shapes[f"{path}.{name}" if path else name]):
-                raise ValueError(f"{path}.{name} has shape {found}, expected {tuple(shapes[f'{path}.{name}'])}")
+            whole = f"{path}.{name}" if path else name
+            if found != tuple(shapes[whole]):
+                raise ValueError(f"{whole} has shape {found}, expected {tuple(shapes[whole])}")
         if any(len(parts) > 1 for parts in slots.values()):
             parent, _, child = path.rpartition(".")
             joined = JoinedLinear(slots.get("weight", ()), slots.get("bias", ()))
@@ -124,7 +125,7 @@ class Bypassed:
         path: of root, for the reasons.
         weight_norm: weights may be computed by the hook that ``torch.nn.utils.weight_norm`` sets, or by that of
             ``torch.nn.utils.parametrizations``: ours reads them by :func:`live_weight`.
-        followed: whether a hook is one that ours serves by itself.
+        followed: whether a hook, or a method that replaced ``forward``, is one that ours serves by itself.
     """
 
     def __init__(
@@ -141,8 +142,8 @@ class Bypassed:
         modules = [root, *(module for _, _, _, module, _ in self._found)]
         self._counts = [(module._modules, len(module._modules)) for module in modules]
         # what is looked at in every call, without the attributes on the way there
-        self._insides = [(path, child.__dict__) for path, _, _, child, _ in self._found]
-        self._hooks = [(path, inside[name]) for path, inside in self._insides for name in HOOKS if name in inside]
+        self._insides = [(path, kind, child.__dict__) for path, _, _, child, kind in self._found]
+        self._hooks = [(path, inside[name]) for path, _, inside in self._insides for name in HOOKS if name in inside]
 
     def valid(self) -> bool:
         """Whether nothing below was added, replaced or removed since."""
@@ -167,8 +168,8 @@ class Bypassed:
         for path, hooks in self._hooks:
             if hooks and not all(map(self._serves, hooks.values())):
                 return f"{path} has hooks, which want to see it called"
-        for path, inside in self._insides:
-            if "forward" in inside and not is_ours(inside["forward"]):
+        for path, kind, inside in self._insides:
+            if "forward" in inside and _is_foreign(kind, inside["forward"]) and not self._followed(inside["forward"]):
                 return f"{path} has another forward, by somebody else"
         return None
 
@@ -188,6 +189,11 @@ def is_known(kind: type, names: Collection[str], home: str = "") -> bool:
     return name in names and (getattr(nn, name, kind) is kind or _package(kind) == home)
 
 
+def _is_foreign(kind: type, forward: Any) -> bool:
+    """Whether the ``forward`` of an instance is neither ours nor the one of its class, put there by its name."""
+    return not is_ours(forward) and getattr(forward, "__func__", None) is not kind.forward
+
+
 def _package(kind: type) -> str:
     return kind.__module__.partition(".")[0]
 
@@ -195,7 +201,7 @@ def _package(kind: type) -> str:
 def watched(module: nn.Module, weight_norm: bool = False) -> str | None:
     """What would be lost if ``module`` were not called, hooks or a method that somebody replaced; None: nothing."""
     inside = module.__dict__
-    if "forward" in inside and not is_ours(inside["forward"]):
+    if "forward" in inside and _is_foreign(type(module), inside["forward"]):
         return "has another forward, by somebody else"
     hooks = [hook for name in HOOKS for hook in inside.get(name, {}).values()]
     if all(weight_norm and _is_weight_norm(hook) for hook in hooks):

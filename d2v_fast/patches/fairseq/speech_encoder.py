@@ -35,12 +35,20 @@ LAYER_KINDS = (
 PARTS = ("layers", "pos_conv", "layer_norm")
 
 
+def is_checkpointing(forward: Any) -> bool:
+    """Whether a layer's forward is what fairseq's ``checkpoint_wrapper`` makes of it, which ours does by itself."""
+    function = getattr(forward, "func", None)  # of functools.partial(function, the layer's forward, offload)
+    name = (getattr(function, "__module__", ""), getattr(function, "__name__", ""))
+    return name == ("fairseq.modules.checkpoint_activations", "_checkpointed_forward") and not forward.args[1]
+
+
 class _Encoder:
     """Our encoder with the parameters of ``theirs``, or the reason why there is none."""
 
     def __init__(self, theirs: nn.Module) -> None:
         self._theirs, self._layers = theirs, list(theirs.layers)
-        self._bypassed = [Bypassed(theirs.layers, LAYER_KINDS, "layers")]
+        self._bypassed = [Bypassed(theirs.layers, LAYER_KINDS, "layers", followed=is_checkpointing)]
+        self._forwards = [layer.__dict__.get("forward") for layer in self._layers]
         if theirs.pos_conv is not None:
             self._bypassed.append(Bypassed(theirs.pos_conv, POSITION_KINDS, "pos_conv", weight_norm=True))
         self._parts = [(name, theirs._modules.get(name)) for name in PARTS]
@@ -65,6 +73,7 @@ class _Encoder:
             pos_conv_width=1,
             pos_conv_groups=1,
             padding_aware=False,
+            checkpointing="full" if is_checkpointing(self._forwards[0]) else "none",
         )
         with torch.device("meta"):
             ours = TransformerEncoder(config)
@@ -81,6 +90,8 @@ class _Encoder:
         """Whether the layers are those it was made of, and dropout in front of them is what it was."""
         parts = self._theirs._modules
         same = all(parts.get(name) is part for name, part in self._parts)
+        for layer, forward in zip(self._layers, self._forwards, strict=True):
+            same = same and layer.__dict__.get("forward") is forward
         return same and self._dropout == self._theirs.dropout and all(x.valid() for x in self._bypassed)
 
     def get(self) -> TransformerEncoder | str:
@@ -139,6 +150,8 @@ def unfit_encoder(theirs: nn.Module) -> str | None:
         if not is_ours(kind.forward) and fingerprint(kind.forward) not in seam.known:
             return f"the source of {kind.__name__}.forward is not one that ours was written from"
     for i, layer in enumerate(layers):
+        if is_checkpointing(layer.__dict__.get("forward")) != is_checkpointing(layers[0].__dict__.get("forward")):
+            return f"layers.{i}: activations of some layers are checkpointed, of others not"
         if layer.layer_norm_first != theirs.layer_norm_first:
             return f"layers.{i}.layer_norm_first is not the encoder's"
         if not is_gelu(layer.activation_fn):

@@ -6,7 +6,7 @@ from d2v_fast.patches._core import Options, Patch, Seam, Site
 from d2v_fast.patches.fairseq.attention import ATTENTION
 from d2v_fast.patches.fairseq.convolutions import EXTRACTOR, POSITIONS
 from d2v_fast.patches.fairseq.norms import FP32_GROUP_NORM, FP32_LAYER_NORM, LAYER_NORM
-from d2v_fast.patches.fairseq.speech_encoder import ENCODER, kept_layers, shared_encoder
+from d2v_fast.patches.fairseq.speech_encoder import ENCODER, is_checkpointing, kept_layers, shared_encoder
 
 __all__ = ["kept_layers", "seams", "shared_encoder", "sites"]
 
@@ -35,18 +35,23 @@ def _is_fairseqs(kind: type) -> bool:
 
 def sites(model: nn.Module, patch: Patch, options: Options) -> list[Site]:
     """All of these in ``model``, and in the teacher it has already: ``ema`` keeps that out of the model's modules."""
-    found = _within(model, "")
+    found = _within(model, "", patch)
     teacher = getattr(getattr(model, "ema", None), "model", None)
-    return found + (_within(teacher, "ema.model") if isinstance(teacher, nn.Module) else [])
+    return found + (_within(teacher, "ema.model", patch) if isinstance(teacher, nn.Module) else [])
 
 
-def _within(model: nn.Module, prefix: str) -> list[Site]:
+def _within(model: nn.Module, prefix: str, patch: Patch) -> list[Site]:
     found = []
     for root_path, root in model.named_modules(prefix=prefix):
         if not any(k.__name__ in ROOTS and _is_fairseqs(k) for k in type(root).__mro__):
             continue
         for path, module in root.named_modules(prefix=root_path):
-            found += [Site(path, module, seam) for seam in seams(type(module))]
+            here = [Site(path, module, seam) for seam in seams(type(module))]
+            if is_checkpointing(module.__dict__.get("forward")):
+                for site in here:
+                    patch.skip(site.name, site.seam.part, "is checkpointed: by the encoder's own path", harmless=True)
+                continue
+            found += here
             if path == f"{root_path}.pos_conv".removeprefix("."):
                 found.append(Site(path, module, POSITIONS))
     return found
