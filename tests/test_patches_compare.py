@@ -72,7 +72,7 @@ def test_equal_paths_have_no_difference(with_seams):
     for name in ("losses.a", "losses.b", "sample_size", "states.0", "states.1.0"):
         assert ("output", name) in names
     assert {("loss", "loss"), ("gradient", "layers.2.linear.bias"), ("state", "calls"), ("module", "layers.1")} <= names
-    assert "all of 6 outputs of modules that both called are equal to 0.0001" in str(found)
+    assert "all of 6 outputs of modules that both called alike are equal to 0.0001" in str(found)
 
 
 def test_a_difference_is_traced_to_its_module(with_seams):
@@ -84,6 +84,27 @@ def test_a_difference_is_traced_to_its_module(with_seams):
     assert found.worst("state")[0].relative == 0
     text = str(found)
     assert "the first that differs is layers.1\n" in text and "1 x layers.* Lazy.forward" in text
+
+
+def test_rows_left_out_and_losses_summed_are_no_difference(with_seams):
+    def fewer(original, options):
+        def forward(self, x):
+            full = original(self, x)
+            self.layers[0](x[:1])
+            return full | {"losses": {name: x.sum() for name, x in full["losses"].items()}}
+
+        return forward
+
+    with_seams(**{"": seam("forward", fewer)})
+    found = patches.compare(Reporting(), X)
+    assert found.relative == 0 and found.first() is None
+
+    def short(original, options):
+        return lambda self, x, scale=1.0: original(self, x[:1], scale).expand(2, 4)
+
+    with_seams(**{"layers.0": seam("forward", short)})
+    names = {d.name for d in patches.compare(Reporting(), X).differences if d.what == "module"}
+    assert "layers.0" in names and "layers.0.linear" not in names
 
 
 def test_the_model_is_left_alone(with_seams):

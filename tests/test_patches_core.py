@@ -142,6 +142,14 @@ def test_foreign_replacement_stays(model):
     assert "somebody else replaced it already" in patch.skipped[0].reason and torch.equal(model(X), X)
 
 
+def test_an_object_that_is_copied_its_own_way_stays(model):
+    model.layers[0].__dict__["__deepcopy__"] = lambda memo: "mine"
+    patch = patched(model)
+    assert "this object has a __deepcopy__ of its own" in patch.skipped[0].reason and len(patch.applied) == 1
+    patch.revert()
+    assert copy.deepcopy(model.layers[0]) == "mine"
+
+
 def test_fingerprint_follows_the_source():
     assert fingerprint(toy.Layer.forward) == fingerprint(toy.Lazy().forward) != fingerprint(toy.Toy.forward)
     assert fingerprint(toy.Toy.__dict__["spread"]) == fingerprint(toy.Toy.spread)
@@ -309,6 +317,16 @@ def test_copies_by_the_class_s_own_deepcopy(model):
     assert copied.forward.__self__ is copied and copied is not own
     patch.revert()
     assert not any(map(is_ours, copied.__dict__.values())) and STATE not in copied.__dict__
+
+
+def test_copies_and_replicas_under_somebody_else_s_wrapper(model):
+    patched(model)
+    layer = model.layers[0]
+    around = functools.wraps(layer.forward.__func__)(lambda self, x: toy.Layer.forward(self, x) + 1)
+    layer.forward = MethodType(around, layer)
+    copied = copy.deepcopy(layer)
+    assert copied.forward.__self__ is copied and torch.equal(copied(X), layer(X))
+    assert torch.equal(layer._replicate_for_data_parallel().forward(X), layer(X))
 
 
 @pytest.mark.parametrize("dump", ["pickle", "torch.save", "protocol 0"])

@@ -26,7 +26,8 @@ FLOOR = 1e-3  # of the norm of all gradients together
 class Comparison:
     """What :func:`compare` found; ``print`` it."""
 
-    differences: tuple[Difference, ...]  # of the outputs, the loss, all gradients, the state afterwards, modules
+    # of the outputs, the loss, all gradients, the state afterwards, and outputs of modules where their shapes are equal
+    differences: tuple[Difference, ...]
     patch: Patch  # of the copy that ran with ours: what was replaced, and calls that went to the original
 
     def worst(self, *what: str) -> list[Difference]:
@@ -47,9 +48,9 @@ class Comparison:
     def __str__(self) -> str:
         seen = sum(d.what == "module" for d in self.differences)
         first = self.first()
-        where = f"all of {seen} outputs of modules that both called are equal to {TOLERANCE:g}"
+        where = f"all of {seen} outputs of modules that both called alike are equal to {TOLERANCE:g}"
         if first is not None:
-            where = f"of {seen} outputs of modules that both called, the first that differs is {first.name}"
+            where = f"of {seen} outputs of modules that both called alike, the first that differs is {first.name}"
         rows = [d for what in ("output", "loss", "state") for d in self.worst(what)[:2]] + self.worst("gradient")[:6]
         return "\n".join([*table(rows), where, *(table([first]) if first else ()), str(self.patch)])
 
@@ -105,13 +106,14 @@ def compare(
             without_dropout(each)
     patch = package.patch(ours, **switches)
     want, got = (_run(each, copy.deepcopy(batch), call or called, seed) for each in (upstream, ours))
-    both = {name: x for name, x in got.modules.items() if name in want.modules}
+    # ours may call a module for the rows that are read only
+    both = {name: x for name, x in want.modules.items() if name in got.modules and x.shape == got.modules[name].shape}
     found = [
         *differences("output", want.output, got.output),
         *differences("loss", want.loss, got.loss),
         *differences("gradient", want.gradient, got.gradient, FLOOR),
         *differences("state", want.state, got.state),
-        *differences("module", {name: x for name, x in want.modules.items() if name in both}, both),
+        *differences("module", both, {name: got.modules[name] for name in both}),
     ]
     return Comparison(tuple(found), patch)
 
@@ -133,9 +135,20 @@ def _run(model: nn.Module, batch: Any, call: Callable[[nn.Module, Any], Any], se
         if loss is not None and loss.requires_grad:
             loss.backward()
     gradient = {name: p.grad for name, p in model.named_parameters()}
-    found = {name or "output": x.clone() for name, x in leaves(output)}
+    found = {name or "output": x.clone() for name, x in leaves(_summed(output))}
     of_loss = {"loss": loss.detach()} if has_loss else {}
     return _Run(found, of_loss, gradient, dict(leaves(model.state_dict())), modules)
+
+
+def _summed(output: Any) -> Any:
+    """``output`` with its ``losses`` summed, as fairseq's criteria do: ours may have done so."""
+    if not (isinstance(output, Mapping) and isinstance(output.get("losses"), Mapping)):
+        return output
+    return {**output, "losses": {name: _sum(x) for name, x in output["losses"].items()}}
+
+
+def _sum(x: Tensor) -> Tensor:
+    return x.sum(dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _loss(output: Any, seed: int) -> tuple[Tensor | None, bool]:
@@ -144,7 +157,7 @@ def _loss(output: Any, seed: int) -> tuple[Tensor | None, bool]:
     if isinstance(found, Tensor):
         return found.sum(), True
     if isinstance(output, Mapping) and isinstance(output.get("losses"), Mapping):
-        return sum(x.sum(dtype=torch.promote_types(x.dtype, torch.float32)) for x in output["losses"].values()), True
+        return sum(map(_sum, output["losses"].values())), True
     if isinstance(output, Tensor) and output.dim() == 0:
         return output, True
     live = [x for x in _live(output) if x.requires_grad]

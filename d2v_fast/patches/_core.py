@@ -33,6 +33,7 @@ from d2v_fast.patches._state import (
     State,
     fall_back,
     fallbacks_at,
+    foreign_plumbing,
     forget,
     note,
     put,
@@ -154,6 +155,7 @@ class Patch:
         self.check_revert()
         self._past = self.fallbacks()
         self._put_back(0)
+        self._copies.clear()
         self.reverted = True
 
     def _put_back(self, start: int) -> None:
@@ -240,6 +242,8 @@ def _unfit(site: Site, options: Options) -> tuple[str | None, bool]:
         return "already replaced", True
     if inside is not None:
         return f"somebody else replaced it already, by {inside!r}", False
+    if not isinstance(owner, type) and (name := foreign_plumbing(owner)) is not None:
+        return f"this object has a {name} of its own, which ours would replace", False
     if seam.known and (found := fingerprint(method)) not in seam.known:
         return f"its source is not one that ours was written from (fingerprint {found})", False
     return seam.refuses(owner), False

@@ -132,6 +132,15 @@ def put(owner: Any, ours: Callable, attribute: str, static: bool) -> None:
     inside.update((name, MethodType(function, owner)) for name, function in _plumbing(owner).items())
 
 
+def foreign_plumbing(owner: Any) -> str | None:
+    """The name of a method in an instance's ``__dict__`` that somebody put where ours would have to be."""
+    inside = owner.__dict__
+    for name, function in _plumbing(owner).items():
+        if name in inside and getattr(inside[name], "__func__", None) is not function:
+            return name
+    return None
+
+
 def take_off(owner: Any, functions: set[Callable]) -> None:
     """Remove these methods of ours from an instance, and all that came with them if they are the last."""
     inside = owner.__dict__
@@ -200,7 +209,7 @@ def _deepcopy(self: Any, memo: dict) -> Any:
     state = state_of(self)
     with _Upstream(self) as upstream:
         copied = copy.deepcopy(self, memo)
-    if _copies_as_upstream:
+    if _copies_as_upstream or not upstream.methods:
         return copied
     patches = upstream.put_into(copied).patches
     for patch in state.patches:
@@ -228,6 +237,8 @@ def _replicate(self: nn.Module) -> nn.Module:
     state = state_of(self)
     with _Upstream(self) as upstream:
         replica = self._replicate_for_data_parallel()
+    if not upstream.methods:  # somebody wrapped ours: it is his wrapper that replicas get
+        return replica
     own = upstream.put_into(replica)
     own.patches, own.fallbacks = state.patches, state.fallbacks
     return replica
@@ -238,4 +249,5 @@ _MODULE_PLUMBING = {**_PLUMBING, "_replicate_for_data_parallel": _replicate}
 
 
 def _plumbing(owner: Any) -> dict[str, Callable]:
+    """How an owner is copied, pickled and replicated, which goes into its ``__dict__`` as well."""
     return _MODULE_PLUMBING if isinstance(owner, nn.Module) else _PLUMBING
