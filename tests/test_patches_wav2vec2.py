@@ -363,6 +363,31 @@ def test_extractor(mode, bias):
     assert not handle.fallbacks()
 
 
+def test_clips_without_frames():
+    """Upstream's error, and its empty result."""
+    theirs = moved(upstream.ConvFeatureExtractionModel(CONVS, mode="layer_norm"))
+    ours, handle = patched(theirs)
+    for shape in ((1, 399), (2, 300), (400,)):
+        with pytest.raises(RuntimeError) as want:
+            theirs(torch.randn(shape))
+        with pytest.raises(RuntimeError) as got:
+            ours(torch.randn(shape))
+        assert str(got.value) == str(want.value)
+    assert ours(torch.randn(0, 500)).shape == (0, 16, 1) and ours(torch.randn(1, 400)).shape == (1, 16, 1)
+    assert not handle.fallbacks()
+
+
+def test_gradients_of_waveforms():
+    theirs = moved(upstream.ConvFeatureExtractionModel(CONVS, mode="default"))
+    ours, _ = patched(theirs)
+    x, grads = torch.randn(2, 3_000), []
+    for module in (theirs, ours):
+        leaf = x.clone().requires_grad_()
+        module(leaf).pow(2).sum().backward()
+        grads.append(leaf.grad)
+    assert relative(grads[1], grads[0]) <= TOLERANCE
+
+
 def test_extractor_that_ours_does_not_follow():
     dropped = moved(upstream.ConvFeatureExtractionModel(CONVS, dropout=0.5, mode="default"))
     ours, handle = patched(dropped)

@@ -65,11 +65,15 @@ class _Extractor:
             if norm is not None:
                 rules += pairs(at, there, {"norm": ("2.1" if config.conv_norm == "layer" else "2",)})
                 layer.norm.eps = norm.eps
-        self._shared = Shared(ours, theirs, rules)
+        self._shared, self._min_samples = Shared(ours, theirs, rules), config.min_samples
 
     def valid(self) -> bool:
         """Whether the modules are those it was made of."""
         return self._bypassed.valid()
+
+    def has_frames(self, x: Tensor) -> bool:
+        """Whether x are waveforms [B, S] that the convolutions make frames of."""
+        return x.dim() == 2 and len(x) > 0 and (self._unfit is not None or x.shape[1] >= self._min_samples)
 
     def reason(self, x: Tensor) -> str | None:
         """Why ``x`` goes through fairseq's own convolutions, or None."""
@@ -118,6 +122,8 @@ def unfit_extractor(theirs: nn.Module) -> str | None:
 def _make_extractor(original: Callable, options: Options) -> Callable:
     def forward(self: Any, x: Tensor) -> Tensor:  # [B, S] -> [B, C, T]
         plan = plan_of(self, "convolutions", _Extractor)
+        if not plan.has_frames(x):  # no clips, or an error that upstream has its own words for
+            return original(self, x)
         reason = plan.reason(x)
         if reason is None:
             return plan(x)
