@@ -521,3 +521,21 @@ def test_compile():
     assert relative(out.loss, want) <= 1e-5
     for name, grad in grads(model).items():
         torch.testing.assert_close(grad, expected[name])
+
+
+def test_distributed_data_parallel():
+    """One process: gradients of all parameters that are waited for, heads and poolers left out."""
+    distributed = torch.distributed
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        for modality, kind in (("text", "Model"), ("speech", "ForCTC")):
+            model = Data2VecPretraining(encoder(modality, kind, dropout=0.3)).train()
+            wrapped = torch.nn.parallel.DistributedDataParallel(model)
+            optimizer = torch.optim.AdamW(wrapped.parameters(), lr=1e-3)
+            for update in range(3):  # a gradient that did not come is an error at the next forward
+                optimizer.zero_grad()
+                wrapped(**inputs(modality, seed=update)).loss.backward()
+                optimizer.step()
+            assert model.num_updates == 3
+    finally:
+        distributed.destroy_process_group()

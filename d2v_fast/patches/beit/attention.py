@@ -96,10 +96,10 @@ def _attention_misfit(self: nn.Module) -> str | None:
     return None
 
 
-def attention_plan(self: nn.Module, tries: bool = True) -> Plan:
-    """For an attention; without ``tries`` where it was tried already."""
-    kinds = ("Linear", "Dropout", "Identity")
-    return Plan(self, kinds, _attention_misfit(self), _try_attention(self, type(self).forward) if tries else None)
+def attention_plan(self: nn.Module, original: Callable | None = None) -> Plan:
+    """For an attention, tried beside ``original``."""
+    run = None if original is None else _try_attention(self, original)
+    return Plan(self, ("Linear", "Dropout", "Identity"), _attention_misfit(self), run)
 
 
 def _try_attention(self: nn.Module, original: Callable) -> Run:
@@ -118,11 +118,11 @@ def _try_attention(self: nn.Module, original: Callable) -> Run:
 
 def make_attention(original: Callable, options: Options) -> Callable:
     """``forward`` of an attention: x [B, N, C], a bias [H, N, N] or [1, H, N, N] -> [B, N, C]."""
-    names = argument_names(original)
+    names, make_plan = argument_names(original), partial(attention_plan, original=original)
 
     def forward(self, x, *args, **kwargs):
         bias, reason = split_bias(names, args, kwargs)
-        reason = reason or plan_of(self, "attention", attention_plan).reason()
+        reason = reason or plan_of(self, "attention", make_plan).reason()
         if reason is not None:
             fall_back(self, "forward", reason, options)
             return original(self, x, *args, **kwargs)
@@ -144,14 +144,14 @@ def _mlp_misfit(self: nn.Module) -> str | None:
     return None
 
 
-def mlp_plan(self: nn.Module, tries: bool = True) -> Plan:
-    """For an MLP; without ``tries`` where it was tried already."""
+def mlp_plan(self: nn.Module, original: Callable | None = None) -> Plan:
+    """For an MLP, tried beside ``original``."""
 
     def run(generator: torch.Generator) -> tuple[Tensor, Tensor]:
         x = random_like(self.fc1.weight, (2, 3, self.fc1.in_features), generator)
-        return mlp(self, x), type(self).forward(self, x)
+        return mlp(self, x), original(self, x)
 
-    return Plan(self, ("Linear", "Dropout", "Identity", "GELU"), _mlp_misfit(self), run if tries else None)
+    return Plan(self, ("Linear", "Dropout", "Identity", "GELU"), _mlp_misfit(self), None if original is None else run)
 
 
 def mlp(self: nn.Module, x: Tensor) -> Tensor:
@@ -169,9 +169,10 @@ def mlp(self: nn.Module, x: Tensor) -> Tensor:
 
 def make_mlp(original: Callable, options: Options) -> Callable:
     """``forward`` of an MLP."""
+    make_plan = partial(mlp_plan, original=original)
 
     def forward(self, x, *args, **kwargs):
-        reason = "ours knows one argument" if args or kwargs else plan_of(self, "mlp", mlp_plan).reason()
+        reason = "ours knows one argument" if args or kwargs else plan_of(self, "mlp", make_plan).reason()
         if reason is not None:
             fall_back(self, "forward", reason, options)
             return original(self, x, *args, **kwargs)
@@ -181,19 +182,19 @@ def make_mlp(original: Callable, options: Options) -> Callable:
 
 
 def _refuses_attention(owner: Any) -> str | None:
-    return None if isinstance(owner, type) else attention_plan(owner).reason()
+    return None if isinstance(owner, type) else attention_plan(owner, type(owner).forward).reason()
 
 
 def _refuses_mlp(owner: Any) -> str | None:
-    return None if isinstance(owner, type) else mlp_plan(owner).reason()
+    return None if isinstance(owner, type) else mlp_plan(owner, type(owner).forward).reason()
 
 
 def _prepare_attention(owner: nn.Module) -> None:
-    plan_of(owner, "attention", partial(attention_plan, tries=False))
+    plan_of(owner, "attention", attention_plan)  # it was tried before
 
 
 def _prepare_mlp(owner: nn.Module) -> None:
-    plan_of(owner, "mlp", partial(mlp_plan, tries=False))
+    plan_of(owner, "mlp", mlp_plan)
 
 
 ATTENTION = Seam(

@@ -75,10 +75,13 @@ class Stack(TransformerEncoder):
         return self(x, top_k=1, results_only=True).layer_results[0]
 
 
-class Plan:
-    """Ours around the blocks of ``model``, or the reason why not."""
+Try = Callable[[nn.Module, Stack, torch.Generator], tuple[Any, Any]]  # results of a method by ours and by theirs
 
-    def __init__(self, model: nn.Module, tries: bool = True) -> None:
+
+class Plan:
+    """Ours around the blocks of ``model``, or the reason why not; with ``tries``, these and the blocks are compared."""
+
+    def __init__(self, model: nn.Module, tries: "Try | None" = None) -> None:
         self._bypassed, self._settings = Bypassed(model.blocks, KINDS, "blocks"), list(_settings(model))
         self.shared, self._reason = None, self._bypassed.misfit()
         if self._reason is None:
@@ -86,8 +89,9 @@ class Plan:
                 self.shared = Shared(*_build(model))
             except (Unfit, KeyError, ValueError, AttributeError) as error:  # no place in ours, or no such part there
                 self._reason = str(error.args[0])
-        if self._reason is None and tries:
+        if self._reason is None and tries is not None:
             self._reason = compare(model, lambda generator: _increments(model, self.stack, generator))
+            self._reason = self._reason or compare(model, lambda generator: tries(model, self.stack, generator))
 
     @property
     def stack(self) -> Stack:
@@ -215,12 +219,8 @@ def _increments(model: nn.Module, stack: Stack, generator: torch.Generator) -> t
     return [b - a for a, b in pairwise(ours)], [b - a for a, b in pairwise(theirs)]
 
 
-def _plan(model: nn.Module) -> Plan:
-    return plan_of(model, "blocks", Plan)
-
-
 def _prepare(model: nn.Module) -> None:
-    plan_of(model, "blocks", partial(Plan, tries=False))
+    plan_of(model, "blocks", Plan)  # it was tried before
 
 
 def embed(self: nn.Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -258,8 +258,10 @@ def make_forward(original: Callable, options: Options) -> Callable:
     ``layer_results`` "end" or "fc", a list of [B, P, C], one for each block.
     """
 
+    make_plan = partial(Plan, tries=partial(_try_forward, original=original))
+
     def forward(self, x, bool_masked_pos=None, return_all_tokens=False, layer_results=None):
-        plan = _plan(self)
+        plan = plan_of(self, "blocks", make_plan)
         reason = plan.reason(self)
         if layer_results not in (None, "end", "fc"):
             reason = f"ours does not know layer_results={layer_results!r}"
@@ -303,8 +305,10 @@ def features(self: nn.Module, stack: Stack, x: Tensor) -> Tensor:
 def make_features(original: Callable, options: Options) -> Callable:
     """``forward_features`` of timm: images to [B, 1 + P, C]."""
 
+    make_plan = partial(Plan, tries=partial(_try_features, original=original))
+
     def forward_features(self, x):
-        plan = _plan(self)
+        plan = plan_of(self, "blocks", make_plan)
         reason = plan.reason(self)
         if reason is not None:
             fall_back(self, "forward_features", reason, options)
@@ -321,33 +325,34 @@ def _images(self: nn.Module, generator: torch.Generator) -> Tensor:
     return random_like(weight, (2, weight.shape[1], height, width), generator)
 
 
+def _try_forward(
+    self: nn.Module, stack: Stack, generator: torch.Generator, *, original: Callable
+) -> tuple[list[Tensor | list[Tensor]], list[Tensor | list[Tensor]]]:
+    """Every kind of call: code that looks the same may return something else."""
+    images = _images(self, generator)
+    patches = embed(self, images).shape[1] - 1
+    mask = torch.rand(2, patches, generator=generator).to(images.device) < 0.5
+    calls = ((mask, False, None), (mask, True, None), (None, True, "end"), (None, True, "fc"))
+    return [pretrain(self, stack, images, *call) for call in calls], [original(self, images, *call) for call in calls]
+
+
+def _try_features(
+    self: nn.Module, stack: Stack, generator: torch.Generator, *, original: Callable
+) -> tuple[Tensor, Tensor]:
+    images = _images(self, generator)
+    return features(self, stack, images), original(self, images)
+
+
 def _refuses_forward(owner: Any) -> str | None:
-    """Blocks that ours cannot follow, or another return value than this ``forward`` has elsewhere."""
     if isinstance(owner, type):
         return None
-    plan = Plan(owner)
-
-    def run(generator: torch.Generator) -> tuple[list, list]:
-        images = _images(owner, generator)
-        patches = embed(owner, images).shape[1] - 1
-        mask = torch.rand(2, patches, generator=generator).to(images.device) < 0.5
-        calls = ((mask, False, None), (mask, True, None), (None, True, "end"), (None, True, "fc"))
-        theirs = [type(owner).forward(owner, images, *call) for call in calls]
-        return [pretrain(owner, plan.stack, images, *call) for call in calls], theirs
-
-    return plan.reason(owner) or compare(owner, run)
+    return Plan(owner, partial(_try_forward, original=type(owner).forward)).reason(owner)
 
 
 def _refuses_features(owner: Any) -> str | None:
     if isinstance(owner, type):
         return None
-    plan = Plan(owner)
-
-    def run(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        images = _images(owner, generator)
-        return features(owner, plan.stack, images), type(owner).forward_features(owner, images)
-
-    return plan.reason(owner) or compare(owner, run)
+    return Plan(owner, partial(_try_features, original=type(owner).forward_features)).reason(owner)
 
 
 DOES = "all blocks in fused operators: relative positions in attention; norms, LayerScale, DropPath, residuals, GELU"
