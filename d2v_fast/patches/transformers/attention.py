@@ -243,13 +243,13 @@ def make_vision(original: Callable, options: Options) -> Callable:
     return forward
 
 
-DOES = "one product for q, k, v; the best attention kernel that is installed"
+DOES = "one product for q, k, v; the best kernel that is installed"
 SPEECH_SEAM = Seam("attention", "forward", make_speech, DOES, known=frozenset({SPEECH}))
 TEXT_SEAM = Seam("attention", "forward", make_text, DOES, known=frozenset({TEXT}))
 VISION_SEAM = Seam(
     "attention",
     "forward",
     make_vision,
-    "one product for q, k, v; relative-position bias and its gradient inside of the kernel",
+    "one product for q, k, v; position bias and its gradient in the kernel",
     known=VISION,
 )

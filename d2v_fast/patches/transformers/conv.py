@@ -117,8 +117,6 @@ def positions(survey: Survey, embed: nn.Module) -> dict[str, int]:
     layers = list(embed.layers) if several else [embed]
     if not all(is_gelu(layer.activation) for layer in layers):
         raise Unfit("the activation of its positions is not GELU")
-    if getattr(embed, "batch_norm", None) is not None:
-        raise Unfit("its positions have a batch norm")
     if several and len(layers) < 2:
         raise Unfit("one convolution for positions would have a weight norm in ours")
     if several and any(layer.layer_norm.eps != EPS or layer.layer_norm.elementwise_affine for layer in layers):
@@ -171,14 +169,14 @@ def make_positions(original: Callable, options: Options) -> Callable:
 FEATURES_SEAM = around(
     "conv",
     make_convs,
-    "convolutions as matrix products, channels last; the first with its norm, the others' norms with GELU, in one pass",
+    "convolutions as matrix products, norms and GELU fused",
     frozenset({"5ed08171342199ad"}),
     convs_plan,
 )
 POSITIONS_SEAM = around(
     "conv",
     make_positions,
-    "convolutions, norm and GELU of the positions fused",
+    "convolutions, norms and GELU fused",
     frozenset(POSITION_FORWARDS["PositionalConvEmbedding"]),
     positions_plan,
 )

@@ -255,7 +255,7 @@ def make_layer(original: Callable, options: Options) -> Callable:
 ENCODER_SEAM = around(
     "encoder",
     make_encoder,
-    "all layers in fused operators: one product for q, k, v; norms, LayerScale, DropPath, residuals and GELU fused",
+    "the whole stack in fused operators, on the same parameters",
     frozenset({"8e9bf3d1f55d8ea0"}),
     encoder_plan,
 )
