@@ -1,5 +1,6 @@
 """``d2v-fast run``: the command is itself, and every Python below it has the hook. In processes of their own."""
 
+import importlib
 import os
 import signal
 import subprocess
@@ -68,11 +69,15 @@ def test_environment_is_added_to_once():
     assert launch.child_environment({})["PYTHONPATH"] == FOLDER
 
 
-def test_command_line_errors():
+def test_command_line_errors(script):
+    broken = Path(script("", "broken"))
+    broken.write_bytes(b"\x7fELF")
+    broken.chmod(0o755)
     for command, message in (
         ((), "error: COMMAND is missing"),
         (("no-such-command",), "error: COMMAND no-such-command was not found"),
         (("no.py",), "error: COMMAND no.py: there is no such file"),
+        ((str(broken),), f"error: COMMAND {broken} cannot be executed"),
     ):
         out, err = run(*command, expect=1)
         assert out == "" and err.startswith(message) and "Traceback" not in err
@@ -152,22 +157,27 @@ def test_child_process(script):
     assert run(path) == ("True\n", "")
 
 
-def test_first_rank_reports(script):
-    """Launchers such as torchrun train in processes below the command; a stand-in for a class that was replaced."""
-    rank = script(
-        """
-        import torch, d2v_fast.auto
-        from d2v_fast.patches import Patch
-        d2v_fast.auto.handle.patches.append(Patch("toy"))
-        """,
-        "rank.py",
-    )
-    path = script(f"""
-        import os, subprocess, sys
-        for rank in ("0", "1"):
-            subprocess.run([sys.executable, {rank!r}], env={{**os.environ, "RANK": rank}}, check=True)
-    """)
-    assert run(path) == ("", "d2v_fast: 0 replaced, 0 left as they were\n")
+def test_who_reports(monkeypatch, capsys):
+    """The command, and the first rank below a launcher such as torchrun if something was replaced there."""
+    monkeypatch.setenv("D2V_FAST_DISABLE", "1")
+    auto = importlib.import_module("d2v_fast.auto")
+    monkeypatch.delitem(sys.modules, "d2v_fast.auto")
+    monkeypatch.setattr(auto, "report", lambda: "the table")
+    me, other = str(os.getpid()), "1"
+    for command, rank, patches, expected in (
+        (me, None, [], True),
+        (other, None, [], False),
+        (other, None, ["one"], True),
+        (other, "0", ["one"], True),
+        (other, "1", ["one"], False),
+    ):
+        monkeypatch.setenv("D2V_FAST_REPORT", command)
+        monkeypatch.delenv("RANK", raising=False)
+        if rank is not None:
+            monkeypatch.setenv("RANK", rank)
+        monkeypatch.setattr(auto.handle, "patches", patches)
+        auto._print_report()
+        assert capsys.readouterr().err == ("the table\n" if expected else ""), (command, rank, patches)
 
 
 def test_spawned_workers(script):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from pathlib import Path
 
 import pytest
 
@@ -324,15 +325,27 @@ def test_auto_costs_little_and_imports_no_framework():
     assert float(seconds) < 0.3 and names == "['d2v_fast'] []"
 
 
-def test_real_classes_imported_before():
-    """Those imported later are in test_launcher.py."""
-    pytest.importorskip("fairseq", reason="needs ve-fairseq (requirements/peers.txt)")
-    out = run("""
+def test_real_classes(tmp_path):
+    """Imported before, and a user_dir's later. Those of spawned workers are in test_launcher.py."""
+    fairseq = pytest.importorskip("fairseq", reason="needs ve-fairseq (requirements/peers.txt)")
+    source = Path(fairseq.__file__).parent / "examples/data2vec/models/data2vec_audio.py"
+    for name in ("data2vec/models/data2vec_audio.py", "data2vec/__init__.py", "data2vec/models/__init__.py"):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source.read_text() if path.name == source.name else "")
+    code = """
+        from types import SimpleNamespace
+        from fairseq import utils
+        from fairseq.models import MODEL_REGISTRY
         from fairseq.modules import EMAModule
         theirs = EMAModule._step_internal
         import d2v_fast
         with d2v_fast.patch_all(strict=True) as handle:
             print(EMAModule._step_internal is not theirs and "EMAModule._step_internal" in str(handle))
-        print(EMAModule._step_internal is theirs)
-    """)
-    assert out.splitlines() == ["True", "True"]
+            utils.import_user_module(SimpleNamespace(user_dir=USER_DIR))
+            model = MODEL_REGISTRY["data2vec_audio"]
+            print(model.__module__, hasattr(model.forward, "__d2v_fast__"))
+        print(EMAModule._step_internal is theirs, hasattr(model.forward, "__d2v_fast__"))
+    """
+    out = run(code.replace("USER_DIR", repr(str(tmp_path / "data2vec"))))
+    assert out.splitlines() == ["True", "data2vec.models.data2vec_audio True", "True False"]
