@@ -131,6 +131,8 @@ def test_classes_by_name_and_by_module():
     assert bypassable(nn.Sequential(theirs.q), (*KINDS, here)) is None
     assert is_known(Theirs, ("Theirs",)) and not is_known(Theirs, ("Ours",))
     assert bypassable(nn.Sequential(nn.Tanh()), KINDS) == "0 is a Tanh"
+    quantised = type("Linear", (nn.Linear,), {"__module__": "torch.ao.nn.quantized"})
+    assert bypassable(nn.Sequential(quantised(4, 4)), KINDS) == "0 is a Linear"
 
 
 def test_what_changed():

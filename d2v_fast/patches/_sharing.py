@@ -180,13 +180,13 @@ class Bypassed:
 def is_known(kind: type, names: Collection[str], home: str = "") -> bool:
     """Whether a class is one of ``names``: with its module, or alone.
 
-    A name that ``torch.nn`` has is that class, or one of the package ``home``: adapters and quantised layers have names
-    like "Linear" as well.
+    A name that ``torch.nn`` has is that class, or one of the package ``home``, unless that is PyTorch: adapters and
+    quantised layers have names like "Linear" as well.
     """
     name = kind.__name__
     if f"{kind.__module__}.{name}" in names:
         return True
-    return name in names and (getattr(nn, name, kind) is kind or _package(kind) == home)
+    return name in names and (getattr(nn, name, kind) is kind or _package(kind) == home != "torch")
 
 
 def _is_foreign(kind: type, forward: Any) -> bool:
