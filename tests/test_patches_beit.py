@@ -227,6 +227,12 @@ def adapters():
     return made
 
 
+def unscaled():
+    made = model(drop_path=0.5)
+    made.blocks[1].drop_path.scale_by_keep = False
+    return made
+
+
 def dropouts():
     made = model()
     made.blocks[1].attn.proj_drop.p = 0.1
@@ -241,6 +247,7 @@ def dropouts():
         (other_results, "tried on random numbers, it returns another number of results", {"forward"}),
         (tanh, "its activation is not the exact GELU", {"forward", "mlp"}),
         (adapters, "proj is a Adapted", {"forward", "attn"}),
+        (unscaled, "its DropPath does not scale what it keeps", {"forward"}),
         (dropouts, "dropout is not the same everywhere: 0.0, 0.1", {"forward"}),
     ],
 )

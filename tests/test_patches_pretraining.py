@@ -229,18 +229,18 @@ def test_micro_batches_move_the_teacher_as_released():
     torch.testing.assert_close(model.teacher.ema_state()[name], decay * once + (1 - decay) * student)
 
 
-@pytest.mark.parametrize("modality", MODALITIES)
-def test_copies_and_state(modality, tmp_path):
+@pytest.mark.parametrize(("modality", "kind"), [*((m, "Model") for m in MODALITIES), ("text", "ForMaskedLM")])
+def test_copies_and_state(modality, kind, tmp_path):
     """Deep copies, pickles and state dictionaries go on as the original; safetensors can hold the state."""
     from safetensors.torch import load_file, save_file
 
-    model = Data2VecPretraining(encoder(modality)).train()
+    model = Data2VecPretraining(encoder(modality, kind)).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     given = inputs(modality)
     model(**given).loss.backward()
     optimizer.step()
     save_file(model.state_dict(), tmp_path / "x.safetensors")
-    fresh = Data2VecPretraining(encoder(modality)).train()
+    fresh = Data2VecPretraining(encoder(modality, kind)).train()
     fresh.load_state_dict(load_file(tmp_path / "x.safetensors"))
     others = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), fresh]
     want = model(**given).loss

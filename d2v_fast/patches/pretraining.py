@@ -259,8 +259,14 @@ class Data2VecPretraining(nn.Module):
         _follow_optimizers(self)
 
     def _shared_names(self, prefix: str) -> dict[str, str]:
-        """The teacher's names in ``state_dict`` and those of the student's same tensors."""
-        names = {}
+        """Names in ``state_dict`` of what may be another tensor under a second name, and its first name.
+
+        The teacher's, which may be the student's, and tied weights.
+        """
+        names, first = {}, {}
+        for name, parameter in self.encoder.named_parameters("encoder", remove_duplicate=False):
+            if first.setdefault(id(parameter), name) != name:
+                names[f"{prefix}{name}"] = f"{prefix}{first[id(parameter)]}"
         for name in self.teacher.module.state_dict(keep_vars=True):
             part, _, rest = name.partition(".")
             own = part == "norm" and hasattr(self, "final_norm")
@@ -270,7 +276,7 @@ class Data2VecPretraining(nn.Module):
 
 
 def _drop_shared(model: Data2VecPretraining, state: dict[str, Tensor], prefix: str, metadata: Any) -> None:
-    """What the teacher shares with the student is saved once: safetensors refuses tensors of the same memory."""
+    """Tensors of the same memory are saved once: safetensors refuses them."""
     for mine, theirs in model._shared_names(prefix).items():
         if mine in state and theirs in state and state[mine].data_ptr() == state[theirs].data_ptr():
             del state[mine]

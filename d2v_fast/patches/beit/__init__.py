@@ -8,6 +8,8 @@ where it computes the same.
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from torch import nn
+
 from d2v_fast.patches._core import Options, Patch, Seam, Site
 
 SUPPORTED = ("VisionTransformerForCyclicalTraining", "Beit", "ModelEmaV2", "vision transformers built like BEiT's")
@@ -16,8 +18,10 @@ TAKES_TEACHER = True
 
 def _is_model(module: Any) -> bool:
     """Whether ``module`` has blocks as BEiT's."""
-    blocks = list(getattr(module, "blocks", ()))
-    return bool(blocks) and all(_is_attention(getattr(block, "attn", None)) for block in blocks)
+    blocks = getattr(module, "blocks", None)
+    if not isinstance(blocks, (nn.ModuleList, nn.Sequential)) or len(blocks) == 0:
+        return False
+    return all(_is_attention(getattr(block, "attn", None)) for block in blocks)
 
 
 def _is_attention(module: Any) -> bool:

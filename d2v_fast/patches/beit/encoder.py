@@ -183,6 +183,8 @@ def _check_block(block: nn.Module) -> None:
         raise Unfit(f"its blocks have other parts than BEiT's: {', '.join(sorted(children ^ BLOCK))}")
     if set(block.attn._modules) != ATTENTION_PARTS or block.attn.q_bias is None:
         raise Unfit("its attention has no biases of queries and values, or other parts than BEiT's")
+    if not all(getattr(path, "scale_by_keep", True) for path in _drop_paths(block)):
+        raise Unfit("its DropPath does not scale what it keeps")
     if any(getattr(norm, "_fast_norm", False) for norm in (block.norm1, block.norm2)):
         raise Unfit("its norms are timm's fast ones, which autocast rounds")
     activation = getattr(block.mlp, "act", None)
