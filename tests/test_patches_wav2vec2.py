@@ -24,6 +24,7 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper, unwrap_ch
 
 from d2v_fast.patches import PatchError, patch
 from d2v_fast.patches._core import PARTS, Options, Patch, Site, is_ours, state_of
+from d2v_fast.patches._sharing import copy_memo
 from d2v_fast.patches.fairseq import attention as attention_seam
 from d2v_fast.patches.fairseq import wav2vec2
 
@@ -60,11 +61,7 @@ def make_encoder(depth: int = 5, batch_norm: bool = False, **settings) -> nn.Mod
 def patched(module: nn.Module, options: Options | None = None) -> tuple[nn.Module, Patch]:
     """A copy of a part with our methods in it."""
     options = options or Options()
-    config = getattr(module, "pos_conv", None)
-    if config is not None and len(config) == 3:  # PyTorch cannot copy the old weight norm after a step
-        weight_g, weight_v = (x.detach().clone() for x in (config[0].weight_g, config[0].weight_v))
-        config[0].weight = torch._weight_norm(weight_v, weight_g, 2)
-    copied, handle = copy.deepcopy(module), Patch("test")
+    copied, handle = copy.deepcopy(module, copy_memo(module)), Patch("test")
     handle.apply(wav2vec2.sites(copied, handle, options), options)
     return copied, handle
 

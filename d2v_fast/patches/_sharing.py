@@ -234,6 +234,15 @@ def live_weight(module: nn.Module) -> Tensor:
     return module.weight
 
 
+def copy_memo(module: nn.Module) -> dict[int, Tensor]:
+    """For ``copy.deepcopy(module, memo)``: weights by the old weight norm, which Python cannot copy by itself.
+
+    They are results, not parameters; the copy's hook computes them again at its next call.
+    """
+    normed = (part for part in module.modules() if any(map(_is_weight_norm, part._forward_pre_hooks.values())))
+    return {id(part.weight): part.weight.detach().clone() for part in normed}
+
+
 def _is_weight_norm(hook: object) -> bool:
     return isinstance(hook, WeightNorm)
 
