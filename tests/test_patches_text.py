@@ -1,6 +1,7 @@
 """fairseq's ``Data2VecTextModel`` patched against not, and the criterion of both models: same weights, dropout off."""
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,12 +15,13 @@ pytest.importorskip("fairseq_peer")
 from fairseq.criterions.model_criterion import ModelCriterion
 from fairseq.logging import metrics
 from fairseq.modules import LayerDropModuleList
-from fairseq_pairs import VOCAB, text_config, text_pair
-from patched import dictionaries, perturb, same_as_upstream
+from fairseq_pairs import TINY, VOCAB, text_config, text_pair
+from patched import allow_meta, dictionaries, perturb, same_as_upstream
 
 import d2v_fast
 from d2v_fast.patches import PatchError
 from d2v_fast.patches._core import PARTS, Options, Patch, Site, is_ours
+from d2v_fast.patches.fairseq import text
 from d2v_fast.patches.fairseq.criterion import FORWARD
 
 PAD, MASK, T = 1, VOCAB - 1, 37
@@ -296,6 +298,44 @@ def test_dropout_is_drawn():
     ours.eval()
     assert run(ours, batch())[0]["losses"]["main"].item() == pytest.approx(first, rel=1e-6)
     assert not patch.fallbacks()
+
+
+def test_compiled():
+    torch.manual_seed(0)
+    theirs = text_pair(sizes={**TINY, "layers": 2})[0]
+    ours = copy.deepcopy(theirs)
+    patch = d2v_fast.patch(ours)
+    torch._dynamo.reset()
+    compiled = torch.compile(ours, backend="aot_eager")
+    want, grads = run(theirs, batch(padded=True))
+    got, _ = run(compiled, batch(padded=True))
+    same_as_upstream(got, want, 1e-5)
+    assert_equal(trained(gradients(ours)), trained(grads))
+    assert not patch.fallbacks()
+
+
+def test_the_tokens_are_all_that_is_waited_for(monkeypatch):
+    """Forward, backward and the teacher's step where tensors have no values that could be read."""
+
+    def there(side):
+        masked, inside = (x.map(lambda t: t.to("meta")) for x in (side.masked, side.masked_in_valid))
+        valid = None if side.valid is None else side.valid.map(lambda t: t.to("meta"))
+        return replace(side, tokens=side.tokens.to("meta"), valid=valid, masked=masked, masked_in_valid=inside)
+
+    ours = pair()[1]
+    run(ours, batch())
+    real = text._sides
+    allow_meta(monkeypatch)
+    monkeypatch.setattr(text, "_sides", lambda *args: tuple(map(there, real(*args))))
+    ours.to("meta").zero_grad()
+    teacher = ours.encoder.ema
+    teacher.model.to("meta")
+    teacher.fp32_params = {name: x.to("meta") for name, x in teacher.fp32_params.items()}
+    out = ours(**batch(padded=True))
+    out["losses"]["main"].backward()
+    ours.set_num_updates(1)
+    assert out["sample_size"] == (batch(padded=True)["src_tokens"] == MASK).sum()
+    assert {p.device.type for p in ours.parameters() if p.grad is not None} == {"meta"}
 
 
 def test_report():

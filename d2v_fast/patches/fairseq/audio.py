@@ -78,7 +78,7 @@ def _frame_padding(model: Any, padding_mask: Tensor | None, features: Tensor) ->
 @torch.compiler.disable
 def _masked_frames(model: Any, mask: Tensor | np.ndarray, device: torch.device) -> Sequences:
     """The masked frames of every row, on ``device``."""
-    return Sequences.from_mask(on_host(model, "mask", mask)).map(lambda x: to_device(x.numpy(), device))
+    return Sequences.from_mask(on_host(model, "mask", mask).astype(bool)).map(lambda x: to_device(x.numpy(), device))
 
 
 @torch.compiler.disable

@@ -150,7 +150,7 @@ def _make_apply_mask(original: Callable, options: Options) -> Callable:
         if mask_indices is None:
             mask_indices = _drawn(self, x, padding_mask, names["compute_mask_indices"], options)
         mask = mask_indices if isinstance(mask_indices, Tensor) else _given(self, x, mask_indices)
-        return torch.where(mask.to(x.device)[..., None], self.mask_emb.to(x.dtype), x), mask_indices
+        return torch.where(mask.to(x.device, torch.bool)[..., None], self.mask_emb.to(x.dtype), x), mask_indices
 
     return apply_mask
 
