@@ -1,21 +1,25 @@
 """fairseq's span masks, patched against not: the same random numbers, so the same masks."""
 
 import copy
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 pytest.importorskip("fairseq_peer")
 
 import fairseq_peer as peer
 from fairseq.data.data_utils import compute_mask_indices
+from fairseq.models.hubert.hubert import HubertModel
+from fairseq.models.wav2vec.wav2vec2 import Wav2Vec2Model
 from fairseq_pairs import speech_pair
 from patched import repeat_masks
 
 from d2v_fast.patches import PatchError
 from d2v_fast.patches._core import Options, Patch, Site
-from d2v_fast.patches.fairseq.masks import APPLY_MASK, draw_spans
+from d2v_fast.patches.fairseq.masks import APPLY_MASK, draw_spans, sites
 
 B, T, C = 3, 60, 64
 
@@ -158,6 +162,40 @@ def test_nothing_to_mask(monkeypatch):
     theirs, ours, patch = pair(mask_prob=0.0)
     assert_same(both(theirs, ours, monkeypatch))
     assert not patch.fallbacks()
+
+
+def bare(kind):
+    """A model of which only the masks work."""
+    model = kind.__new__(kind)
+    nn.Module.__init__(model)
+    model.mask_emb = nn.Parameter(torch.linspace(-1, 1, C))
+    model.mask_prob, model.mask_length, model.mask_selection, model.mask_other = 0.65, 10, "static", 0
+    model.no_mask_overlap, model.mask_min_space = False, 1
+    model.mask_channel_prob, model.mask_channel_before = 0.0, False
+    model.mask_channel_length, model.mask_channel_selection, model.mask_channel_other = 3, "static", 0
+    model.no_mask_channel_overlap, model.mask_channel_min_space = False, 1
+    model.cfg = SimpleNamespace(require_same_masks=False, mask_dropout=0.1)  # HuBERT has neither
+    return model
+
+
+@pytest.mark.parametrize(("kind", "more"), [(Wav2Vec2Model, {}), (HubertModel, {"target_list": None})])
+def test_models_with_labels(kind, more, monkeypatch):
+    """wav2vec 2.0 and HuBERT, whose rows get two spans at least; HuBERT's features are masked in place."""
+    theirs, ours = bare(kind), bare(kind)
+    patch = Patch("test").apply(sites(ours, None, Options()), Options())
+    assert len(patch.applied) == 1
+    padding = torch.arange(T) >= torch.tensor([60, 18, 12])[:, None]
+    assert_same(both(theirs, ours, monkeypatch, padding, **more))
+    assert not patch.fallbacks()
+    features = [torch.ones(B, T, C) for _ in range(2)]
+    for model, x in zip((theirs, ours), features, strict=True):
+        repeat_masks(monkeypatch)
+        with torch.no_grad():
+            model.apply_mask(x, padding, **more)
+    assert torch.equal(*features) == (kind is HubertModel)
+    theirs.mask_channel_prob = ours.mask_channel_prob = 0.3
+    assert_same(both(theirs, ours, monkeypatch, padding, **more))
+    assert patch.fallbacks().total() == 1
 
 
 def test_strict():

@@ -33,6 +33,7 @@ FILES: dict[str, tuple[str, ...]] = {
     ),
     "ema": ("fairseq.modules.ema_module.EMAModule",),
     "audio": ("data2vec_audio.Data2VecAudioModel",),
+    "masks": ("fairseq.models.wav2vec.wav2vec2.Wav2Vec2Model", "fairseq.models.hubert.hubert.HubertModel"),
     "text": ("data2vec_text.Data2VecTextEncoder",),
     "criterion": ("fairseq.criterions.model_criterion.ModelCriterion",),
     "multi": (

@@ -9,16 +9,19 @@ Dims: B batch, T frames, C channels, M masked frames.
 
 import inspect
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2v_fast.nn.masking import spread_spans
-from d2v_fast.patches._core import Options, Seam, fall_back, state_of
+from d2v_fast.patches._core import Options, Patch, Seam, Site, fall_back, state_of
 from d2v_fast.patches._fingerprint import fingerprint
 
+CHANNELS = "mask_channel_prob above 0: channels are masked too"
 DRAWN = frozenset({"d207a8dd7b63619e"})  # compute_mask_indices of 2022-12: a generator a row
 
 
@@ -84,35 +87,20 @@ def on_host(owner: Any, what: str, tensor: Tensor | np.ndarray) -> np.ndarray:
 
 
 @torch.compiler.disable
-def _drawn(owner: Any, x: Tensor, padding_mask: Tensor | None, upstreams: Callable, options: Options) -> Tensor:
+def _drawn(
+    owner: Any, x: Tensor, padding_mask: Tensor | None, upstreams: Callable, how: dict[str, Any], options: Options
+) -> Tensor:
     """A mask [B, T] on the device of x; on the host it is handed on."""
-    shape, cfg = tuple(x.shape[:2]), owner.cfg
+    shape = tuple(x.shape[:2])
     reason = _drawn_upstream(owner, upstreams)
-    if reason is not None:
-        fall_back(owner, "apply_mask", reason, options)
-        mask = upstreams(
-            shape,
-            padding_mask,
-            owner.mask_prob,
-            owner.mask_length,
-            owner.mask_selection,
-            owner.mask_other,
-            min_masks=1,
-            no_overlap=owner.no_mask_overlap,
-            min_space=owner.mask_min_space,
-            require_same_masks=cfg.require_same_masks,
-            mask_dropout=cfg.mask_dropout,
-        )
+    if reason is None:
+        lengths = frame_lengths(owner, padding_mask, shape)
+        mask = draw_spans(lengths, shape[1], prob=owner.mask_prob, length=owner.mask_length, **how)
     else:
-        mask = draw_spans(
-            frame_lengths(owner, padding_mask, shape),
-            shape[1],
-            prob=owner.mask_prob,
-            length=owner.mask_length,
-            min_masks=1,
-            require_same_masks=cfg.require_same_masks,
-            mask_dropout=cfg.mask_dropout,
-        )
+        fall_back(owner, "apply_mask", reason, options)
+        spans = (owner.mask_prob, owner.mask_length, owner.mask_selection, owner.mask_other)
+        how = {**how, "no_overlap": owner.no_mask_overlap, "min_space": owner.mask_min_space}
+        mask = upstreams(shape, padding_mask, *spans, **how)
     found = to_device(mask, x.device)
     hand_on(owner, "mask", found, mask)
     return found
@@ -137,20 +125,39 @@ def _drawn_upstream(owner: Any, upstreams: Callable) -> str | None:
     return None
 
 
-def _make_apply_mask(original: Callable, options: Options) -> Callable:
+def _make_apply_mask(original: Callable, options: Options, *, min_masks: int) -> Callable:
     names = original_globals(original)
 
     def apply_mask(self, x, padding_mask, mask_indices=None, mask_channel_indices=None):
         """Put the mask embedding into a copy of x [B, T, C]; (x, bool mask [B, T])."""
         if self.mask_channel_prob > 0:
-            fall_back(self, "apply_mask", "mask_channel_prob above 0: channels are masked too", options)
+            fall_back(self, "apply_mask", CHANNELS, options)
             return original(self, x, padding_mask, mask_indices, mask_channel_indices)
         if self.mask_prob <= 0:
             return x, None
         if mask_indices is None:
-            mask_indices = _drawn(self, x, padding_mask, names["compute_mask_indices"], options)
+            how = {"min_masks": min_masks, "require_same_masks": self.cfg.require_same_masks}
+            how["mask_dropout"] = self.cfg.mask_dropout
+            mask_indices = _drawn(self, x, padding_mask, names["compute_mask_indices"], how, options)
         mask = mask_indices if isinstance(mask_indices, Tensor) else _given(self, x, mask_indices)
         return torch.where(mask.to(x.device, torch.bool)[..., None], self.mask_emb.to(x.dtype), x), mask_indices
+
+    return apply_mask
+
+
+def _make_huberts(original: Callable, options: Options) -> Callable:
+    names = original_globals(original)
+
+    def apply_mask(self, x, padding_mask, target_list):
+        """Put the mask embedding into x [B, T, C] itself, as upstream does; (x, bool mask [B, T])."""
+        if self.mask_channel_prob > 0:
+            fall_back(self, "apply_mask", CHANNELS, options)
+            return original(self, x, padding_mask, target_list)
+        if self.mask_prob <= 0:
+            return x, None
+        mask = _drawn(self, x, padding_mask, names["compute_mask_indices"], {"min_masks": 2}, options)
+        x[mask] = self.mask_emb
+        return x, mask
 
     return apply_mask
 
@@ -165,10 +172,24 @@ def original_globals(original: Callable) -> dict[str, Any]:
     return inspect.unwrap(original).__globals__
 
 
+DRAWS = "spans drawn by the same random numbers without a loop over frames"
 APPLY_MASK = Seam(
     "masks",
     "apply_mask",
-    _make_apply_mask,
-    "spans drawn by the same random numbers without a loop over frames, put in without waiting for the device",
+    partial(_make_apply_mask, min_masks=1),
+    f"{DRAWS}, put in without waiting for the device",
     frozenset({"018026be7cc8a8c4"}),
 )
+WAV2VEC2 = replace(APPLY_MASK, make=partial(_make_apply_mask, min_masks=2), known=frozenset({"af48a54644e0b27c"}))
+HUBERT = replace(APPLY_MASK, make=_make_huberts, does=DRAWS, known=frozenset({"d20092f5076d7d24"}))
+SEAMS = {"Wav2Vec2Model": WAV2VEC2, "HubertModel": HUBERT}  # data2vec's belongs to its other seams
+
+
+def seams(kind: type) -> list[Seam]:
+    """The masks of wav2vec 2.0 and HuBERT, at their classes."""
+    return [seam for name, seam in SEAMS.items() if name in {k.__name__ for k in kind.__mro__}]
+
+
+def sites(model: nn.Module, patch: Patch, options: Options) -> list[Site]:
+    """The masks of every such model in ``model``."""
+    return [Site(path, part, seam) for path, part in model.named_modules() for seam in seams(type(part))]
