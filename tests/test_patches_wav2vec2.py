@@ -63,6 +63,18 @@ def test_padding_is_zeroed_in_place():
     assert x[padding(11)].abs().max() == 0 < x[~padding(11)].abs().min()
 
 
+@pytest.mark.parametrize("options", [Options(), FINE], ids=["encoder", "fine"])
+def test_eps_of_every_norm(options):
+    for pre in (False, True):
+        theirs = make_encoder(layer_norm_first=pre)
+        norms = [module for module in theirs.modules() if isinstance(module, nn.LayerNorm)]
+        for number, norm in enumerate(norms):
+            norm.eps = 0.01 * number if norm.elementwise_affine else 0.3  # those of the positions have one
+        ours, handle = patched(theirs, options)
+        both(theirs, ours, torch.randn(2, 11, 32), None, TOLERANCE)
+        assert not handle.fallbacks()
+
+
 def test_forward_of_the_encoder():
     """With its own final norm, also where that is the last of a pre-norm encoder."""
     for pre in (False, True):
