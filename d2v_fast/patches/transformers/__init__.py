@@ -22,8 +22,8 @@ SUPPORTED = ("Data2VecAudioModel", "Data2VecTextModel", "Data2VecVisionModel", "
 OF_SPEECH = {
     "FeatureEncoder": ("conv", "FEATURES_SEAM"),
     "PositionalConvEmbedding": ("conv", "POSITIONS_SEAM"),
-    "Encoder": ("speech", "ENCODER_SEAM"),
-    "EncoderStableLayerNorm": ("speech", "ENCODER_SEAM"),
+    "Encoder": ("speech_encoder", "ENCODER_SEAM"),
+    "EncoderStableLayerNorm": ("speech_encoder", "ENCODER_SEAM"),
     "Attention": ("attention", "SPEECH_SEAM"),
     "EncoderLayer": ("speech", "LAYER_SEAM"),
     "EncoderLayerStableLayerNorm": ("speech", "STABLE_LAYER_SEAM"),

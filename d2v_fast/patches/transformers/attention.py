@@ -17,11 +17,12 @@ from d2v_fast.patches._core import Options, Seam, fall_back
 from d2v_fast.patches.transformers._plan import collected, padding_of, plain, unknown_argument, without_none
 
 NAME = "d2v_fast"
-SPEECH, TEXT = "022aa8879f935129", "bb3a4ea7b5423dd7"
+SPEECH = frozenset({"022aa8879f935129"})
+TEXT = frozenset({"bb3a4ea7b5423dd7", "bfa56dc98683bca6", "73e1f259d783944d"})
 VISION = frozenset({"552cf972a1c0beee", "fa87e1ac31d7e75b", "55c62b697b4c89a1", "1dae894a4c4f0e8f"})
 IGNORED = frozenset(
     {"output_attentions", "output_hidden_states", "return_dict", "position_ids", "num_items_in_batch", "use_cache"}
-    | {"labels", "encoder_hidden_states"}  # the latter is None in self-attention
+    | {"labels", "cache_position"}
 )
 
 
@@ -39,15 +40,7 @@ def register_attention() -> None:
     masking.AttentionMaskInterface.register(NAME, attention_mask)
 
 
-def attention_mask(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    *args: Any,
-    mask_function: Callable | None = None,
-    attention_mask: Tensor | None = None,
-    **kwargs: Any,
-) -> Tensor | None:
+def attention_mask(*args: Any, **asked: Any) -> Tensor | None:
     """The mask as transformers' AttentionMaskInterface asks for it: bool [B, 1, Tq, Tk], True = seen, or None.
 
     Of bidirectional attention its rows are one row in memory, so that nothing has to look for differences; every other
@@ -55,16 +48,16 @@ def attention_mask(
     """
     masking = sys.modules["transformers.masking_utils"]
     bidirectional = getattr(masking, "bidirectional_mask_function", None)
-    padding = isinstance(attention_mask, Tensor) and tuple(attention_mask.shape) == (batch_size, kv_length)
-    shifted = args or kwargs.get("q_offset") or kwargs.get("kv_offset") or kwargs.get("use_vmap")
-    if mask_function is None or mask_function is not bidirectional or not padding or shifted:
-        given = {"attention_mask": attention_mask, **kwargs}
-        given |= {} if mask_function is None else {"mask_function": mask_function}
-        return masking.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](batch_size, q_length, kv_length, *args, **given)
-    seen = attention_mask.bool()
-    if kwargs.get("allow_is_bidirectional_skip") and without_none(~seen) is None:
+    B, Tq, Tk = (asked.get(name) for name in ("batch_size", "q_length", "kv_length"))
+    mask, plain_rows = asked.get("attention_mask"), not args and bidirectional is not None
+    plain_rows = plain_rows and asked.get("mask_function") is bidirectional and isinstance(Tq, int)
+    shifted = any(asked.get(name) for name in ("q_offset", "kv_offset", "use_vmap", "local_size"))
+    if not plain_rows or shifted or not isinstance(mask, Tensor) or tuple(mask.shape) != (B, Tk):
+        return masking.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **asked)
+    seen = mask.bool()
+    if asked.get("allow_is_bidirectional_skip") and without_none(~seen) is None:
         return None
-    return seen[:, None, None].expand(batch_size, 1, q_length, kv_length)
+    return seen[:, None, None].expand(B, 1, Tq, Tk)
 
 
 def attention_forward(
@@ -244,8 +237,8 @@ def make_vision(original: Callable, options: Options) -> Callable:
 
 
 DOES = "one product for q, k, v; the best kernel that is installed"
-SPEECH_SEAM = Seam("attention", "forward", make_speech, DOES, known=frozenset({SPEECH}))
-TEXT_SEAM = Seam("attention", "forward", make_text, DOES, known=frozenset({TEXT}))
+SPEECH_SEAM = Seam("attention", "forward", make_speech, DOES, known=SPEECH)
+TEXT_SEAM = Seam("attention", "forward", make_text, DOES, known=TEXT)
 VISION_SEAM = Seam(
     "attention",
     "forward",

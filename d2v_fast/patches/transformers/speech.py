@@ -1,12 +1,11 @@
-"""Data2VecAudio, Wav2Vec2 and HuBERT: the encoder as a whole, its layers and feed-forward parts.
+"""Data2VecAudio, Wav2Vec2 and HuBERT: ours around an encoder, and the parts of its layers.
 
 Upstream: ``transformers.models.{data2vec.modeling_data2vec_audio,wav2vec2.modeling_wav2vec2,hubert.modeling_hubert}``,
 which are one code under three names.
 """
 
 import inspect
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,7 +14,6 @@ from torch import Tensor, nn
 
 from d2v_fast.checkpoints.rules import Rule, pairs
 from d2v_fast.checkpoints.transformers import SPEECH_LAYER
-from d2v_fast.nn.checkpointing import capturing
 from d2v_fast.nn.config import EncoderConfig
 from d2v_fast.nn.encoder import TransformerEncoder
 from d2v_fast.ops import residual_dropout_layer_norm
@@ -25,32 +23,26 @@ from d2v_fast.patches.transformers._plan import (
     Plan,
     Survey,
     Unfit,
-    around,
-    as_upstream,
-    collected,
     is_gelu,
     make_plan,
-    padding_of,
     plain,
-    planned,
-    record,
-    unknown_argument,
 )
 from d2v_fast.patches.transformers.conv import POSITION_SOURCES, PREFIXES, position_rules, positions
 from d2v_fast.patches.transformers.linear import checkpointing, linear_gelu
 
 LAYER, STABLE_LAYER = "1f61dcfb34ca59f2", "550d782f31b1ac8f"
 FORWARDS = {  # fingerprints of what ours was written from, by the class's name without its prefix
-    "Attention": {"022aa8879f935129"},
+    "Attention": {
+        "022aa8879f935129",
+        *("c498b69bbd7e677f", "7f1c270594113c3e", "1375a4077b22d8ad", "d013c12a696fe4e6"),  # these give three values
+    },
     "FeedForward": {"4e0366e3f8ec8c25"},
-    "EncoderLayer": {LAYER},
-    "EncoderLayerStableLayerNorm": {STABLE_LAYER},
+    "EncoderLayer": {LAYER, "3752de01138a9d52"},  # the others give tuples
+    "EncoderLayerStableLayerNorm": {STABLE_LAYER, "c74fb50716a22cde", "f93ce3197a392757"},
 }
 SOURCES = {
     prefix + name: frozenset(known) for prefix in PREFIXES for name, known in FORWARDS.items()
 } | POSITION_SOURCES
-# arguments that change nothing in these layers, or that the recorders have served
-IGNORED = frozenset({"output_attentions", "output_hidden_states", "return_dict", "use_cache", "num_items_in_batch"})
 
 
 def build_encoder(survey: Survey) -> tuple[nn.Module, Sequence[Rule]]:
@@ -95,56 +87,6 @@ def build_encoder(survey: Survey) -> tuple[nn.Module, Sequence[Rule]]:
 def encoder_plan(encoder: nn.Module) -> Plan:
     """Ours around ``encoder``."""
     return make_plan(encoder, SOURCES, build_encoder)
-
-
-def kept_layers(encoder: nn.Module) -> list[int]:
-    """The layers that LayerDrop leaves, drawn as upstream draws."""
-    count, rate = len(encoder.layers), encoder.config.layerdrop
-    if not encoder.training or rate == 0:
-        return list(range(count))
-    return [index for index in range(count) if not torch.rand([]) < rate]
-
-
-def _in_step(encoder: nn.Module) -> str | None:
-    """The reason if all ranks have to run all layers: parameters are spread over them."""
-    scope = sys.modules[type(encoder).__module__].__dict__
-    if scope["is_deepspeed_zero3_enabled"]() or scope["is_fsdp_managed_module"](encoder):
-        return "its parameters are spread over ranks (ZeRO-3, FSDP)"
-    return None
-
-
-def make_encoder(original: Callable, options: Options) -> Callable:
-    """``forward`` of an encoder: (hidden_states [B, T, C], attention_mask bool [B, T]) -> BaseModelOutput.
-
-    Padding is zeroed in a copy, where upstream writes into ``hidden_states``. Every frame is computed, padding too.
-    """
-
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        shared, reason = planned(self, encoder_plan)
-        asked = collected(self.layers[0]) if len(self.layers) else {}
-        reason = reason or _in_step(self) or unknown_argument(kwargs, IGNORED) or _asked_for(asked)
-        padding = None
-        if reason is None:
-            padding, reason = padding_of(attention_mask, hidden_states)
-        if reason is not None:
-            fall_back(self, "forward", reason, options)
-            return original(self, hidden_states, attention_mask, **kwargs)
-        on_device = torch.compiler.is_compiling() or capturing(hidden_states)
-        kept = None if on_device and self.training and self.config.layerdrop > 0 else kept_layers(self)
-        wants_states = "hidden_states" in asked
-        out = shared.module(hidden_states, padding_mask=padding, hidden_states=wants_states, kept=kept)
-        if wants_states:
-            ran = self.layers if kept is None else [self.layers[index] for index in kept]
-            record(ran, [as_upstream(state, hidden_states) for state in out.hidden_states])
-        return sys.modules["transformers.modeling_outputs"].BaseModelOutput(
-            last_hidden_state=as_upstream(out.x, hidden_states)
-        )
-
-    return forward
-
-
-def _asked_for(asked: Mapping[str, Any]) -> str | None:
-    return "attention weights were asked for" if "attentions" in asked else None
 
 
 def make_layer(original: Callable, options: Options) -> Callable:
@@ -221,13 +163,6 @@ def make_ffn(original: Callable, options: Options) -> Callable:
     return forward
 
 
-ENCODER_SEAM = around(
-    "encoder",
-    make_encoder,
-    "the whole stack in fused operators, on the same parameters",
-    frozenset({"f4a4ddcb82ecbc45", "cb346a1a258a9835"}),
-    encoder_plan,
-)
 NORMS = "dropout, residual and norm in one pass"
 LAYER_SEAM = Seam("norms", "forward", make_layer, NORMS, known=frozenset({LAYER}))
 STABLE_LAYER_SEAM = Seam("norms", "forward", make_stable_layer, NORMS, known=frozenset({STABLE_LAYER}))

@@ -31,14 +31,14 @@ from d2v_fast.patches.transformers._plan import (
     record,
     unknown_argument,
 )
-from d2v_fast.patches.transformers.attention import packs
+from d2v_fast.patches.transformers.attention import TEXT, packs
 from d2v_fast.patches.transformers.linear import linear_gelu
 
 OUTPUT, INTERMEDIATE = "c4cade7c3bed7bea", "d60f3781ad76f95d"
 FORWARDS = {
-    "Layer": {"b2a00087d3d71ba8"},
-    "Attention": {"24dd5fe80045ff58"},
-    "SelfAttention": {"bb3a4ea7b5423dd7"},
+    "Layer": {"b2a00087d3d71ba8", "c69b4c4e620a1a9e", "3a738e47fbc3e823"},
+    "Attention": {"24dd5fe80045ff58", "cceedddcbb461110", "f3c14461042ddfa8"},
+    "SelfAttention": TEXT,
     "SelfOutput": {OUTPUT},
     "Intermediate": {INTERMEDIATE},
     "Output": {OUTPUT},
@@ -47,6 +47,7 @@ SOURCES = {"Data2VecText" + name: frozenset(known) for name, known in FORWARDS.i
 # arguments that change nothing in these layers, or that the recorders have served; positions are in the embeddings
 IGNORED = frozenset(
     {"output_attentions", "output_hidden_states", "return_dict", "position_ids", "num_items_in_batch", "labels"}
+    | {"cache_position"}  # up to transformers 5.0, of a cache that is not there
 )
 
 
@@ -141,7 +142,7 @@ def make_encoder(original: Callable, options: Options) -> Callable:
 
 def _mask_as_upstream(encoder: nn.Module, x: Tensor, mask: Tensor) -> Tensor | None:
     make = sys.modules["transformers.masking_utils"].create_bidirectional_mask
-    return make(config=encoder.config, inputs_embeds=x, attention_mask=mask)
+    return make(encoder.config, x, mask)
 
 
 def make_masks(original: Callable, options: Options) -> Callable:
@@ -195,7 +196,7 @@ ENCODER_SEAM = around(
     "encoder",
     make_encoder,
     "the whole stack in fused operators, on the same parameters",
-    frozenset({"180e1590ecdd4658"}),
+    frozenset({"180e1590ecdd4658", "62f2b32e53472e23", "bbdce1797b77f985"}),
     encoder_plan,
 )
 MASKS_SEAM = Seam(
@@ -203,7 +204,7 @@ MASKS_SEAM = Seam(
     "_create_attention_masks",
     make_masks,
     "no mask [B, 1, T, T]: the encoder reads padding as [B, T]",
-    known=frozenset({"425fd9b1ab2fc3b6"}),
+    known=frozenset({"425fd9b1ab2fc3b6", "62543df14a591b03"}),
 )
 OUTPUT_SEAM = Seam("norms", "forward", make_output, "dropout, residual and norm in one pass", known=frozenset({OUTPUT}))
 GELU = "bias and GELU in one pass"
