@@ -107,6 +107,37 @@ def test_rows_left_out_and_losses_summed_are_no_difference(with_seams):
     assert "layers.0" in names and "layers.0.linear" not in names
 
 
+def test_the_first_difference_is_before_what_was_changed_in_place(with_seams):
+    class Changing(toy.Toy):
+        def forward(self, x):
+            x = self.layers[0](x)
+            y = self.layers[1](x)
+            with torch.no_grad():
+                x.mul_(y.mean())
+            return y
+
+    Changing.__name__ = "Toy"
+    with_seams(**{"layers.1": seam("forward", wrong_layer)})
+    assert patches.compare(Changing().requires_grad_(False), X).first().name == "layers.1"
+
+
+def test_gradients_that_the_model_has_do_not_count(with_seams):
+    with_seams(**{"layers.0": seam("forward", same)})
+    model = toy.Toy()
+    for p in model.parameters():
+        p.grad = torch.full_like(p, torch.nan)
+    found = patches.compare(model, X)
+    assert found.relative == 0 and all(0 < d.norm < inf for d in found.worst("gradient"))
+
+
+def test_weights_that_a_hook_computes(with_seams):
+    with_seams(**{"layers.0": seam("forward", same)})
+    model = toy.Toy()
+    nn.utils.weight_norm(model.layers[0].linear)
+    model(X)
+    assert patches.compare(model, X).relative == 0
+
+
 def test_the_model_is_left_alone(with_seams):
     with_seams(**{"layers.1": seam("forward", wrong_layer)})
     model = Reporting()

@@ -91,6 +91,23 @@ def test_two_patches_of_one_object_come_off_in_either_order(model, order):
     assert toy.snapshot(model) == before
 
 
+def test_a_patch_that_was_taken_back_counts_no_more(model):
+    first = patched(model)
+    second = Patch("b").apply([Site("layers.0", model.layers[0], inner_seam("extra_repr"))], Options())
+    copied = copy.deepcopy(model)
+    copied(X[:1])
+    counts = first.fallbacks()
+    assert counts == {("Layer.forward", "a single row"): 1, ("Lazy.forward", "a single row"): 1}
+    first.revert()
+    assert first.fallbacks() == counts
+    second_copy = copy.deepcopy(model)
+    assert second_copy.layers[0].extra_repr.__self__ is second_copy.layers[0]
+    state_of(second_copy.layers[0]).fallbacks["extra_repr", "none"] += 1
+    assert first.fallbacks() == counts and second.fallbacks()["Layer.extra_repr", "none"] == 1
+    second.revert()
+    assert "extra_repr" not in second_copy.layers[0].__dict__
+
+
 def inner_seam(attribute, **options):
     def make(original, options):
         return lambda self, *args: original(self, *args) + 1
@@ -100,7 +117,7 @@ def inner_seam(attribute, **options):
 
 def test_signature_is_the_original_s(model):
     forward = inspect.signature(model.layers[0].forward)
-    with patched(model):
+    with Patch("toy").apply([Site("", model.layers[0], inner_seam("forward"))], Options()):
         ours = model.layers[0].forward
         assert inspect.signature(ours) == forward and ours.__name__ == "forward"
         assert not hasattr(ours, "__wrapped__"), "somebody who unwraps would strip ours off"
@@ -240,6 +257,15 @@ def test_class_and_instance_in_either_order(model):
     assert torch.equal(model(X), two_layers(model)) and toy.snapshot(model) == before
 
 
+def test_state_of_an_instance_goes_with_the_last_patch(model):
+    before = toy.snapshot(model)
+    at_instance = patched(model)
+    at_class = Patch("classes").apply([Site("", toy.Layer, toy.DOUBLE)], Options())
+    at_instance.revert()
+    at_class.revert()
+    assert toy.snapshot(model) == before
+
+
 def test_states_of_a_class_go_with_its_patch(model):
     before = toy.snapshot(model)
     patch = Patch("classes").apply([Site("", toy.Layer, toy.DOUBLE)], Options())
@@ -290,10 +316,19 @@ def test_copies_are_patched_and_die(model):
     del copied, each
     gc.collect()
     assert [ref() for ref in gone] == [None] * len(gone)
-    copied = copy.deepcopy(model)
+    copied = copy.deepcopy(copy.deepcopy(model))
     patch.revert()
     assert torch.equal(copied(X), two_layers(copied)) and copied.spread(X) == 2
     assert all("forward" not in module.__dict__ for module in copied.modules())
+
+
+def test_copies_are_prepared(model):
+    def prepare(owner):
+        state_of(owner).cache["plan"] = owner
+
+    Patch("toy").apply([Site("", model, inner_seam("forward", prepare=prepare))], Options())
+    copied = copy.deepcopy(model)
+    assert state_of(model).cache["plan"] is model and state_of(copied).cache["plan"] is copied
 
 
 def test_patch_does_not_keep_the_model(model):
@@ -327,6 +362,10 @@ def test_copies_and_replicas_under_somebody_else_s_wrapper(model):
     copied = copy.deepcopy(layer)
     assert copied.forward.__self__ is copied and torch.equal(copied(X), layer(X))
     assert torch.equal(layer._replicate_for_data_parallel().forward(X), layer(X))
+    layer = model.layers[1]
+    ours = layer.forward
+    layer.forward = functools.update_wrapper(functools.partial(lambda self, x: self.linear(x), layer), ours)
+    assert copy.deepcopy(layer).forward.args[0] is not layer, "a partial that looks like ours is copied as what it is"
 
 
 @pytest.mark.parametrize("dump", ["pickle", "torch.save", "protocol 0"])
@@ -345,6 +384,23 @@ def test_pickles_are_as_upstream_s(model, dump):
     assert [set(inside) for inside in toy.snapshot(loaded)] == unpatched
     assert torch.equal(loaded(X), two_layers(model)) and doubled(model)
     assert patched(loaded).applied
+
+
+class Plain:
+    """Not a module, as fairseq's ``EMAModule``."""
+
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize("protocol", [0, 2, pickle.HIGHEST_PROTOCOL])
+def test_pickles_of_plain_objects(protocol):
+    plain = Plain()
+    plain.kept = 1
+    with Patch("toy").apply([Site("", plain, inner_seam("forward"))], Options()):
+        assert pickle.loads(pickle.dumps(plain, protocol)).__dict__ == {"kept": 1}
+        assert plain.forward(1) == 2 and copy.deepcopy(plain).forward(1) == 2
+    assert plain.__dict__ == {"kept": 1}
 
 
 def test_pickle_of_a_state_is_nothing():

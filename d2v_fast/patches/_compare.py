@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook
 
 from d2v_fast.patches._core import Patch, PatchError
 from d2v_fast.patches._differences import Difference, differences, leaves, table
+from d2v_fast.patches._sharing import copy_memo
 from d2v_fast.patches._state import copies_as_upstream, has_ours
 
 TOLERANCE = 1e-4  # relative, from which on a difference is worth a look in float32
@@ -96,7 +97,7 @@ def compare(
     package = importlib.import_module(__package__)  # which imports this module
     model = package.unwrapped(model)
     with copies_as_upstream():
-        upstream, ours = copy.deepcopy(model), copy.deepcopy(model)
+        upstream, ours = (copy.deepcopy(model, copy_memo(model)) for _ in range(2))
     classes = {type(part).__name__: has_ours(type(part)) for part in _named_parts(upstream).values()}
     if any(classes.values()):
         names = ", ".join(name for name, found in classes.items() if found)
