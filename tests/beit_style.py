@@ -18,7 +18,7 @@ class DropPath(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.drop_prob == 0 or not self.training:
             return x
-        kept = torch.rand(len(x)) >= self.drop_prob
+        kept = torch.rand(len(x), device=x.device) >= self.drop_prob
         return x * (kept / (1 - self.drop_prob))[:, None, None]
 
 
@@ -79,10 +79,12 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, dim: int, heads: int, *, scale: float, drop_path: float, dropout: float, grid: int | None):
+    def __init__(
+        self, dim: int, heads: int, *, ratio: int, scale: float, drop_path: float, dropout: float, grid: int | None
+    ) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn, self.mlp = Attention(dim, heads, dropout, grid), Mlp(dim, 2 * dim)
+        self.attn, self.mlp = Attention(dim, heads, dropout, grid), Mlp(dim, ratio * dim)
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.gamma_1 = nn.Parameter(torch.full((dim,), scale)) if scale > 0 else None
         self.gamma_2 = nn.Parameter(torch.full((dim,), scale)) if scale > 0 else None
@@ -114,6 +116,7 @@ class VisionTransformerForCyclicalTraining(nn.Module):
         heads: int = 2,
         depth: int = 3,
         *,
+        ratio: int = 2,  # hidden channels of the MLPs for each channel
         scale: float = 0.1,
         drop_path: float = 0.0,
         dropout: float = 0.0,
@@ -126,7 +129,7 @@ class VisionTransformerForCyclicalTraining(nn.Module):
         self.mask_token = nn.Parameter(torch.randn(1, 1, dim))
         self.pos_embed, self.pos_drop = None, nn.Dropout(0.0)
         self.rel_pos_bias = RelativePositionBias(grid, heads) if shared else None
-        options = {"scale": scale, "dropout": dropout, "grid": None if shared else grid}
+        options = {"ratio": ratio, "scale": scale, "dropout": dropout, "grid": None if shared else grid}
         rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
         self.blocks = nn.ModuleList(Block(dim, heads, drop_path=rate, **options) for rate in rates)
         self.norm, self.lm_head = nn.LayerNorm(dim, eps=1e-6), nn.Linear(dim, dim)
