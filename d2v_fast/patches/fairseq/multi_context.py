@@ -7,7 +7,7 @@ Dims: B samples, M clones of each, T tokens, V tokens that are left, H heads, C 
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -18,7 +18,18 @@ from d2v_fast.patches._fingerprint import fingerprint
 from d2v_fast.patches.fairseq.multi_attention import Alibi
 from d2v_fast.patches.fairseq.multi_decoder import positions
 
-_KNOWN_BIAS = "ec719055cd798dea", "e17f7477fb8c900b"  # get_alibi_bias, get_alibi
+_KNOWN_BIAS = "ec719055cd798dea", "e17f7477fb8c900b"  # get_alibi_bias, and get_alibi that it calls
+
+
+def _is_known(made: Callable) -> bool:
+    """Whether this function makes the bias that ours was written from."""
+    slopes = getattr(made, "__globals__", {}).get("get_alibi")
+    return slopes is not None and (_fingerprint(made), _fingerprint(slopes)) == _KNOWN_BIAS
+
+
+_fingerprint = cache(fingerprint)
+# torch.compile runs it while tracing: what torch.compiler.assume_constant_result does, which imports the compiler
+_is_known._dynamo_marked_constant = True
 
 
 def concerns(encoder: nn.Module) -> bool:
@@ -31,10 +42,8 @@ def _unfit(self: nn.Module) -> str | None:
     made = self.get_alibi_bias
     if made is None:
         return None
-    if not isinstance(made, partial) or fingerprint(made.func) != _KNOWN_BIAS[0]:
+    if not isinstance(made, partial) or not _is_known(made.func):
         return "its bias is learned, or made by code that ours was not written from"
-    if fingerprint(made.func.__globals__["get_alibi"]) != _KNOWN_BIAS[1]:
-        return "its slopes are made by code that ours was not written from"
     if made.keywords.get("dims", 1) != 1:
         return "ALiBi over two dimensions"
     if self.extra_tokens is not None:

@@ -40,11 +40,17 @@ def _unfit(model: Any, mode: str, mask: bool) -> str | None:
     decoders = [type(decoder).__name__ for decoder in _decoders(model, mode)]
     if not decoders or "EncDecTransformerDecoder" in decoders:
         return "there is no decoder, or one that computes masked tokens alone"
-    for name in _PARTS:
-        method = getattr(type(model), name)
-        if not is_ours(method) and method.__qualname__ != f"Data2VecMultiModel.{name}":
-            return f"{name} is not upstream's"
-    return target_norms(model.cfg)[1]
+    others = _others(type(model))
+    return f"{others} is not upstream's" if others else target_norms(model.cfg)[1]
+
+
+def _others(kind: type) -> str:
+    """Which of the methods that ours takes the place of is somebody else's in this class; ours keep upstream's name."""
+    return next((name for name in _PARTS if getattr(kind, name).__qualname__ != f"Data2VecMultiModel.{name}"), "")
+
+
+# torch.compile runs it while tracing: what torch.compiler.assume_constant_result does, which imports the compiler
+_others._dynamo_marked_constant = True
 
 
 def _run(
@@ -138,15 +144,15 @@ def _regress(
     ]
 
 
-def _report(model: Any, result: dict[str, Any], info: Any, mode: str, found: list[LossOutput], logger: Any) -> None:
+def _report(model: Any, result: dict[str, Any], info: Any, mode: str, outs: list[LossOutput], logger: Any) -> None:
     """What upstream logs, in its order."""
     suffix = "" if len(model.modalities) == 1 else f"_{mode}"
     result["masked_pct"] = 1 - info.ids_keep.size(1) / info.ids_restore.size(1)
-    for i, out in enumerate(found):
-        result[f"pred_var{suffix}_{i}" if len(found) > 1 else f"pred_var{suffix}"] = out.pred_var
+    for i, out in enumerate(outs):
+        result[f"pred_var{suffix}_{i}" if len(outs) > 1 else f"pred_var{suffix}"] = out.pred_var
     result.update(model.ema.logs)
-    result[f"target_var{suffix}"] = found[0].target_var
-    for out in found:
+    result[f"target_var{suffix}"] = outs[0].target_var
+    for out in outs:
         check_spread(model, out, logger)
     result["ema_decay"] = model.ema.get_decay() * 1000
 
@@ -180,12 +186,12 @@ def _pretrain(
         aim = layers[0].mean(dim=1).repeat_interleave(cfg.clone_batch, 0)
         of_class = model.d2v_loss(x[:, encoder.modality_cfg.num_extra_tokens - 1], aim)
         result["losses"]["cls"] = of_class * (cfg.cls_loss * result["sample_size"])
-    found = _regress(model, predictions, layers, norms, rows)
+    outs = _regress(model, predictions, layers, norms, rows)
     if cfg.d2v_loss > 0:
-        for i, out in enumerate(found):
-            name = f"{mode}_regression_{i}" if len(found) > 1 else f"{mode}_regression"
+        for i, out in enumerate(outs):
+            name = f"{mode}_regression_{i}" if len(outs) > 1 else f"{mode}_regression"
             result["losses"][name] = out.loss * cfg.d2v_loss
-    _report(model, result, info, mode, found, names["logger"])
+    _report(model, result, info, mode, outs, names["logger"])
     return result
 
 
