@@ -127,7 +127,6 @@ def called(model: nn.Module, batch: Any) -> Any:
 
 
 def _run(model: nn.Module, batch: Any, call: Callable[[nn.Module, Any], Any], seed: int) -> _Run:
-    model.zero_grad(set_to_none=True)
     modules: dict[str, Tensor] = {}
     gpus = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
     with _seeded(seed, gpus), _recorded(model, modules):
