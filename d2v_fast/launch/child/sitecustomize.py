@@ -10,7 +10,7 @@ sys.path[:] = [p for p in sys.path if os.path.abspath(p) != here]  # children ge
 
 try:
     hidden = PathFinder.find_spec("sitecustomize", sys.path)
-    if hidden is not None:
+    if hidden is not None and hidden.loader is not None:
         module = importlib.util.module_from_spec(hidden)
         sys.modules["sitecustomize"] = module
         hidden.loader.exec_module(module)
