@@ -14,6 +14,8 @@ transformers = pytest.importorskip("transformers", reason="needs transformers")
 
 import d2v_fast  # noqa: E402
 from d2v_fast.patches import PatchError, patch  # noqa: E402
+from d2v_fast.patches._core import Options  # noqa: E402
+from d2v_fast.patches.transformers import register_attention, speech_encoder  # noqa: E402
 
 WIDTHS = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
 NO_DROPOUT = dict.fromkeys(
@@ -203,6 +205,32 @@ def test_layerdrop_skips_upstreams_layers(name):
     assert 1 < len(want[0].hidden_states) < 7
     with patch(model):
         same(run(model, inputs, output_hidden_states=True), want)
+
+
+@pytest.mark.parametrize("name", ["hubert", "hubert-stable"])
+def test_encoders_of_older_versions(name):
+    """They hand hidden states out themselves, a layer's input also where LayerDrop skips it."""
+    encoder, x = make(name, layerdrop=0.5, num_hidden_layers=5).encoder, torch.randn(2, 9, 32)
+
+    def written(self, hidden_states, attention_mask=None, output_attentions=False, output_hidden_states=False, *_):
+        return "upstream"
+
+    torch.manual_seed(1)
+    h = x + encoder.pos_conv_embed(x)
+    h, want = h if "stable" in name else encoder.layer_norm(h), []
+    for layer in encoder.layers:
+        want.append(h)
+        h = h if torch.rand([]) < encoder.config.layerdrop else layer(h)
+    want.append(encoder.layer_norm(h) if "stable" in name else h)
+    forward = speech_encoder.make(written, Options())
+    torch.manual_seed(1)
+    last, states = forward(encoder, x, None, False, True, False)
+    assert len(states) == 6
+    assert all(relative(a, b) <= TOLERANCE for a, b in zip(states, want, strict=True))
+    assert torch.equal(last, states[-1])
+    assert forward(encoder, x, None, True) == "upstream"
+    replica = encoder._replicate_for_data_parallel()  # its parameters are elsewhere
+    assert forward(replica, x) == "upstream"
 
 
 def test_dropout_is_drawn():
@@ -400,7 +428,7 @@ def test_report():
 
 @pytest.mark.parametrize("name", ["wav2vec2", "text"])
 def test_attention_implementation(name):
-    d2v_fast.patches.transformers.register_attention()
+    register_attention()
     model, inputs = make(name), batch(name, padded=True)
     other = make(name, attn_implementation="d2v_fast")
     other.load_state_dict(model.state_dict())
@@ -412,7 +440,7 @@ def test_attention_implementation(name):
 
 
 def test_attention_implementation_of_other_models():
-    d2v_fast.patches.transformers.register_attention()
+    register_attention()
     sizes = WIDTHS | {"vocab_size": 40, "attention_probs_dropout_prob": 0.0, "hidden_dropout_prob": 0.0}
     tokens, mask = torch.randint(4, 40, (2, 20)), (torch.arange(20) < torch.tensor([[20], [13]])).long()
     for kind in ("Bert", "Llama"):  # the second is causal, with fewer heads of keys: SDPA's

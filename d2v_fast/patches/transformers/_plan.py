@@ -22,7 +22,7 @@ from d2v_fast.patches._sharing import Bypassed, Shared, plan_of, watched
 Sources = Mapping[str, frozenset[str]]  # name of a class -> fingerprints of the forward that ours was written from
 PLAN = "plan"  # where it is in a State
 RECORDING = "transformers.utils.output_capturing"
-TORCH = ("ModuleList", "Linear", "LayerNorm", "GroupNorm", "Dropout", "Conv1d", "Identity", "GELUActivation", "GELU")
+LEAVES = ("ModuleList", "Linear", "LayerNorm", "GroupNorm", "Dropout", "Conv1d", "Identity", "GELUActivation", "GELU")
 
 
 class Unfit(Exception):
@@ -34,7 +34,7 @@ class Survey:
 
     def __init__(self, root: nn.Module, sources: Sources) -> None:
         self.root, self._read = root, []
-        self._bypassed = Bypassed(root, (*sources, *TORCH), weight_norm=True, followed=is_recorder)
+        self._bypassed = Bypassed(root, (*sources, *LEAVES), weight_norm=True, followed=is_recorder)
         self.unknown = self._bypassed.misfit() or _unknown_source(root, sources)
 
     def get(self, owner: Any, name: str) -> Any:
@@ -111,6 +111,8 @@ def planned(owner: nn.Module, plan: Callable[[nn.Module], Plan]) -> tuple[Shared
 
 
 def _reason(owner: nn.Module) -> str | None:
+    if getattr(owner, "_is_replica", False):
+        return "it is a copy that DataParallel makes for every call"
     plan = state_of(owner).cache[PLAN]
     return plan.reason or plan.survey.watched()
 

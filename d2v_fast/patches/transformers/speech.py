@@ -34,7 +34,8 @@ LAYER, STABLE_LAYER = "1f61dcfb34ca59f2", "550d782f31b1ac8f"
 FORWARDS = {  # fingerprints of what ours was written from, by the class's name without its prefix
     "Attention": {
         "022aa8879f935129",
-        *("c498b69bbd7e677f", "7f1c270594113c3e", "1375a4077b22d8ad", "d013c12a696fe4e6"),  # these give three values
+        # these give three values
+        *("c498b69bbd7e677f", "695c70678e228f7a", "7f1c270594113c3e", "1375a4077b22d8ad", "d013c12a696fe4e6"),
     },
     "FeedForward": {"4e0366e3f8ec8c25"},
     "EncoderLayer": {LAYER, "3752de01138a9d52"},  # the others give tuples

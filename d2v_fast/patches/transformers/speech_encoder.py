@@ -1,6 +1,7 @@
-"""The encoders of Data2VecAudio, Wav2Vec2 and HuBERT as a whole, as they are and as they were up to transformers 5.10.
+"""The encoders of Data2VecAudio, Wav2Vec2 and HuBERT as a whole, as they are and as they were in older versions.
 
-Those before hand hidden states out themselves: what every layer reads, also one that LayerDrop skips, and the output.
+Up to transformers 5.15 they hand hidden states out themselves: what every layer reads, also one that LayerDrop skips,
+and the output. Up to 5.20 they draw for LayerDrop in every call.
 """
 
 import inspect
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from d2v_fast.nn.checkpointing import capturing
 from d2v_fast.nn.encoder import EncoderOutput
 from d2v_fast.patches._core import Options, fall_back
+from d2v_fast.patches._fingerprint import fingerprint
 from d2v_fast.patches.transformers._plan import (
     around,
     as_upstream,
@@ -25,11 +27,14 @@ from d2v_fast.patches.transformers._plan import (
 )
 from d2v_fast.patches.transformers.speech import encoder_plan
 
-NOW = {"f4a4ddcb82ecbc45", "cb346a1a258a9835"}
-BEFORE = {
-    *("391b4bfb5f56b15a", "836a342004766668", "3d846cb6d54eb2f3", "cbbb8a9d3f92c4db"),
-    *("e196ed7d3d429d08", "2e343eed640b0da4", "ef18147adb7ed3c5", "c924cad2c9457aef"),  # with a norm at the end
-}
+NOW = frozenset({"f4a4ddcb82ecbc45", "cb346a1a258a9835"})
+DRAW_ALWAYS = frozenset({"f54095c6d2ff1cff", "e78c210822d81c79"})
+BEFORE = frozenset(
+    {
+        *("391b4bfb5f56b15a", "836a342004766668", "3d846cb6d54eb2f3", "cbbb8a9d3f92c4db"),
+        *("e196ed7d3d429d08", "2e343eed640b0da4", "ef18147adb7ed3c5", "c924cad2c9457aef"),  # with a norm at the end
+    }
+)
 # arguments that change nothing in these layers, or that the recorders have served
 IGNORED = frozenset({"output_attentions", "output_hidden_states", "return_dict", "use_cache", "num_items_in_batch"})
 WEIGHTS = "attention weights were asked for"
@@ -37,11 +42,12 @@ WEIGHTS = "attention weights were asked for"
 
 def make(original: Callable, options: Options) -> Callable:
     """``forward`` of an encoder of the version that is installed."""
-    before = "output_hidden_states" in inspect.signature(original).parameters
-    return (_make_before if before else _make_now)(original, options)
+    if "output_hidden_states" in inspect.signature(original).parameters:
+        return _make_before(original, options)
+    return _make_now(original, options, fingerprint(original) in DRAW_ALWAYS)
 
 
-def _make_now(original: Callable, options: Options) -> Callable:
+def _make_now(original: Callable, options: Options, draws_always: bool) -> Callable:
     """(hidden_states [B, T, C], attention_mask bool [B, T]) -> BaseModelOutput; the layers' recorders are served.
 
     Padding is zeroed in a copy, where upstream writes into ``hidden_states``. Every frame is computed, padding too.
@@ -51,8 +57,8 @@ def _make_now(original: Callable, options: Options) -> Callable:
         asked = collected(self.layers[0]) if len(self.layers) else {}
         reason = WEIGHTS if "attentions" in asked else unknown_argument(kwargs, IGNORED)
         wants_states = "hidden_states" in asked
-        drawn = self.training and self.config.layerdrop > 0
-        out, ran, reason = _run(self, hidden_states, attention_mask, wants_states, drawn, reason)
+        draws = draws_always or (self.training and self.config.layerdrop > 0)
+        out, ran, reason = _run(self, hidden_states, attention_mask, wants_states, draws, reason)
         if out is None:
             fall_back(self, "forward", reason, options)
             return original(self, hidden_states, attention_mask, **kwargs)
@@ -65,7 +71,7 @@ def _make_now(original: Callable, options: Options) -> Callable:
 
 
 def _make_before(original: Callable, options: Options) -> Callable:
-    """The same with the arguments and the result of transformers up to 5.10, which draws for LayerDrop every time."""
+    """The same with the arguments and the result of transformers up to 5.15."""
 
     def forward(
         self,
@@ -121,8 +127,8 @@ def _kept_layers(encoder: nn.Module) -> list[int]:
 
 def _in_step(encoder: nn.Module) -> str | None:
     """The reason if all ranks have to run all layers: parameters are spread over them."""
-    scope = sys.modules[type(encoder).__module__].__dict__
-    if scope["is_deepspeed_zero3_enabled"]() or scope["is_fsdp_managed_module"](encoder):
+    deepspeed, fsdp = (sys.modules[f"transformers.integrations.{name}"] for name in ("deepspeed", "fsdp"))
+    if deepspeed.is_deepspeed_zero3_enabled() or fsdp.is_fsdp_managed_module(encoder):
         return "its parameters are spread over ranks (ZeRO-3, FSDP)"
     return None
 
@@ -132,5 +138,9 @@ def _output(**values: Any) -> Any:
 
 
 ENCODER_SEAM = around(
-    "encoder", make, "the whole stack in fused operators, on the same parameters", frozenset(NOW | BEFORE), encoder_plan
+    "encoder",
+    make,
+    "the whole stack in fused operators, on the same parameters",
+    NOW | DRAW_ALWAYS | BEFORE,
+    encoder_plan,
 )
