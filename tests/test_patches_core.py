@@ -422,6 +422,15 @@ def test_replicas_of_data_parallel_call_themselves(model):
     assert "_replicate_for_data_parallel" not in layer.__dict__
 
 
+def test_replicas_under_a_class_level_patch_have_a_state_of_their_own(model):
+    layer = model.layers[0]
+    with Patch("classes").apply([Site("", toy.Layer, toy.DOUBLE)], Options()):
+        layer(X)
+        for other in (layer._replicate_for_data_parallel(), copy.copy(layer)):
+            assert state_of(other) is not state_of(layer) and state_of(other).cache == {}
+        assert state_of(layer).cache
+
+
 @pytest.mark.parametrize("level", ["instance", "class"])
 def test_compiled_in_one_graph(model, level):
     torch.compiler.reset()

@@ -34,6 +34,10 @@ class State:
         self.patches: weakref.WeakSet = weakref.WeakSet()  # those that have methods in the owner's __dict__
         self._owner = None if owner is None else weakref.ref(owner)
 
+    def belongs_to(self, owner: Any) -> bool:
+        """Whether it was made for ``owner``, and not for what that is a shallow copy or replica of."""
+        return self._owner is not None and self._owner() is owner
+
     def __deepcopy__(self, memo: dict) -> "State | None":
         owner = None if self._owner is None else self._owner()
         copied = memo.get(id(owner))
@@ -49,7 +53,7 @@ class State:
 def state_of(owner: Any) -> State:
     """What our methods keep with ``owner``; made at the first call where they are in its class."""
     found = owner.__dict__.get(STATE)
-    if not isinstance(found, State):
+    if not isinstance(found, State) or not found.belongs_to(owner):
         _register(owner)
         found = owner.__dict__[STATE] = State(owner)
     return found
