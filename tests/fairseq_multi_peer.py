@@ -60,23 +60,23 @@ def decoder_config(**options):
     return modules.D2vDecoderConfig(**sizes | options)
 
 
-def build(kind: str, *, part: dict | None = None, decoder: dict | None = None, **model):
-    """A model for one kind of data, "audio", "image" or "text", from seed 0; the teacher moved away from the student.
+def build(*kinds: str, part: dict | None = None, decoder: dict | None = None, **model):
+    """A model for "audio", "image" or "text", or several, from seed 0; the teacher moved away from the student.
 
-    ``part`` and ``decoder`` are options of that kind's encoder and decoder, ``model`` those of the whole; there is no
-    dropout, and no noise in front of the decoder, unless they ask for it.
+    ``part`` and ``decoder`` are options of each kind's encoder and decoder, ``model`` those of the whole; there is no
+    dropout, and no noise in front of the decoder, unless they ask for it. Targets are those of the first kind.
     """
     torch.manual_seed(0)
-    settings = {**SIZES, **NO_DROPOUT, **TARGETS[kind], "ema_encoder_only": kind == "text", **model}
+    settings = {**SIZES, **NO_DROPOUT, **TARGETS[kinds[0]], "ema_encoder_only": kinds[0] == "text", **model}
     configs = {"audio": data2vec2.D2vAudioConfig, "image": data2vec2.D2vImageConfig, "text": data2vec2.D2vTextConfig}
     own = {"prenet_depth": 1, "mask_noise_std": 0.0, "mask_prob": 0.5, "mask_length": 2}
     sizes = {"num_alibi_heads": settings["num_heads"], "model_depth": settings["depth"]}
     own["decoder"] = decoder_config(**decoder or {})
-    config = configs[kind](**own | sizes | PARTS[kind] | (part or {}))
-    modality = getattr(data2vec2.Modality, kind.upper())
+    parts = {kind: configs[kind](**own | sizes | PARTS[kind] | (part or {})) for kind in kinds}
+    modalities = [getattr(data2vec2.Modality, kind.upper()) for kind in kinds]
     cfg = data2vec2.Data2VecMultiConfig(
-        modalities=data2vec2.D2vModalitiesConfig(**{kind: config}),
-        supported_modality=modality,
+        modalities=data2vec2.D2vModalitiesConfig(**parts),
+        supported_modality=modalities[0] if len(modalities) == 1 else None,
         ema_anneal_end_step=100,
         max_update=100,
         seed=1,
@@ -84,7 +84,7 @@ def build(kind: str, *, part: dict | None = None, decoder: dict | None = None, *
     )
     dictionary = type("Dictionary", (), {"pad": lambda self: 1, "__len__": lambda self: VOCAB})()
     with timm_parts.installed():
-        built = data2vec2.Data2VecMultiModel(cfg, [modality], task=SimpleNamespace(source_dictionary=dictionary))
+        built = data2vec2.Data2VecMultiModel(cfg, modalities, task=SimpleNamespace(source_dictionary=dictionary))
     with torch.no_grad():
         for p in built.parameters():
             p.add_(torch.randn_like(p), alpha=0.05)

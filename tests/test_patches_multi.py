@@ -5,6 +5,7 @@ the tokens that are left is one of an unstable sort: each side sorts the same ma
 """
 
 import copy
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -107,6 +108,16 @@ def test_masks_that_upstream_draws(kind):
     assert_equal(got_grads, grads)
 
 
+def test_two_kinds_in_one_model():
+    """Names of what is logged say which; and speech still has no tensor of biases."""
+    model = peer.build("audio", "text")
+    for kind in ("audio", "text"):
+        patch = same(model, {**peer.batch(kind), "mode": kind.upper()})
+        assert not patch.fallbacks()
+        assert f"pred_var_{kind.upper()}" in step(model, {**peer.batch(kind), "mode": kind.upper()})[2]
+        patch.revert()
+
+
 def test_second_view_of_an_image():
     """Upstream's teacher reads it in place of the source."""
     model, batch = peer.build("image"), peer.batch("image")
@@ -174,6 +185,12 @@ def test_alibi_is_no_tensor(monkeypatch):
     step(model, peer.batch("audio"))
     assert model.modality_encoders["AUDIO"].alibi_scale.grad.abs().min() > 0
     assert model.alibi_biases == model.ema.model.alibi_biases == {}
+
+
+def test_attention_of_gpus(monkeypatch):
+    """What the table takes there: the op with slopes and positions, here its reference."""
+    monkeypatch.setattr(multi_attention, "attention", partial(multi_attention.attention, backend="bias_attention"))
+    same(peer.build("audio"), peer.batch("audio"))
 
 
 def test_alibi_becomes_a_tensor_for_others():
