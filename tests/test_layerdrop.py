@@ -94,3 +94,27 @@ def test_an_update_moves_every_parameter():
     assert all(state["step"] == 1 and not state["exp_avg"].any() for state in states)
     moved = [not torch.equal(p, q) for p, q in zip(model.encoder.layers.parameters(), before, strict=True) if q.any()]
     assert any(moved)
+
+
+@pytest.mark.parametrize("kept", [(0, 2, 3), (1,)])
+def test_layers_that_the_caller_keeps(encoder, kept, monkeypatch):
+    """The same layers run as where they are drawn here; nothing is drawn, and the others get no gradient at all."""
+    x = torch.randn(3, T, 32)
+    upstream = torch.randn_like(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(encoder, "_kept_layers", lambda: list(kept))
+        want, want_gradients = run(encoder, x, upstream, top_k=3)
+    before = torch.get_rng_state()
+    monkeypatch.setattr(encoder, "_draws_on_device", lambda x: True)  # makes no difference
+    got, gradients = run(encoder, x, upstream, top_k=3, kept=kept)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(got.x, want.x) and len(got.layer_results) == len(want.layer_results)
+    for name, grad in gradients.items():
+        skipped = name.startswith("layers.") and int(name.split(".")[1]) not in kept
+        assert grad is None if skipped else torch.equal(grad, want_gradients[name]), name
+
+
+@pytest.mark.parametrize("kept", [(0, 4), (2, 1), (1, 1), (-1, 2)])
+def test_kept_layers_are_checked(encoder, kept):
+    with pytest.raises(ValueError, match="kept must be rising indices of the 4 layers"):
+        encoder(torch.randn(3, T, 32), kept=kept)

@@ -49,7 +49,7 @@ def test_whole_models(make, settings):
 
 def test_the_report():
     handle = patch(wav2vec(), norms=False)
-    assert str(handle).splitlines()[1:] == REPORT
+    assert [line for line in str(handle).splitlines()[1:] if "apply_mask" not in line] == REPORT
 
 
 REPORT = """\
