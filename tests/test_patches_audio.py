@@ -10,11 +10,13 @@ from parity import assert_equal, gradients, relative
 pytest.importorskip("fairseq_peer")
 
 from fairseq_pairs import NORMS, speech_pair
+from fairseq_peer import audio as upstream
 from patched import allow_meta, dictionaries, perturb, repeat_masks, same_as_upstream
 
 import d2v_fast
 from d2v_fast.patches import PatchError
-from d2v_fast.patches._core import PARTS, is_ours
+from d2v_fast.patches._core import PARTS, Options, Patch, Site, is_ours
+from d2v_fast.patches.fairseq import audio
 
 EVEN, ODD = 8000, 8320  # samples: 24 and 25 frames
 LENGTHS = np.array([0, 1600, 1300])  # samples less, in padded batches
@@ -301,6 +303,24 @@ def test_nothing_waits_for_the_device(monkeypatch):
     ours.set_num_updates(1)
     assert out["sample_size"] > 0
     assert {p.device.type for p in ours.parameters() if p.grad is not None} == {"meta"}
+
+
+def test_at_the_class(monkeypatch):
+    """As ``patch_all`` has it: for models that are there, and those that come."""
+    before, kind = upstreams(), upstream.Data2VecAudioModel
+    names = set(before.__dict__)
+    want, _ = run(before, monkeypatch, batch(10))
+    patch = Patch("test").apply([Site("", kind, seam) for seam in audio.seams(kind)], Options())
+    try:
+        for model in (before, upstreams()):
+            same_as_upstream(run(model, monkeypatch, batch(10))[0], want, 1e-5)
+        upstreams()(**batch(), layer=1)
+        assert list(patch.fallbacks()) == [("Data2VecAudioModel.forward", "the output of a layer was asked for")]
+    finally:
+        patch.revert()
+    assert not is_ours(kind.forward)
+    assert not is_ours(kind.apply_mask)
+    assert set(before.__dict__) == names
 
 
 def test_another_source_is_left_alone(monkeypatch):

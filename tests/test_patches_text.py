@@ -300,6 +300,21 @@ def test_dropout_is_drawn():
     assert not patch.fallbacks()
 
 
+def test_at_the_class():
+    """As ``patch_all`` has it."""
+    model = upstreams()
+    kind, names = type(model.encoder), set(model.encoder.__dict__)
+    want, _ = run(model, batch())
+    patch = Patch("test").apply([Site("", kind, seam) for seam in text.seams(kind)], Options())
+    try:
+        same_as_upstream(run(model, batch())[0], want, 1e-5)
+        assert not patch.fallbacks()
+    finally:
+        patch.revert()
+    assert not is_ours(kind.forward)
+    assert set(model.encoder.__dict__) == names
+
+
 def test_compiled():
     torch.manual_seed(0)
     theirs = text_pair(sizes={**TINY, "layers": 2})[0]
