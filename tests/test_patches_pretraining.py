@@ -15,6 +15,7 @@ from parity import relative
 from d2v_fast import Data2Vec, Data2VecConfig, Data2VecPretraining
 from d2v_fast.checkpoints.transformers import read
 from d2v_fast.errors import CheckpointError
+from d2v_fast.nn import make_batch
 from d2v_fast.nn.config import EMAConfig
 from d2v_fast.nn.masking import BlockMask
 from d2v_fast.patches import PatchError
@@ -402,6 +403,8 @@ def test_bad_inputs():
         (ValueError, r"attention_mask must be \(3, 21\)", {"input_ids": ids, "attention_mask": mask[0]}),
         (ValueError, "ones, then zeros", {"input_ids": ids, "attention_mask": torch.arange(21).expand(3, -1) > 2}),
         (TypeError, "tokens must be int64", {"input_ids": ids.float(), "mask": ~mask}),
+        (TypeError, "batch must be a Batch, .* got dict", {"batch": {}}),
+        (ValueError, "batch must have a masked position", {"batch": make_batch(ids, mask.numpy())}),
         (ValueError, "batch must come alone", {"batch": draw(model, {"input_ids": ids}), "input_ids": ids}),
     ]
     for error, message, given in bad:
@@ -516,7 +519,7 @@ def test_compile():
     want.backward()
     expected = {name: x.clone() for name, x in grads(model).items()}
     model.zero_grad()
-    out = torch.compile(model, backend="aot_eager")(batch=batch)
+    out = torch.compile(model, backend="aot_eager", fullgraph=True)(batch=batch)
     out.loss.backward()
     assert relative(out.loss, want) <= 1e-5
     for name, grad in grads(model).items():

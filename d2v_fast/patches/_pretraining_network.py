@@ -234,7 +234,8 @@ class Averages:
 
     def __init__(self, teacher: EMATeacher, recipe: Data2VecConfig, rules: Sequence[Rule]) -> None:
         self._teacher, self._recipe, self._rules = teacher, recipe, rules
-        self._around: list[tuple[nn.Module, Shared]] = []
+        # ours around the averages, made here as torch.compile could not trace that, and around their latest copies
+        self._around = [(teacher.module, self._share(teacher.module))]
 
     def network(self, device_type: str) -> nn.Module:
         """Ours around the averages, or their low-precision copies."""
@@ -242,15 +243,17 @@ class Averages:
         for known, shared in self._around:
             if known is theirs:
                 return shared.module
+        self._around = [self._around[0], (theirs, self._share(theirs))]
+        return self._around[1][1].module
+
+    def _share(self, theirs: nn.Module) -> Shared:
         with torch.device("meta"):
             parts = {"encoder": TransformerEncoder(self._recipe.encoder, getattr(self._recipe.frontend, "grid", 0))}
             if self._recipe.modality != "speech":
                 parts["frontend"] = build_frontend(self._recipe)
             ours = nn.ModuleDict(parts)
         types = [Slot(theirs["embeddings"].token_type_embeddings, "weight")] if self._recipe.modality == "text" else []
-        shared = SharedNetwork(ours, theirs, self._rules, types)
-        self._around = [*self._around[-1:], (theirs, shared)]
-        return shared.module
+        return SharedNetwork(ours, theirs, self._rules, types)
 
     def shares(self, name: str) -> bool:
         """Whether the part ``name`` is the student's own memory."""

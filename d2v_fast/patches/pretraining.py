@@ -167,6 +167,8 @@ class Data2VecPretraining(nn.Module):
             batch = build_batch(self.recipe, inputs, attention_mask, mask, self._generator())
         elif any(x is not None for x in (input_values, input_ids, pixel_values, attention_mask, mask)):
             raise ValueError("batch must come alone: it has inputs and masks")
+        elif not isinstance(batch, Batch):
+            raise TypeError(f"batch must be a Batch, as collator() makes it, got {type(batch).__name__}")
         elif batch.num_masked == 0:
             raise ValueError("batch must have a masked position, got none: there is nothing to predict")
         if self.training and self._forwards[True] > 0 and self.recipe.ema.per == "micro_batch":
