@@ -83,15 +83,17 @@ def batch_of(kind, overrides):
 def test_loss_and_gradients(case):
     kind, overrides = CASES[case]
     model = peer.build(kind, **overrides)
-    patch = same(model, batch_of(kind, overrides))
+    # the gradients of two scales nearly cancel: upstream is 7e-6 from float64 there, ours 3e-6
+    patch = same(model, batch_of(kind, overrides), 3e-5 if "fewer" in case else 1e-5)
     assert not patch.skipped
     assert not patch.fallbacks()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_masks_that_upstream_draws(kind):
-    """By seeds from ids, for each clone its own; LayerDrop by the same draws."""
-    part = {"mask_length": 1} if kind == "text" else {"mask_length": 3, "mask_prob": 0.4, "mask_prob_adjust": 0.1}
+    """By seeds from ids, for each clone its own; LayerDrop and the noise of the decoder by the same draws."""
+    masks = {"mask_length": 1} if kind == "text" else {"mask_length": 3, "mask_prob": 0.4, "mask_prob_adjust": 0.1}
+    part = {**masks, "mask_noise_std": 0.01}
     model, batch = peer.build(kind, part=part, layerdrop=0.5, depth=3), peer.batch(kind)
     del batch["precomputed_mask"]
     batch["id"] = torch.tensor([3, 7, 8])
