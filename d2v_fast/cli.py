@@ -9,9 +9,7 @@ from typing import Annotated
 try:
     import typer
 except ImportError:  # the library works without the train extra, the command does not
-    sys.exit(
-        "error: the d2v-fast command needs typer: pip install 'd2v-fast[train]', or [dropin] for its run"
-    )
+    sys.exit("error: the d2v-fast command needs typer: pip install 'd2v-fast[train]', or [dropin] for its run")
 
 from d2v_fast._info import info as report
 
