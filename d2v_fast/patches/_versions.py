@@ -38,7 +38,5 @@ def _found(framework: Framework) -> str:
             continue
         if version == framework.tested:
             return f"{version}: supported, tested with this release"
-        return (
-            f"{version}: tested with {framework.tested}; methods with another source are left, and reported"
-        )
+        return f"{version}: tested with {framework.tested}; methods with another source are left, and reported"
     return f"not installed (tested with {framework.tested})"
