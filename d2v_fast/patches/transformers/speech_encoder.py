@@ -127,8 +127,9 @@ def _kept_layers(encoder: nn.Module) -> list[int]:
 
 def _in_step(encoder: nn.Module) -> str | None:
     """The reason if all ranks have to run all layers: parameters are spread over them."""
-    deepspeed, fsdp = (sys.modules[f"transformers.integrations.{name}"] for name in ("deepspeed", "fsdp"))
-    if deepspeed.is_deepspeed_zero3_enabled() or fsdp.is_fsdp_managed_module(encoder):
+    homes = (kind.__module__ for kind in type(encoder).__mro__)
+    scope = sys.modules[next(home for home in homes if home.startswith("transformers."))]
+    if scope.is_deepspeed_zero3_enabled() or scope.is_fsdp_managed_module(encoder):
         return "its parameters are spread over ranks (ZeRO-3, FSDP)"
     return None
 
