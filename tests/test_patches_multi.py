@@ -250,16 +250,46 @@ def test_several_norms_of_targets_are_upstreams():
     assert [s.name for s in patch.skipped] == ["Data2VecMultiModel.make_targets"]
 
 
-@pytest.mark.parametrize("inner", ["norm1", "post_mlp_dropout", "attn", "mlp", "mlp.fc1"])
-def test_hooks_are_called(inner):
-    """What somebody watches is called; of the rest as much as can be is ours."""
-    model, seen = peer.build("text"), []
+WATCHED = {
+    "blocks.0.norm1": {"AltBlock.forward"},
+    "blocks.0.post_mlp_dropout": {"AltBlock.forward"},
+    "blocks.0.attn": set(),
+    "blocks.0.attn.proj_drop": set(),
+    "blocks.0.mlp": set(),
+    "blocks.0.mlp.act": set(),
+    "modality_encoders.TEXT.decoder": set(),
+    "modality_encoders.TEXT.decoder.proj": set(),
+    "modality_encoders.TEXT.decoder.blocks.1.5": {"Decoder1d.forward"},
+}
+
+
+@pytest.mark.parametrize("path", WATCHED)
+def test_hooks_are_called(path, monkeypatch):
+    """What somebody watches is called, with what upstream gives it; of the rest as much as can be is ours."""
+    monkeypatch.setattr(multi_attention, "runs_reference", lambda *_: False)  # as on a GPU
+    model, batch, seen = peer.build("text"), peer.batch("text"), []
+    model.get_submodule(path).register_forward_hook(lambda _, args, out: seen.append(args[0].shape))
+    losses, grads, _ = step(model, batch)
     patch = d2v_fast.patch(model)
-    model.blocks[0].get_submodule(inner).register_forward_hook(lambda *_: seen.append(inner))
-    step(model, peer.batch("text"))
-    assert seen == [inner]
-    expected = {"AltBlock.forward"} if inner in ("norm1", "post_mlp_dropout") else set()
-    assert {name for name, _ in patch.fallbacks()} == expected
+    got_losses, got_grads, _ = step(model, batch)
+    assert len(seen) == 2
+    assert seen[0] == seen[1]
+    assert {name for name, _ in patch.fallbacks()} | {s.name.split()[-1] for s in patch.skipped} == WATCHED[path]
+    assert_equal(got_losses, losses)
+    assert_equal(got_grads, grads)
+
+
+def test_gelu_of_gpus(monkeypatch):
+    """Bias and GELU are one op there, but not with a dropout between the products."""
+    monkeypatch.setattr(multi_attention, "runs_reference", lambda *_: False)
+    calls, model = [], peer.build("image")
+    monkeypatch.setattr(multi_attention, "bias_gelu", lambda x, b: calls.append(b) or nn.functional.gelu(x + b))
+    same(model, peer.batch("image"))
+    assert len(calls) == 6  # three blocks, student and teacher
+    model = peer.build("image", activation_dropout=0.1)
+    d2v_fast.patch(model)
+    step(model, peer.batch("image"))
+    assert len(calls) == 9  # the teacher's
 
 
 def test_strict_raises_for_a_hook():

@@ -86,8 +86,9 @@ def rate(dropout: nn.Dropout) -> float:
 def _unfit_attention(self: nn.Module, alibi_bias: Any = None) -> str | None:
     if self.cosine_attention:
         return "cosine attention"
-    if self.scale != (self.qkv.in_features // self.num_heads) ** -0.5:
-        return f"qk_scale {self.scale} is not that of the head dim"
+    width = getattr(self.qkv, "in_features", 0)
+    if width == 0 or self.scale != (width // self.num_heads) ** -0.5:
+        return f"qk_scale {self.scale} is not known to be that of the head dim"
     if not plain(self.attn_drop, "Dropout") or self.attn_drop.p >= 1:
         return "the dropout of the weights is not an ordinary one"
     if isinstance(alibi_bias, Tensor):
