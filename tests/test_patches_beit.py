@@ -354,6 +354,19 @@ def test_ema_that_ours_does_not_know():
         strict.applied[0].owner._update(made, lambda e, m: e * e)
 
 
+def test_other_teachers():
+    made = model()
+    with pytest.raises(PatchError, match=r"teacher must be one of .*ModelEmaV2.* got Linear"):
+        patch(made, teacher=torch.nn.Linear(1, 1))
+    assert not any("_d2v_fast" in module.__dict__ for module in made.modules())
+    assert len(patch(made, teacher=copy.deepcopy(made)).applied) == 14
+    other = torch.nn.Module()
+    other.module = model()
+    result = patch(other.module, teacher=other)
+    assert [s.reason for s in result.skipped if not s.harmless] == ["ours knows the step of timm's ModelEmaV2 alone"]
+    assert len(result.applied) == 7
+
+
 def test_damaged_index():
     """A teacher whose index was averaged before reads the same entries as without the patch."""
     made = model()

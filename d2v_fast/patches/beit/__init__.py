@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from d2v_fast.patches._core import Options, Patch, Seam, Site
+from d2v_fast.patches._core import Options, Patch, PatchError, Seam, Site
 
 SUPPORTED = ("VisionTransformerForCyclicalTraining", "Beit", "ModelEmaV2", "vision transformers built like BEiT's")
 TAKES_TEACHER = True
@@ -38,11 +38,21 @@ def matches(model: Any) -> bool:
 
 
 def sites(model: Any, patch: Patch, options: Options) -> list[Site]:
-    """Attention, MLPs and the whole encoder of a model and its teacher, and the teacher's step."""
-    found = list(_sites("", model))
-    if options.teacher is not None:
-        found += _sites("teacher", options.teacher)
-    return found
+    """Attention, MLPs and the whole encoder of a model and its teacher, and the teacher's step.
+
+    Raises:
+        PatchError: a teacher of another kind.
+    """
+    found, teacher = list(_sites("", model)), options.teacher
+    if teacher is None:
+        return found
+    inside = getattr(teacher, "module", None)
+    if not matches(teacher) and _is_model(inside):
+        patch.skip(f"teacher {type(teacher).__name__}", "ema", "ours knows the step of timm's ModelEmaV2 alone")
+        return [*found, *_sites("teacher.module", inside)]
+    if not matches(teacher):
+        raise PatchError(f"teacher must be one of {', '.join(SUPPORTED)}, got {type(teacher).__name__}")
+    return [*found, *_sites("teacher", teacher)]
 
 
 def _sites(path: str, model: Any) -> Iterator[Site]:
