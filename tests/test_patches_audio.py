@@ -305,6 +305,30 @@ def test_nothing_waits_for_the_device(monkeypatch):
     assert {p.device.type for p in ours.parameters() if p.grad is not None} == {"meta"}
 
 
+@pytest.mark.gpu
+def test_on_a_gpu(monkeypatch):
+    """Equal to upstream; nothing waits for the device; a collapse stops the call after the one that sees it."""
+    theirs, ours, patch = pair()
+    for model in (theirs, ours):
+        model.cuda().ema.model.cuda()
+        model.ema.fp32_params = {name: x.cuda() for name, x in model.ema.fp32_params.items()}
+    inputs = {"source": batch()["source"].cuda()}
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert_same(theirs, ours, monkeypatch, inputs, 1e-3)
+    ours.set_num_updates(1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours(**inputs)["losses"]["regression"].backward()
+        ours.set_num_updates(2)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not patch.fallbacks()
+    ours.num_updates, ours.cfg.min_target_var = 5001, 1e3
+    ours(**inputs)
+    with pytest.raises(Exception, match=r"target var is .* < 1000\.0, exiting"):
+        ours(**inputs)
+
+
 def test_at_the_class(monkeypatch):
     """As ``patch_all`` has it: for models that are there, and those that come."""
     before, kind = upstreams(), upstream.Data2VecAudioModel
