@@ -313,7 +313,6 @@ def test_on_a_gpu(monkeypatch):
         model.cuda().ema.model.cuda()
         model.ema.fp32_params = {name: x.cuda() for name, x in model.ema.fp32_params.items()}
     inputs = {"source": batch()["source"].cuda()}
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     assert_same(theirs, ours, monkeypatch, inputs, 1e-3)
     ours.set_num_updates(1)
     torch.cuda.set_sync_debug_mode("error")
