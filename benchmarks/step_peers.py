@@ -1,10 +1,9 @@
 """The other side of ``bench_train_step.py``: whole training steps as their authors wrote them, on our weights.
 
 Speech and text are fairseq's own models, optimizer and norm of the gradients (ve-fairseq), images BEiT's Transformer in
-plain PyTorch (``tests/vision_restated.py``), with the dropout, DropPath and teacher of the published recipe.
+plain PyTorch (``tests/beit_style.py``), with the dropout, DropPath and teacher of the published recipe.
 """
 
-import copy
 import math
 import sys
 from collections.abc import Callable
@@ -16,9 +15,11 @@ from types import SimpleNamespace
 import torch
 from common import DEVICE
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm, smooth_l1_loss
 from torch.nn.utils import clip_grad_norm_
 
 import d2v_fast
+from d2v_fast.checkpoints import beit
 from d2v_fast.nn import Batch, Data2Vec
 from d2v_fast.patches import Patch
 
@@ -137,31 +138,37 @@ def _share_weights(model: nn.Module, ours: Data2Vec, to_state: Callable, to_teac
 
 
 def _beit(ours: Data2Vec) -> Peer:
-    import vision_restated
+    import beit_style
 
-    config, encoder = ours.config, ours.config.encoder
-    sizes = {name: getattr(encoder, name) for name in ("layers", "dim", "ffn_dim", "heads")}
-    frontend = config.frontend
-    student = vision_restated.Vision(
-        frontend.image_size, frontend.patch_size, sizes, scale=encoder.layer_scale, drop_path=encoder.drop_path,
-        attention_dropout=encoder.attention_dropout,
+    config, encoder, frontend = ours.config, ours.config.encoder, ours.config.frontend
+    student = beit_style.VisionTransformerForCyclicalTraining(
+        frontend.image_size, frontend.patch_size, encoder.dim, encoder.heads, encoder.layers,
+        ratio=encoder.ffn_dim // encoder.dim, scale=encoder.layer_scale, drop_path=encoder.drop_path,
+        dropout=encoder.attention_dropout,
     ).to(DEVICE)  # fmt: skip
     with torch.no_grad():
         for p in student.parameters():
             if p.ndim > 1:
                 p.normal_(std=0.02)
-    teacher = copy.deepcopy(student).eval().requires_grad_(False)
-    weights = vision_restated.renamed(student.state_dict())
-    averages = {name: x for name, x in weights.items() if not name.startswith("head.")}
-    ours.load_state_dict(weights | {f"teacher.module.{name}": x for name, x in averages.items()})
+    teacher = beit_style.ModelEmaV2(student, config.ema.decay)
+    _share_beit(student, ours)
 
     def loss(batch: Batch) -> Tensor:
-        return vision_restated.loss(student, teacher, batch.inputs, batch.mask, config.targets.top_k, config.loss.beta)
+        with torch.no_grad():
+            ends = teacher.module(batch.inputs, bool_masked_pos=None, return_all_tokens=True, layer_results="end")
+        normed = [layer_norm(x.float(), x.shape[-1:]) for x in ends[-config.targets.top_k :]]
+        target = layer_norm(sum(normed) / len(normed), normed[0].shape[-1:])[batch.mask]
+        outputs = student(batch.inputs, bool_masked_pos=batch.mask, return_all_tokens=False)
+        return smooth_l1_loss(outputs.float(), target, beta=config.loss.beta)
 
-    def follow(update: int) -> None:
-        vision_restated.follow(teacher, student, config.ema.decay)
-
-    adamw = partial(torch.optim.AdamW, foreach=False)
-    norm = partial(clip_grad_norm_, max_norm=math.inf)
+    adamw, norm = partial(torch.optim.AdamW, foreach=False), partial(clip_grad_norm_, max_norm=math.inf)
     put = partial(d2v_fast.patch, student, teacher=teacher)
-    return Peer("BEiT", list(student.parameters()), loss, follow, adamw, norm, put)
+    return Peer("BEiT", list(student.parameters()), loss, lambda _: teacher.update(student), adamw, norm, put)
+
+
+def _share_beit(student: nn.Module, ours: Data2Vec) -> None:
+    state = {f"model.{name}": x for name, x in student.state_dict().items()}
+    rules = [rule for rule in beit.rules_for(ours.config) if not rule.ours.startswith("teacher.")]
+    weights = {rule.ours: rule.merge([state[name] for name in rule.theirs]) for rule in rules}
+    averages = {name: x for name, x in weights.items() if not name.startswith("head.")}
+    ours.load_state_dict(weights | {f"teacher.module.{name}": x for name, x in averages.items()})
