@@ -6,10 +6,15 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import fairseq_peer
+import pytest
 import timm_parts
 import torch
+from parity import assert_equal, gradients
 from torch import Tensor
 
+import d2v_fast
+
+KINDS = ("audio", "image", "text")
 VOCAB = 40
 SIZES = {"embed_dim": 32, "num_heads": 4, "depth": 2, "average_top_k_layers": 2, "clone_batch": 2}
 NO_DROPOUT = {"encoder_dropout": 0.0, "post_mlp_drop": 0.0, "attention_dropout": 0.0}
@@ -105,3 +110,26 @@ def batch(kind: str, seed: int = 0) -> dict[str, Tensor]:
         source, tokens = torch.randint(4, VOCAB, (3, 20), generator=generator), 20
     order = torch.rand(6, tokens, generator=generator).argsort(1)
     return {"source": source, "precomputed_mask": (order < tokens // 2).float()}
+
+
+def step(model, batch):
+    """Sum of the losses, gradients, and what else forward returns, of one call."""
+    model.zero_grad()
+    result = model(**batch)
+    losses = {name: loss.float().sum() for name, loss in result.pop("losses").items()}
+    sum(losses.values()).backward()
+    return {name: loss.detach() for name, loss in losses.items()}, gradients(model), result
+
+
+def same(model, batch, tolerance=1e-5, **options):
+    """``model`` gives the same patched and not; returns the patch, which is in place."""
+    losses, grads, others = step(model, batch)
+    patch = d2v_fast.patch(model, **options)
+    got_losses, got_grads, got_others = step(model, batch)
+    assert got_losses.keys() == losses.keys()
+    assert got_others.keys() == others.keys()
+    assert_equal(got_losses, losses, tolerance)
+    assert_equal(got_grads, grads, tolerance)
+    for name, value in others.items():
+        assert float(got_others[name]) == pytest.approx(float(value), rel=1e-5), name
+    return patch
