@@ -143,7 +143,7 @@ def _beit(ours: Data2Vec) -> Peer:
     config, encoder, frontend = ours.config, ours.config.encoder, ours.config.frontend
     student = beit_style.VisionTransformerForCyclicalTraining(
         frontend.image_size, frontend.patch_size, encoder.dim, encoder.heads, encoder.layers,
-        ratio=encoder.ffn_dim // encoder.dim, scale=encoder.layer_scale, drop_path=encoder.drop_path,
+        ratio=encoder.ffn_dim / encoder.dim, scale=encoder.layer_scale, drop_path=encoder.drop_path,
         dropout=encoder.attention_dropout,
     ).to(DEVICE)  # fmt: skip
     with torch.no_grad():

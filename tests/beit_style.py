@@ -80,11 +80,11 @@ class Attention(nn.Module):
 
 class Block(nn.Module):
     def __init__(
-        self, dim: int, heads: int, *, ratio: int, scale: float, drop_path: float, dropout: float, grid: int | None
+        self, dim: int, heads: int, *, ratio: float, scale: float, drop_path: float, dropout: float, grid: int | None
     ) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-6), nn.LayerNorm(dim, eps=1e-6)
-        self.attn, self.mlp = Attention(dim, heads, dropout, grid), Mlp(dim, ratio * dim)
+        self.attn, self.mlp = Attention(dim, heads, dropout, grid), Mlp(dim, int(ratio * dim))
         self.drop_path = DropPath(drop_path) if drop_path > 0 else nn.Identity()
         self.gamma_1 = nn.Parameter(torch.full((dim,), scale)) if scale > 0 else None
         self.gamma_2 = nn.Parameter(torch.full((dim,), scale)) if scale > 0 else None
@@ -116,7 +116,7 @@ class VisionTransformerForCyclicalTraining(nn.Module):
         heads: int = 2,
         depth: int = 3,
         *,
-        ratio: int = 2,  # hidden channels of the MLPs for each channel
+        ratio: float = 2.0,  # hidden channels of the MLPs for each channel
         scale: float = 0.1,
         drop_path: float = 0.0,
         dropout: float = 0.0,
