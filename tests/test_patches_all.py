@@ -314,9 +314,9 @@ def test_auto_costs_little_and_imports_no_framework():
     out = run("""
         import sys, time, torch
         before = set(sys.modules)
-        start = time.perf_counter()
+        start = time.process_time()  # whatever else this machine does
         import d2v_fast.auto
-        print(time.perf_counter() - start)
+        print(time.process_time() - start)
         tops = {name.partition(".")[0] for name in set(sys.modules) - before}
         heavy = {"d2v_fast.nn", "d2v_fast.ops", "d2v_fast.checkpoints"} & set(sys.modules)
         print(sorted(tops - sys.stdlib_module_names), sorted(heavy))
