@@ -511,6 +511,7 @@ def test_accelerate(tmp_path):
 
 
 def test_compile():
+    """One graph, traced once: updates, the teacher's too, change no number in it."""
     model = Data2VecPretraining(
         encoder("text", num_hidden_layers=1), targets=replace(Data2VecConfig.text().targets, top_k=1)
     ).train()
@@ -519,11 +520,20 @@ def test_compile():
     want.backward()
     expected = {name: x.clone() for name, x in grads(model).items()}
     model.zero_grad()
-    out = torch.compile(model, backend="aot_eager", fullgraph=True)(batch=batch)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    out = compiled(batch=batch)
     out.loss.backward()
     assert relative(out.loss, want) <= 1e-5
     for name, grad in grads(model).items():
         torch.testing.assert_close(grad, expected[name])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for update in range(3):
+            optimizer.step()
+            assert model.num_updates == update + 1
+            out = compiled(batch=batch)
+            assert relative(out.loss, model(batch=batch).loss) <= 1e-5
+            out.loss.backward()
 
 
 def test_distributed_data_parallel():

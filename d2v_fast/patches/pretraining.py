@@ -148,21 +148,25 @@ class Data2VecPretraining(nn.Module):
         attention_mask: Tensor | None = None,  # [B, S] or [B, T], 1 = valid, 0 = padding at the end
         mask: Tensor | None = None,  # [B, T] bool, True = masked
         batch: Batch | None = None,
-        return_loss: bool = True,
+        return_loss: bool = True,  # always; Trainer looks for this argument before it evaluates
     ) -> PretrainingOutput:
         """Loss of the student against the current teacher.
 
         ``batch``, as :meth:`collator` makes it, brings everything; nothing waits for the device then. Otherwise masks
-        are drawn here if none are given, and ``mask`` and ``attention_mask`` are read on the host.
+        are drawn here if none are given, and ``mask`` and ``attention_mask`` are read on the host. ``torch.compile``
+        takes ``batch`` alone, and a teacher that is to move once a micro-batch moves once an update in it.
 
         Raises:
             TypeError: inputs or masks of a wrong dtype.
             ValueError: not exactly one of the inputs, that of another modality, shapes that do not fit, padding that
                 is not at the end, or no masked position.
         """
-        if not torch.compiler.is_compiling():
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
             self._check_student()
         if batch is None:
+            if compiling:
+                raise ValueError("batch must be given where torch.compile traces, as collator() makes it")
             inputs = self._pick(input_values=input_values, input_ids=input_ids, pixel_values=pixel_values)
             batch = build_batch(self.recipe, inputs, attention_mask, mask, self._generator())
         elif any(x is not None for x in (input_values, input_ids, pixel_values, attention_mask, mask)):
@@ -171,15 +175,20 @@ class Data2VecPretraining(nn.Module):
             raise TypeError(f"batch must be a Batch, as collator() makes it, got {type(batch).__name__}")
         elif batch.num_masked == 0:
             raise ValueError("batch must have a masked position, got none: there is nothing to predict")
+        if not compiling:  # a number that changes would be traced anew
+            self._count()
+        out = self._student()(batch)
+        num_masked = torch.full((), batch.num_masked, device=out.loss.device)
+        loss = out.loss / batch.num_masked
+        return PretrainingOutput(loss=loss, target_var=out.target_var, pred_var=out.pred_var, num_masked=num_masked)
+
+    def _count(self) -> None:
+        """Number this forward, and move the teacher where that happens once a micro-batch."""
         if self.training and self._forwards[True] > 0 and self.recipe.ema.per == "micro_batch":
             self.teacher.update_(self._updates, again=True)  # data2vec 1.0 as released; see docs/numerics.md
         self._forwards[self.training] += 1
         if self.training:
             self._forwards[False] = 0
-        out = self._student()(batch)
-        num_masked = torch.full((), batch.num_masked, device=out.loss.device)
-        loss = out.loss / batch.num_masked
-        return PretrainingOutput(loss=loss, target_var=out.target_var, pred_var=out.pred_var, num_masked=num_masked)
 
     def _pick(self, **inputs: Tensor | None) -> Tensor:
         wanted = INPUTS[self.recipe.modality]

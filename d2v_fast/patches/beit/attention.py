@@ -204,6 +204,7 @@ ATTENTION = Seam(
     "relative positions in the attention kernel, one bias for all images, no copies of q, k and v",
     refuses=_refuses_attention,
     prepare=_prepare_attention,
+    op="bias_attention",
 )
 MLP = Seam(
     "norms",
@@ -212,4 +213,5 @@ MLP = Seam(
     "bias and GELU in one pass",
     refuses=_refuses_mlp,
     prepare=_prepare_mlp,
+    op="bias_gelu",
 )

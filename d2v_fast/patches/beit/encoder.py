@@ -136,7 +136,7 @@ def _build(model: nn.Module) -> tuple[Stack, nn.Module, list[Rule]]:
     for block in blocks:
         _check_block(block)
     attentions, mlps = [block.attn for block in blocks], [block.mlp for block in blocks]
-    outputs = [attn.proj_drop.p for attn in attentions if isinstance(attn.proj_drop, nn.Dropout)]
+    outputs = [_rate(attn, "proj_drop") for attn in attentions]
     outputs += [_rate(mlp, "drop2" if "drop2" in mlp._modules else "drop") for mlp in mlps]
     scaled = _same("LayerScale", [block.gamma_1 is not None for block in blocks])
     own = [attn for attn in attentions if getattr(attn, "relative_position_bias_table", None) is not None]
