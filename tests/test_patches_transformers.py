@@ -229,8 +229,17 @@ def test_encoders_of_older_versions(name):
     assert all(relative(a, b) <= TOLERANCE for a, b in zip(states, want, strict=True))
     assert torch.equal(last, states[-1])
     assert forward(encoder, x, None, True) == "upstream"
-    replica = encoder._replicate_for_data_parallel()  # its parameters are elsewhere
-    assert forward(replica, x) == "upstream"
+
+
+def test_copies_that_data_parallel_makes():
+    model, x = make("hubert"), torch.randn(2, 9, 32)
+    want = model.encoder(x).last_hidden_state
+    with patch(model) as handle:
+        replica = model.encoder._replicate_for_data_parallel()
+        replica.pos_conv_embed, replica.layer_norm = model.encoder.pos_conv_embed, model.encoder.layer_norm
+        replica.layers = model.encoder.layers
+        assert relative(replica(x).last_hidden_state, want) <= TOLERANCE
+        assert "copy that DataParallel makes" in str(handle)
 
 
 def test_dropout_is_drawn():

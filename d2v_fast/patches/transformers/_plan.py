@@ -105,14 +105,14 @@ def planned(owner: nn.Module, plan: Callable[[nn.Module], Plan]) -> tuple[Shared
 
     torch.compile looks when it traces: hooks that are set later are not noticed.
     """
+    if getattr(owner, "_is_replica", False):
+        return None, "it is a copy that DataParallel makes for every call"
     found = plan_of(owner, PLAN, plan)
     reason = _reason(owner)
     return (found.shared, None) if reason is None else (None, reason)
 
 
 def _reason(owner: nn.Module) -> str | None:
-    if getattr(owner, "_is_replica", False):
-        return "it is a copy that DataParallel makes for every call"
     plan = state_of(owner).cache[PLAN]
     return plan.reason or plan.survey.watched()
 
