@@ -402,9 +402,11 @@ def test_compile():
     plain = copy.deepcopy(made)
     patch(made)
     images, _ = data()
+    compiled = torch.compile(made, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
-        got = torch.compile(made, backend="aot_eager", fullgraph=True)(images, None, True, "end")
-        agree(got, plain(images, None, True, "end"))
+        agree(compiled(images, None, True, "end"), plain(images, None, True, "end"))
+        with torch.compiler.set_stance("fail_on_recompile"):
+            agree(compiled(images, None, True, "end"), plain(images, None, True, "end"))
 
 
 def test_engine_functions():
