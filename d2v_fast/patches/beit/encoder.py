@@ -162,6 +162,7 @@ def _build(model: nn.Module) -> tuple[Stack, nn.Module, list[Rule]]:
         layer.norm1.eps, layer.norm2.eps = block.norm1.eps, block.norm2.eps
         layer.drop_path = _same("DropPath", [getattr(path, "drop_prob", 0.0) or 0.0 for path in _drop_paths(block)])
     ours.norm.eps = model.norm.eps if final else 1e-6
+    ours.train(model.training)  # now, not where a first call is compiled
     return ours, model, _rules(config, "norm" if final else "blocks.0.norm1")
 
 
