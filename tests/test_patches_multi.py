@@ -131,6 +131,18 @@ def test_alibi_is_no_tensor(monkeypatch):
     assert model.alibi_biases == model.ema.model.alibi_biases == {}
 
 
+def test_first_call_without_gradients():
+    """What it keeps for later calls does not stop them."""
+    model, batch = peer.build("audio"), peer.batch("audio")
+    losses, grads, _ = step(model, batch)
+    d2v_fast.patch(model)
+    with torch.inference_mode():
+        model(**batch)
+    got_losses, got_grads, _ = step(model, batch)
+    assert_equal(got_losses, losses)
+    assert_equal(got_grads, grads)
+
+
 def test_attention_of_gpus(monkeypatch):
     """What the table takes there: the op with slopes and positions, here its reference."""
     monkeypatch.setattr(multi_attention, "attention", partial(multi_attention.attention, backend="bias_attention"))

@@ -57,7 +57,9 @@ def _slopes(self: nn.Module, device: torch.device) -> Tensor:
     if key not in cache:
         made = self.get_alibi_bias
         heads = made.keywords.get("heads", self.modality_cfg.num_alibi_heads)
-        cache[key] = -made.func.__globals__["get_alibi"](2, heads)[:, 0, 1].to(device=device, dtype=torch.float32)
+        with torch.inference_mode(False):  # the first call may be one without gradients, later ones are not
+            found = made.func.__globals__["get_alibi"](2, heads)[:, 0, 1]
+            cache[key] = -found.to(device=device, dtype=torch.float32)
     return cache[key]
 
 
