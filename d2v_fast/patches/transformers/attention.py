@@ -5,7 +5,6 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Sequence
-from functools import cache
 from typing import Any
 
 import torch
@@ -36,8 +35,10 @@ def register_attention() -> None:
     """
     modeling = importlib.import_module("transformers.modeling_utils")
     masking = importlib.import_module("transformers.masking_utils")
-    modeling.AttentionInterface.register(NAME, attention_forward)
-    masking.AttentionMaskInterface.register(NAME, attention_mask)
+    sdpa = importlib.import_module("transformers.integrations.sdpa_attention").sdpa_attention_forward
+    if NAME not in modeling.AttentionInterface():
+        modeling.AttentionInterface.register(NAME, interface(sdpa))
+        masking.AttentionMaskInterface.register(NAME, attention_mask)
 
 
 def attention_mask(*args: Any, **asked: Any) -> Tensor | None:
@@ -60,46 +61,41 @@ def attention_mask(*args: Any, **asked: Any) -> Tensor | None:
     return seen[:, None, None].expand(B, 1, Tq, Tk)
 
 
-def attention_forward(
-    module: nn.Module,
-    query: Tensor,  # [B, H, Tq, D]
-    key: Tensor,  # [B, H, Tk, D]
-    value: Tensor,  # like key
-    attention_mask: Tensor | None,
-    dropout: float = 0.0,
-    scaling: float | None = None,
-    is_causal: bool | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Attention as transformers' AttentionInterface calls it -> ([B, Tq, H, D], None).
-
-    What ours does not do goes to ``sdpa_attention_forward``, with the same result: causal attention, fewer heads of
-    keys than of queries, masks that are not one row for all queries, a bias in ``kwargs``.
-    """
-    sdpa = _sdpa()
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = causal and attention_mask is None and query.shape[2] > 1
-    padding, other = _padding(attention_mask, query, key)
-    more = any(kwargs.get(name) is not None for name in _honoured(sdpa))
-    if causal or other or more or key.shape[1] != query.shape[1] or value.shape != key.shape:
-        options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
-        return sdpa(module, query, key, value, attention_mask, **options, **kwargs)
-    D = query.shape[3]
-    if scaling is not None and scaling != D**-0.5:
-        query = query * (scaling * D**0.5)
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return attention(q, k, v, padding_mask=padding, dropout_p=dropout), None
-
-
-def _sdpa() -> Callable:
-    return sys.modules["transformers.integrations.sdpa_attention"].sdpa_attention_forward
-
-
-@cache
-def _honoured(sdpa: Callable) -> tuple[str, ...]:
-    """Further arguments that ``sdpa`` does not ignore."""
+def interface(sdpa: Callable) -> Callable:
+    """The function for transformers' AttentionInterface, with ``sdpa_attention_forward`` for what ours does not do."""
     passed = {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "kwargs"}
-    return (*sorted(set(inspect.signature(sdpa).parameters) - passed), "softcap")
+    honoured = (*sorted(set(inspect.signature(sdpa).parameters) - passed), "softcap")  # which change the result
+
+    def attention_forward(
+        module: nn.Module,
+        query: Tensor,  # [B, H, Tq, D]
+        key: Tensor,  # [B, H, Tk, D]
+        value: Tensor,  # like key
+        attention_mask: Tensor | None,
+        dropout: float = 0.0,
+        scaling: float | None = None,
+        is_causal: bool | None = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """([B, Tq, H, D], None).
+
+        To SDPA go causal attention, fewer heads of keys than of queries, masks that are not one row for all queries,
+        and a bias in ``kwargs``.
+        """
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        causal = causal and attention_mask is None and query.shape[2] > 1
+        padding, other = _padding(attention_mask, query, key)
+        more = any(kwargs.get(name) is not None for name in honoured)
+        if causal or other or more or key.shape[1] != query.shape[1] or value.shape != key.shape:
+            options = {"dropout": dropout, "scaling": scaling, "is_causal": is_causal}
+            return sdpa(module, query, key, value, attention_mask, **options, **kwargs)
+        D = query.shape[3]
+        if scaling is not None and scaling != D**-0.5:
+            query = query * (scaling * D**0.5)
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        return attention(q, k, v, padding_mask=padding, dropout_p=dropout), None
+
+    return attention_forward
 
 
 def _padding(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, bool]:
