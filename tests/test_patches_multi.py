@@ -131,6 +131,16 @@ def test_alibi_is_no_tensor(monkeypatch):
     assert model.alibi_biases == model.ema.model.alibi_biases == {}
 
 
+def test_scale_below_zero():
+    """Counts as 0, and has no gradient."""
+    model = peer.build("audio")
+    scale = model.modality_encoders["AUDIO"].alibi_scale
+    with torch.no_grad():
+        scale[0, 0, 1] = -0.3
+    same(model, peer.batch("audio"))
+    assert scale.grad.flatten().count_nonzero() == 3
+
+
 def test_first_call_without_gradients():
     """What it keeps for later calls does not stop them."""
     model, batch = peer.build("audio"), peer.batch("audio")
