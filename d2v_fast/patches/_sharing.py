@@ -7,14 +7,16 @@ are put behind each other at every use, a copy that is small beside the product 
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.weight_norm import WeightNorm
 
-from d2v_fast.checkpoints.rules import Rule
 from d2v_fast.patches._core import is_ours, state_of
+
+if TYPE_CHECKING:  # imports all of nn, which `import d2v_fast.auto` has no time for
+    from d2v_fast.checkpoints.rules import Rule
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,7 @@ class Shared:
         ValueError: a parameter of ours has no rule, or theirs has another shape.
     """
 
-    def __init__(self, ours: nn.Module, theirs: nn.Module, rules: Sequence[Rule]) -> None:
+    def __init__(self, ours: nn.Module, theirs: nn.Module, rules: "Sequence[Rule]") -> None:
         self.theirs = theirs
         self._ours = ours  # on the meta device
         self._aliases: list[tuple[dict, str, Slot]] = []  # where it is in ours, and where in theirs
