@@ -9,6 +9,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 MODALITY ?= all
 OUT ?= runs/demo
+WORKERS ?= 2
 # tests of what runs Triton kernels: all ops but two
 INTERPRETED := $(filter-out tests/test_conv0.py tests/test_strided_conv.py, \
 	$(patsubst d2v_fast/ops/%.py,tests/test_%.py,$(wildcard d2v_fast/ops/[a-z]*.py))) \
@@ -44,12 +45,13 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 
 # The interpreter is a property of the process, so the same op tests run twice: on the reference, and on the kernels.
+# A file's tests stay together, for what they share.
 test: export OMP_NUM_THREADS := 1
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(WORKERS) --dist loadfile
 	$(BIN)/python benchmarks/cpu_frontend.py --threads 2 --budget 1
 	$(BIN)/python benchmarks/bench_train_step.py --smoke --threads 2
-	TRITON_INTERPRET=1 $(BIN)/pytest $(INTERPRETED)
+	TRITON_INTERPRET=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile $(INTERPRETED)
 
 # Real speech and text of the demo: loss, gradient norm and every tensor of the checkpoints, resumed by the other too.
 test-integration: $(VENV)/.test
