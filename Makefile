@@ -1,7 +1,7 @@
 # make demo   install into .venv, fetch small real data, pretrain and probe on two CPU cores
 # make test   install the test tools too and run everything that CI runs
 # make lint   ruff only
-# make test-integration  ten fairseq-hydra-train runs, as written and under d2v-fast run; 2 minutes of one core, not in CI
+# make test-integration  ten fairseq-hydra-train runs, as written and under d2v-fast run; 2 minutes of one core
 # make gpu-check  extension, GPU tests and all benchmarks with the Python that has PyTorch for CUDA (PYTHON=...), in 9 minutes
 PYTHON ?= python3
 VENV ?= .venv
