@@ -61,6 +61,14 @@ def test_the_same_parameters():
         torch.testing.assert_close(got[name], p.grad)
 
 
+def test_parameters_that_have_no_values_yet():
+    theirs = Theirs().to("meta")
+    ours = shared(theirs)
+    theirs.to_empty(device="cpu").load_state_dict(Theirs().state_dict())
+    x = torch.randn(3, 4)
+    torch.testing.assert_close(ours.module(x), expected(theirs, x))
+
+
 def test_follows_moves_loads_and_modes():
     theirs = Theirs()
     ours = shared(theirs)
@@ -149,6 +157,18 @@ def test_what_changed():
     parametrizations.weight_norm(theirs.q)  # becomes of another class
     assert not bypassed.valid()
     assert bypassable(theirs, KINDS) == "q is a ParametrizedLinear"
+
+
+def test_settings_that_changed():
+    theirs = Theirs()
+    bypassed = Bypassed(theirs, KINDS, settings=("eps", "in_features"))
+    assert bypassed.valid()
+    theirs.tail[0].eps = 0.1
+    assert not bypassed.valid() and Bypassed(theirs, KINDS).valid()
+    theirs.tail[0].eps, theirs.tail[1].p = 1e-5, 0.7
+    assert bypassed.valid()
+    del theirs.q.in_features
+    assert not bypassed.valid()
 
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")

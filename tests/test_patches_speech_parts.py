@@ -108,6 +108,30 @@ def test_extractor_that_ours_does_not_follow():
     assert wav2vec2.EXTRACTOR.refuses(ours).startswith("conv_layers.2 is not a plain convolution")
 
 
+@pytest.mark.parametrize("mode", ["layer_norm", "default"])
+def test_extractor_that_was_changed(mode):
+    """After its first call: a finer stride for more frames, and another eps."""
+    theirs = moved(upstream.ConvFeatureExtractionModel(CONVS, mode=mode))
+    ours, handle = patched(theirs)
+    x = torch.randn(2, 3_000)
+    assert ours(x).shape == theirs(x).shape
+    for module in (theirs, ours):
+        module.conv_layers[6][0].stride = (1,)
+        norm = module.conv_layers[0][2]
+        (norm if mode == "default" else norm[1]).eps = 0.1
+    got, want = ours(x), theirs(x)
+    assert got.shape == want.shape and relative(got, want) <= TOLERANCE
+    assert not handle.fallbacks()
+
+
+def test_extractor_in_float64_on_another_device():
+    theirs = moved(upstream.ConvFeatureExtractionModel(CONVS, mode="layer_norm")).double().to("meta")
+    ours, handle = patched(theirs)
+    assert ours(torch.empty(2, 3_000, dtype=torch.float64, device="meta")).shape[:2] == (2, 16)
+    reason = "float64 on meta: the kernels accumulate in float32"
+    assert handle.fallbacks()["ConvFeatureExtractionModel.forward", reason] == 1
+
+
 @pytest.mark.parametrize("depth", [1, 5])
 def test_positions(depth):
     """By their own seam, with the weight norm of either kind, or taken off."""

@@ -75,6 +75,27 @@ def test_eps_of_every_norm(options):
         assert not handle.fallbacks()
 
 
+def test_settings_that_change_after_the_first_call():
+    theirs = make_encoder(encoder_layerdrop=0.0)
+    ours, handle = patched(theirs)
+    x = torch.randn(2, 11, 32)
+    both(theirs, ours, x, None, TOLERANCE)
+    for path in ("layers.0.final_layer_norm", "layers.2.self_attn_layer_norm", "layer_norm"):
+        for module in (theirs, ours):
+            module.get_submodule(path).eps = 0.1
+        both(theirs, ours, x, None, TOLERANCE)
+    for module in (theirs, ours):
+        for block in module.pos_conv:
+            block[3].eps = 0.2
+    both(theirs, ours, x, None, TOLERANCE)
+    assert not handle.fallbacks()
+    for module in (theirs, ours):
+        module.layers[0].activation_fn = nn.functional.relu
+    both(theirs, ours, x, None, TOLERANCE)
+    reason = "layers.0 has another activation than GELU"
+    assert handle.fallbacks()["TransformerEncoder.extract_features", reason] == 1
+
+
 def test_forward_of_the_encoder():
     """With its own final norm, also where that is the last of a pre-norm encoder."""
     for pre in (False, True):
@@ -125,6 +146,22 @@ def test_rates_of_dropout_are_read_at_every_call():
     assert reason == "dropout behind attention and FFN differs: 0.2 and 0.0"
 
 
+def test_each_rate_of_dropout_is_its_own():
+    """Numbers cannot show them: ours draws others than upstream."""
+    theirs = make_encoder(dropout=0.1, attention_dropout=0.2, activation_dropout=0.3)
+    for i, layer in enumerate(theirs.layers):
+        layer.dropout2.p += 0.1 * i
+    ours, _ = patched(theirs)
+    blocks = wav2vec2.shared_encoder(ours, Options()).layers
+    assert [(x.dropout, x.attention.dropout, x.activation_dropout) for x in blocks] == [
+        (layer.dropout1.p, layer.self_attn.dropout_module.p, layer.dropout2.p) for layer in theirs.layers
+    ]
+    assert wav2vec2.shared_encoder(ours, Options()).config.dropout == 0.1
+    ours.eval()
+    blocks = wav2vec2.shared_encoder(ours, Options()).layers
+    assert {(x.dropout, x.attention.dropout, x.activation_dropout) for x in blocks} == {(0.0, 0.0, 0.0)}
+
+
 def test_layers_in_eval_mode_have_no_dropout():
     theirs = make_encoder(dropout=0.5, attention_dropout=0.5, encoder_layerdrop=0.0)
     theirs.dropout = 0.0
@@ -148,12 +185,15 @@ def test_results_of_pre_norm_layers_with_dropout_are_upstreams():
     assert handle.fallbacks().total() == 1
 
 
-@pytest.mark.parametrize("where", ["layers.1.fc1", "layers.0.self_attn.q_proj", "pos_conv.2.3"])
-def test_probes_see_their_modules_called(where):
+@pytest.mark.parametrize("kind", ["forward", "forward_pre"])
+@pytest.mark.parametrize(
+    "where", ["layers.1.fc1", "layers.0.self_attn.q_proj", "pos_conv.2.3", "pos_conv", "layer_norm"]
+)
+def test_probes_see_their_modules_called(where, kind):
     theirs = make_encoder(encoder_layerdrop=0.0)
     ours, handle = patched(theirs)
     x, seen = torch.randn(2, 12, 32), []
-    probe = ours.get_submodule(where).register_forward_pre_hook(lambda *args: seen.append(args))
+    probe = getattr(ours.get_submodule(where), f"register_{kind}_hook")(lambda *args: seen.append(1))
     both(theirs, ours, x, None, TOLERANCE)
     reason = f"{where} has hooks, which want to see it called"
     assert handle.fallbacks()["TransformerEncoder.extract_features", reason] == 1 == len(seen)
@@ -161,6 +201,18 @@ def test_probes_see_their_modules_called(where):
     count = handle.fallbacks().total()
     both(theirs, ours, x, None, TOLERANCE)
     assert handle.fallbacks().total() == count and len(seen) == 1
+
+
+@pytest.mark.parametrize("where", ["pos_conv", "layer_norm"])
+def test_a_forward_of_somebody_else(where):
+    theirs = make_encoder(encoder_layerdrop=0.0)
+    ours, handle = patched(theirs)
+    for module in (theirs, ours):
+        part = module.get_submodule(where)
+        part.forward = lambda x, before=part.forward: 2 * before(x)
+    both(theirs, ours, torch.randn(2, 12, 32), None, TOLERANCE)
+    reason = f"{where} has another forward, by somebody else"
+    assert handle.fallbacks() == {("TransformerEncoder.extract_features", reason): 1}
 
 
 class Adapted(nn.Linear):
@@ -270,3 +322,45 @@ def test_shared_encoder():
     assert wav2vec2.shared_encoder(ours, options) is encoder
     handle.revert()
     assert wav2vec2.shared_encoder(ours, options) is None
+
+
+class Doubled(upstream.TransformerEncoder):
+    """With something of its own around upstream's forward."""
+
+    def forward(self, x, *args, **options):
+        x, layers = super().forward(x, *args, **options)
+        return 2 * x, layers
+
+
+def test_a_forward_around_the_encoders():
+    """It is called, and finds our layers inside."""
+    theirs = make_encoder(encoder_layerdrop=0.0)
+    ours, handle = patched(theirs)
+    assert wav2vec2.shared_encoder(ours, Options()) is not None
+    for module in (theirs, ours):
+        module.__class__ = Doubled
+    assert wav2vec2.shared_encoder(ours, Options()) is None
+    before, _ = patched(theirs)
+    assert wav2vec2.shared_encoder(before, Options()) is None
+    x = torch.randn(2, 12, 32)
+    want = theirs(x)[0]
+    for module in (ours, before):
+        assert relative(module(x)[0], want) <= TOLERANCE
+    assert is_ours(before.extract_features) and not handle.fallbacks()
+
+
+@pytest.mark.parametrize("options", [Options(), FINE], ids=["encoder", "fine"])
+def test_float64_on_another_device_is_upstreams(options):
+    """Our kernels do not take it, PyTorch's own do."""
+    theirs = make_encoder().double()
+    ours, handle = patched(theirs, options)
+    ours.to("meta")
+    assert ours(torch.empty(2, 12, 32, dtype=torch.float64, device="meta"))[0].shape == (2, 12, 32)
+    assert wav2vec2.shared_encoder(ours, options) is None
+    reason = "float64 on meta: the kernels accumulate in float32"
+    methods = {"Sequential.forward", "TransformerSentenceEncoderLayer.forward", "MultiheadAttention.forward"}
+    if options is not FINE:
+        methods.add("TransformerEncoder.extract_features")
+    assert set(handle.fallbacks()) == {(method, reason) for method in methods}
+    ours.float()
+    assert (wav2vec2.shared_encoder(ours, options) is None) == (options is FINE)

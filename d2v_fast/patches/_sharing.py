@@ -69,7 +69,8 @@ class Shared:
         shapes = {name: x.shape for name, x in ours.named_parameters()}
         for path, slots in by_owner.items():
             self._put(path, slots, shapes)
-        missing = [name for name, x in ours.named_parameters() if x.is_meta]
+        ruled = {rule.ours for rule in rules}
+        missing = [name for name, _ in ours.named_parameters() if name not in ruled]
         if missing:
             raise ValueError(f"no rule says where these are: {', '.join(missing)}")
 
@@ -128,6 +129,7 @@ class Bypassed:
         weight_norm: weights may be computed by the hook that ``torch.nn.utils.weight_norm`` sets, or by that of
             ``torch.nn.utils.parametrizations``: ours reads them by :func:`live_weight`.
         followed: whether a hook, or a method that replaced ``forward``, is one that ours serves by itself.
+        settings: attributes that ours has copied, of all modules below that have them in their ``__dict__``.
     """
 
     def __init__(
@@ -138,6 +140,7 @@ class Bypassed:
         *,
         weight_norm: bool = False,
         followed: Callable[[object], bool] = lambda hook: False,
+        settings: Collection[str] = (),
     ) -> None:
         self._kinds, self._weight_norm, self._followed = frozenset(kinds), weight_norm, followed
         self._found, self._home = list(_below(root, path and f"{path}.")), _package(type(root))
@@ -146,16 +149,17 @@ class Bypassed:
         # what is looked at in every call, without the attributes on the way there
         self._insides = [(path, kind, child.__dict__) for path, _, _, child, kind in self._found]
         self._hooks = [(path, inside[name]) for path, _, inside in self._insides for name in HOOKS if name in inside]
+        self._read = [(x, name, x[name]) for _, _, x in self._insides for name in settings if name in x]
 
     def valid(self) -> bool:
-        """Whether nothing below was added, replaced or removed since."""
+        """Whether nothing below was added, replaced or removed since, and the settings are the same."""
         for children, count in self._counts:  # plain loops: this runs once a call
             if len(children) != count:
                 return False
         for _, children, name, child, kind in self._found:
             if children.get(name) is not child or child.__class__ is not kind:
                 return False
-        return True
+        return all(inside.get(name) == value for inside, name, value in self._read)
 
     def misfit(self) -> str | None:
         """What below is of another class, or None."""
@@ -209,6 +213,13 @@ def watched(module: nn.Module, weight_norm: bool = False) -> str | None:
     if all(weight_norm and _is_weight_norm(hook) for hook in hooks):
         return None
     return "has hooks, which want to see it called"
+
+
+def too_precise(x: Tensor) -> str | None:
+    """Why ours cannot compute with ``x``, or None; PyTorch's own operators take float64 everywhere."""
+    if x.dtype == torch.float64 and x.device.type != "cpu":
+        return f"float64 on {x.device.type}: the kernels accumulate in float32"
+    return None
 
 
 def _below(module: nn.Module, path: str = "") -> Iterator[tuple[str, dict, str, nn.Module, type]]:

@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from d2v_fast.nn.attention import attention
-from d2v_fast.patches._core import Options, Seam
+from d2v_fast.patches._core import Options, Seam, fall_back
+from d2v_fast.patches._sharing import too_precise
 
 
 def unfit_attention(module: nn.Module) -> str | None:
@@ -42,7 +43,11 @@ def _make(original: Callable, options: Options) -> Callable:
         """[T, B, C] and None. Calls for weights, with masks or states, and other keys are upstream's: another use."""
         other = need_weights or need_head_weights or before_softmax or static_kv or self.onnx_trace
         own = incremental_state is None and attn_mask is None and unfit_attention(self) is None
-        if other or not own or key is not query or value is not query:
+        takes = own and not other and key is query and value is query
+        if takes and (reason := too_precise(query)) is not None:
+            fall_back(self, "forward", reason, options)
+            takes = False
+        if not takes:
             states = (incremental_state, need_weights, static_kv, attn_mask, before_softmax, need_head_weights)
             return original(self, query, key, value, key_padding_mask, *states)
         q, k, v = (
@@ -54,6 +59,8 @@ def _make(original: Callable, options: Options) -> Callable:
         drops = self.training or self.dropout_module.apply_during_inference
         p = self.dropout_module.p if drops else 0.0
         y = attention(q, k, v, padding_mask=key_padding_mask, dropout_p=p)
+        if key_padding_mask is not None:  # rows of padding alone get nothing upstream, of ours all
+            y = y.masked_fill(key_padding_mask.all(1)[:, None, None, None], 0)
         return self.out_proj(y.flatten(-2).transpose(0, 1)), None
 
     return forward

@@ -14,7 +14,7 @@ from d2v_fast.nn.config import EncoderConfig, SpeechFrontEndConfig
 from d2v_fast.nn.frontends.speech import SpeechFrontEnd
 from d2v_fast.ops import pos_conv
 from d2v_fast.patches._core import Options, Seam, fall_back
-from d2v_fast.patches._sharing import Bypassed, Shared, live_weight, plan_of
+from d2v_fast.patches._sharing import Bypassed, Shared, live_weight, plan_of, too_precise
 
 CONV_KINDS = (
     "ModuleList",
@@ -28,6 +28,8 @@ CONV_KINDS = (
 )
 POSITION_KINDS = ("Sequential", "Conv1d", "SamePad", "TransposeLast", "LayerNorm", "FusedLayerNorm", "GELU")
 
+SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode", "num_groups", "eps", "approximate", "remove")
+
 
 def _plain_conv(conv: nn.Conv1d, padding: int) -> bool:
     return conv.padding == (padding,) and conv.dilation == (1,) and conv.padding_mode == "zeros"
@@ -40,7 +42,7 @@ class _Extractor:
     """Our convolutions with the parameters of a ``ConvFeatureExtractionModel``."""
 
     def __init__(self, theirs: nn.Module) -> None:
-        self._bypassed = Bypassed(theirs, CONV_KINDS)
+        self._bypassed = Bypassed(theirs, CONV_KINDS, settings=SETTINGS)
         self._layers = list(theirs.conv_layers)
         self._unfit = unfit_extractor(theirs)
         if self._unfit is None:
@@ -68,7 +70,7 @@ class _Extractor:
         self._shared, self._min_samples = Shared(ours, theirs, rules), config.min_samples
 
     def valid(self) -> bool:
-        """Whether the modules are those it was made of."""
+        """Whether modules and settings are those it was made of."""
         return self._bypassed.valid()
 
     def has_frames(self, x: Tensor) -> bool:
@@ -79,7 +81,7 @@ class _Extractor:
         """Why ``x`` goes through fairseq's own convolutions, or None."""
         if self._unfit is not None:
             return self._unfit
-        found = self._bypassed.watched()
+        found = too_precise(x) or self._bypassed.watched()
         if found is None and any(layer[1].p > 0 and layer[1].training for layer in self._layers):
             found = "there is dropout between the convolutions"
         weight = self._layers[0][0].weight
@@ -203,11 +205,11 @@ class _Positions:
     """Whether fairseq's ``pos_conv`` can be computed without calling its parts."""
 
     def __init__(self, theirs: nn.Sequential) -> None:
-        self._bypassed = Bypassed(theirs, POSITION_KINDS, weight_norm=True)
+        self._bypassed = Bypassed(theirs, POSITION_KINDS, weight_norm=True, settings=SETTINGS)
         self._unfit = unfit_positions(theirs)
 
     def valid(self) -> bool:
-        """Whether the modules are those it was made of."""
+        """Whether modules and settings are those it was made of."""
         return self._bypassed.valid()
 
     def reason(self) -> str | None:
@@ -217,7 +219,7 @@ class _Positions:
 
 def _make_positions(original: Callable, options: Options) -> Callable:
     def forward(self: Any, input: Tensor) -> Tensor:  # [B, C, T] -> [B, C, T]; the name is that of nn.Sequential
-        reason = plan_of(self, "positions", _Positions).reason()
+        reason = too_precise(input) or plan_of(self, "positions", _Positions).reason()
         if reason is None:
             return positions(self, input.mT).mT
         fall_back(self, "forward", reason, options)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from d2v_fast.ops import bias_gelu, residual_dropout_layer_norm
 from d2v_fast.ops._rows import runs_reference
 from d2v_fast.patches._core import Options, Seam, fall_back
-from d2v_fast.patches._sharing import is_known, watched
+from d2v_fast.patches._sharing import is_known, too_precise, watched
 
 BYPASSED = ("dropout1", "dropout3", "self_attn_layer_norm", "final_layer_norm", "fc1")
 NORMS, OTHERS = ("LayerNorm", "FusedLayerNorm"), ("Dropout", "Linear")
@@ -62,7 +62,7 @@ def _make_layer(original: Callable, options: Options) -> Callable:
         att_args: Any = None,
     ) -> tuple[Tensor, tuple[Tensor | None, Tensor]]:
         """x [T, B, C], and attention's weights (None) with the FFN's result [T, B, C]."""
-        if (reason := _unfit(self)) is not None:
+        if (reason := too_precise(x) or _unfit(self)) is not None:
             fall_back(self, "forward", reason, options)
             return original(self, x, self_attn_mask, self_attn_padding_mask, need_weights, att_args)
         first, last, pre = self.self_attn_layer_norm, self.final_layer_norm, self.layer_norm_first

@@ -1,5 +1,9 @@
 """fairseq's speech Transformer (``wav2vec2.TransformerEncoder``) computed by our encoder, on its parameters (S2).
 
+Layer results differ from upstream's in two ways. They are views [T, B, C] of tensors [B, T, C], where upstream's lie in
+memory as [T, B, C]: ``reshape`` takes both, ``view`` may not. And under autocast the outputs of post-norm layers stay
+in low precision, while upstream's norms make float32 of them; the encoder's own output is float32 in both.
+
 Dims: B batch, T frames, C channels.
 """
 
@@ -17,9 +21,9 @@ from d2v_fast.nn.config import EncoderConfig
 from d2v_fast.nn.encoder import TransformerEncoder
 from d2v_fast.patches._core import Options, Seam, fall_back, is_ours
 from d2v_fast.patches._fingerprint import fingerprint
-from d2v_fast.patches._sharing import Bypassed, Shared, is_known, plan_of, watched
+from d2v_fast.patches._sharing import Bypassed, Shared, is_known, plan_of, too_precise, watched
 from d2v_fast.patches.fairseq.attention import ATTENTION, unfit_attention
-from d2v_fast.patches.fairseq.convolutions import POSITION_KINDS, Positions, unfit_positions
+from d2v_fast.patches.fairseq.convolutions import POSITION_KINDS, SETTINGS, Positions, unfit_positions
 from d2v_fast.patches.fairseq.norms import LAYER_NORM, NORMS, is_gelu
 
 LAYER_KINDS = (
@@ -32,7 +36,10 @@ LAYER_KINDS = (
     "FusedLayerNorm",
 )
 
+LAYER_SETTINGS = ("eps", "num_heads", "layer_norm_first", "activation_fn")
 PARTS = ("layers", "pos_conv", "layer_norm")
+# sources of the encoder's forward, which is extract_features and the final norm
+FORWARDS = frozenset({"5083d33424937fc1", "582970738967ff29"})
 
 
 def is_checkpointing(forward: Any) -> bool:
@@ -47,18 +54,26 @@ class _Encoder:
 
     def __init__(self, theirs: nn.Module) -> None:
         self._theirs, self._layers = theirs, list(theirs.layers)
-        self._bypassed = [Bypassed(theirs.layers, LAYER_KINDS, "layers", followed=is_checkpointing)]
+        self._bypassed = [
+            Bypassed(theirs.layers, LAYER_KINDS, "layers", followed=is_checkpointing, settings=LAYER_SETTINGS)
+        ]
         self._forwards = [layer.__dict__.get("forward") for layer in self._layers]
         if theirs.pos_conv is not None:
-            self._bypassed.append(Bypassed(theirs.pos_conv, POSITION_KINDS, "pos_conv", weight_norm=True))
+            positions = Bypassed(theirs.pos_conv, POSITION_KINDS, "pos_conv", weight_norm=True, settings=SETTINGS)
+            self._bypassed.append(positions)
         self._parts = [(name, theirs._modules.get(name)) for name in PARTS]
-        self._dropout = theirs.dropout
+        self._read = self._settings()
+        self.has_own_forward = fingerprint(type(theirs).forward) not in FORWARDS
         self.unfit = unfit_encoder(theirs)
         if self.unfit is None:
             try:
                 self._share(theirs)
             except (KeyError, ValueError) as error:  # of Shared and of our configuration: other shapes, no biases
                 self.unfit = str(error)
+
+    def _settings(self) -> tuple:
+        theirs = self._theirs
+        return type(theirs), theirs.dropout, theirs.layer_norm_first, getattr(theirs.layer_norm, "eps", None)
 
     def _share(self, theirs: nn.Module) -> None:
         first = self._layers[0]
@@ -68,7 +83,7 @@ class _Encoder:
             ffn_dim=first.fc1.out_features,
             heads=first.self_attn.num_heads,
             norm="pre" if theirs.layer_norm_first else "post",
-            dropout=self._dropout,
+            dropout=theirs.dropout,
             pos_conv_depth=1,  # until theirs take its place
             pos_conv_width=1,
             pos_conv_groups=1,
@@ -87,16 +102,19 @@ class _Encoder:
         self._followers = [_Follower(*both) for both in zip(self._layers, ours.layers, strict=True)]
 
     def valid(self) -> bool:
-        """Whether the layers are those it was made of, and dropout in front of them is what it was."""
+        """Whether parts and settings are those it was made of."""
         parts = self._theirs._modules
         same = all(parts.get(name) is part for name, part in self._parts)
         for layer, forward in zip(self._layers, self._forwards, strict=True):
             same = same and layer.__dict__.get("forward") is forward
-        return same and self._dropout == self._theirs.dropout and all(x.valid() for x in self._bypassed)
+        return same and self._read == self._settings() and all(x.valid() for x in self._bypassed)
 
     def get(self) -> TransformerEncoder | str:
         """Ours, as it has to run now; or why theirs has to."""
-        reason = self.unfit
+        reason = self.unfit or too_precise(self._theirs.layer_norm.weight)
+        for name in ("pos_conv", "layer_norm"):  # those below pos_conv are among the bypassed
+            if reason is None and (seen := watched(self._theirs._modules[name])) is not None:
+                reason = f"{name} {seen}"
         for bypassed in self._bypassed:
             reason = reason or bypassed.watched()
         if reason is not None:
@@ -113,8 +131,7 @@ class _Follower:
     def __init__(self, layer: nn.Module, block: Block) -> None:
         self._block, self._ours = block, block.attention
         self._hidden = layer.dropout1, layer.dropout2, layer.dropout3
-        self._layer, self._theirs, self._weights = layer, layer.self_attn, layer.self_attn.dropout_module
-        self._activation = layer.activation_fn
+        self._theirs, self._weights = layer.self_attn, layer.self_attn.dropout_module
 
     def __call__(self, training: bool) -> str | None:
         """Why ours cannot follow, or None; ``training`` is the encoder's."""
@@ -125,8 +142,6 @@ class _Follower:
             return f"dropout behind attention and FFN differs: {first} and {second}"
         if not training and (attention or first or hidden):
             return "there is dropout although the encoder is in eval mode"
-        if self._layer.activation_fn is not self._activation:
-            return "an activation was replaced"
         block = self._block
         if (block.dropout, block.activation_dropout, self._ours.dropout) != (first, hidden, attention):
             block.dropout, block.activation_dropout, self._ours.dropout = first, hidden, attention
@@ -163,19 +178,17 @@ def unfit_encoder(theirs: nn.Module) -> str | None:
     return None
 
 
-def _usable(theirs: nn.Module) -> TransformerEncoder | str:
-    return plan_of(theirs, "encoder", _Encoder).get()
-
-
 def shared_encoder(theirs: nn.Module, options: Options) -> TransformerEncoder | None:
     """Our encoder around the parameters of fairseq's, for one call; None where upstream's has to run.
 
-    That is where the seam is not in force, or something forbids it, which upstream's call notes then. Pass ``kept``, of
+    That is where the seam is not in force, or something forbids it, which upstream's call notes then; and in a subclass
+    with a ``forward`` of its own, which that call runs around our ``extract_features``. Pass ``kept``, of
     :func:`kept_layers`. Its ``x`` is behind the final norm also where that is the last of a pre-norm encoder.
     """
     if "encoder" not in options.parts or not is_ours(theirs.extract_features) or watched(theirs) is not None:
         return None
-    found = _usable(theirs)
+    plan = plan_of(theirs, "encoder", _Encoder)
+    found = None if plan.has_own_forward else plan.get()
     return None if isinstance(found, str) else found
 
 
@@ -211,7 +224,7 @@ def _make(original: Callable, options: Options) -> Callable:
         corpus_key: Any = None,
     ) -> tuple[Tensor, list[tuple[Tensor, None, Tensor]]]:
         """x [B, T, C], and (output, None, result) [T, B, C] of every layer from ``min_layer`` on that was executed."""
-        ours = _usable(self)
+        ours = plan_of(self, "encoder", _Encoder).get()
         reason = ours if isinstance(ours, str) else _results_differ(self)
         if reason is not None:
             fall_back(self, "extract_features", reason, options)
