@@ -91,6 +91,15 @@ def test_batches(samples, padded, monkeypatch):
     assert not patch.fallbacks()
 
 
+def test_a_row_without_frames(monkeypatch):
+    """Upstream counts them from the end, and so computes all of it."""
+    theirs, ours, patch = pair()
+    inputs = batch(2, padded=True)
+    inputs["padding_mask"][1, 100:] = True
+    assert_same(theirs, ours, monkeypatch, inputs)
+    assert not patch.fallbacks()
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -109,6 +118,7 @@ def test_options(options, monkeypatch):
 
 def test_masks_that_are_given(monkeypatch):
     theirs, ours, patch = pair()
+    assert_same(theirs, ours, monkeypatch)  # others were drawn before
     mask = np.random.Generator(np.random.PCG64(0)).random((3, 24)) < 0.4  # rows of different counts
     for given in (mask, torch.from_numpy(mask)):
         assert_same(theirs, ours, monkeypatch, {**batch(4), "mask_indices": given})
@@ -231,6 +241,25 @@ def test_what_is_left_to_upstream(norm, options, call, reason, monkeypatch):
     d2v_fast.patch(ours, strict=True)
     with pytest.raises(PatchError, match=reason):
         ours(**batch(), **call)
+
+
+def test_other_spreads_are_left_to_upstream(monkeypatch):
+    theirs = upstreams()
+    kind = type("Wider", (type(theirs),), {"compute_var": staticmethod(lambda y: y.float().abs().mean())})
+    theirs.__class__ = kind
+    ours = copy.deepcopy(theirs)
+    patch = d2v_fast.patch(ours)
+    assert_same(theirs, ours, monkeypatch)
+    assert [why for _, why in patch.fallbacks()] == [
+        "the source of Wider.compute_var is not one that ours was written from"
+    ]
+
+
+def test_float64_on_a_device_is_left_to_upstream():
+    ours = upstreams().double().to("meta")
+    d2v_fast.patch(ours, strict=True)
+    with pytest.raises(PatchError, match="parameters are float64 on a device"):
+        ours(batch()["source"])
 
 
 def test_hooks_see_their_modules_called(monkeypatch):

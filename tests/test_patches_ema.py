@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 pytest.importorskip("fairseq_peer")
 
+from fairseq.modules import ema_module
 from fairseq.modules.ema_module import EMAModule, EMAModuleConfig
 from fairseq_pairs import speech_pair, text_pair
 from patched import dictionaries, perturb
@@ -124,6 +125,45 @@ def test_changes_are_followed():
     for ema in (theirs, ours):
         ema.restore({name: x + 1 for name, x in ema.fp32_params.items()}, True)
     step_both(student, theirs, ours)
+    assert not patch.fallbacks()
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda ema: ema.model.half(),
+        lambda ema: setattr(ema.model.body[0].weight, "data", ema.model.body[0].weight.data.clone()),
+    ],
+)
+def test_other_memory_in_the_same_parameters(convert):
+    student, theirs, ours, patch = trio()
+    step_both(student, theirs, ours)
+    before = ours.model.body[0].weight
+    for ema in (theirs, ours):
+        convert(ema)
+    assert ours.model.body[0].weight is before
+    step_both(student, theirs, ours)
+    assert not patch.fallbacks()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_norms_that_are_logged(dtype, monkeypatch):
+    """Of what is averaged, as upstream takes them where apex has its function."""
+
+    def norm(chunk_size, has_inf, tensors, per_tensor):
+        return torch.stack([x.float().norm() for x in tensors[0]]).norm().reshape(1), None
+
+    monkeypatch.setattr(ema_module, "multi_tensor_l2norm_available", True)
+    monkeypatch.setattr(ema_module, "multi_tensor_l2norm", norm, raising=False)
+    student, theirs, ours, patch = trio(dtype, log_norms=True)
+    assert ours.logs == {}
+    for _ in range(2):
+        step_both(student, theirs, ours)
+        assert ours.logs.keys() == theirs.logs.keys() == {"model_norm", "ema_norm"}
+        for name, want in theirs.logs.items():
+            torch.testing.assert_close(ours.logs[name], want)
+    torch.testing.assert_close(ours.prev_model_norm, theirs.prev_model_norm)
+    assert ours.prev_model_norm != ours.logs["model_norm"]
     assert not patch.fallbacks()
 
 

@@ -19,7 +19,7 @@ from patched import repeat_masks
 
 from d2v_fast.patches import PatchError
 from d2v_fast.patches._core import Options, Patch, Site
-from d2v_fast.patches.fairseq.masks import APPLY_MASK, draw_spans, sites
+from d2v_fast.patches.fairseq.masks import APPLY_MASK, draw_spans, hand_on, on_host, sites
 
 B, T, C = 3, 60, 64
 
@@ -196,6 +196,23 @@ def test_models_with_labels(kind, more, monkeypatch):
     theirs.mask_channel_prob = ours.mask_channel_prob = 0.3
     assert_same(both(theirs, ours, monkeypatch, padding, **more))
     assert patch.fallbacks().total() == 1
+
+
+def test_what_is_known_on_the_host():
+    """The values handed on, for the tensor they came with and as long as nobody writes to it."""
+    owner, values = nn.Module(), np.zeros(T, bool)
+    tensor, other = torch.zeros(T, dtype=torch.bool), torch.ones(T, dtype=torch.bool)
+    hand_on(owner, "mask", tensor, values)
+    assert on_host(owner, "mask", tensor) is values
+    assert on_host(owner, "mask", other).all()
+    assert on_host(owner, "mask", other.numpy()).all()
+    tensor[:3] = True
+    assert on_host(owner, "mask", tensor).sum() == 3
+    with torch.inference_mode():  # writes are not counted there
+        tensor = torch.zeros(T, dtype=torch.bool)
+        hand_on(owner, "mask", tensor, values)
+        tensor[:3] = True
+        assert on_host(owner, "mask", tensor).sum() == 3
 
 
 def test_strict():

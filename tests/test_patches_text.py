@@ -215,6 +215,25 @@ def test_features_for_other_uses_are_upstreams():
     assert not patch.fallbacks()
 
 
+def test_rows_of_padding_alone():
+    """The teacher's are computed as upstream does where they are part of a norm, and those of other uses."""
+    theirs, ours, patch = pair(**NORMS["batch"])
+    inputs = batch(5)
+    inputs["src_tokens"][2], inputs["target_tokens"][2] = 9, PAD  # nothing of it is masked
+    assert_same(theirs, ours, inputs)
+    assert [why for _, why in patch.fallbacks()] == ["a row without targets has a part in batch_norm_target_layer"]
+    inputs["src_tokens"][2] = PAD
+    (want, _), (got, _) = (model(inputs["src_tokens"], features_only=True) for model in (theirs, ours))
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+def test_float64_on_a_device_is_left_to_upstream():
+    ours = upstreams().double().to("meta")
+    d2v_fast.patch(ours, strict=True)
+    with pytest.raises(PatchError, match="parameters are float64 on a device"):
+        ours(**batch())
+
+
 def changed(name, value):
     """A model whose attribute ``name``, with its path, is ``value``."""
 
@@ -223,6 +242,22 @@ def changed(name, value):
         setattr(model.get_submodule(path), attribute, value)
 
     return change
+
+
+def overridden(path, method, change, home=__name__):
+    """A model of which a part's class has its own ``method``: ``change`` is called with what upstream's gives."""
+
+    def override(model):
+        part = model.get_submodule(path)
+        upstreams = getattr(type(part), method)
+        body = {method: lambda self, *args, **more: change(upstreams(self, *args, **more)), "__module__": home}
+        part.__class__ = type("Loud", (type(part),), body)
+
+    return override
+
+
+def louder(out):
+    return {**out, "encoder_out": [2 * x for x in out["encoder_out"]]}
 
 
 LAYER = "encoder.sentence_encoder.layers.1"
@@ -237,6 +272,8 @@ LAYER = "encoder.sentence_encoder.layers.1"
         (changed(f"{LAYER}.activation_fn", torch.relu), "layers.1 has another activation"),
         (changed(f"{LAYER}.dropout_module.apply_during_inference", True), "dropout although"),
         (lambda m: m.get_submodule(LAYER).register_forward_hook(lambda *_: None), "layers.1 has hooks"),
+        (overridden("encoder", "extract_features", lambda out: (2 * out[0], out[1])), "Loud.extract_features"),
+        (overridden("encoder.sentence_encoder", "forward", louder, "fairseq.models"), "Loud.forward"),
     ],
 )
 def test_encoders_that_are_left_to_upstream(change, reason):

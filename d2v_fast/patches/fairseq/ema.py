@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from d2v_fast.ops import ema_update_
+from d2v_fast.ops import ema_update_, l2_norm
 from d2v_fast.ops._lists import is_dense, is_plain, layout
 from d2v_fast.patches._core import Options, Patch, Seam, Site, fall_back, state_of
 
@@ -71,7 +71,7 @@ def _found(ema: Any, student: nn.Module) -> tuple[list[Tensor | None], tuple]:
     teachers, students, averages = list(_tensors(ema.model)), list(_tensors(student)), list(ema.fp32_params.values())
     memory = [x.data_ptr() for x in chain(teachers, averages) if isinstance(x, Tensor) and is_plain(x)]
     trained = [x is not None and x.requires_grad for x in students]
-    options = (ema.config.ema_fp32, _logs_norms(ema), frozenset(ema.skip_keys), tuple(ema.fp32_params))
+    options = (ema.config.ema_fp32, frozenset(ema.skip_keys), tuple(ema.fp32_params))
     counts = (len(teachers), len(students))
     return [*teachers, *students, *averages], (*options, counts, tuple(memory), tuple(trained))
 
@@ -105,14 +105,19 @@ def _plan(ema: Any, student: nn.Module, objects: list[Tensor | None], values: tu
     return plan
 
 
-def _logs_norms(ema: Any) -> bool:
-    return getattr(ema, "log_norms", False)  # an option of 2022-12 and later
+def _log_norms(ema: Any, plan: _Plan) -> None:
+    """Norms of all that is averaged, [1] each as apex has them, where ``log_norms`` asks for them and apex is there."""
+    if not getattr(ema, "log_norms", False):  # an option of 2022-12 and later
+        return
+    if "model_norm" in ema.logs:
+        ema.prev_model_norm = ema.logs["model_norm"]
+    (averages, students, _), (others, of_others, _) = plan.averaged
+    ema.logs["model_norm"] = l2_norm(students + of_others).reshape(1)
+    ema.logs["ema_norm"] = l2_norm(averages + others).reshape(1)
 
 
 def _unfit(ema: Any, averages: dict[str, Tensor], pairs: list[tuple[str, Tensor]]) -> str | None:
     """Why upstream's code has to take the step, or None."""
-    if _logs_norms(ema):
-        return "log_norms=True takes norms of all parameters on the way"
     if any(name not in averages for name, _ in pairs):
         return "the student has parameters that the teacher lacks, and upstream adds them"
     if any(averages[name].shape != p.shape for name, p in pairs):
@@ -147,6 +152,7 @@ def _make_step(original: Callable, options: Options) -> Callable:
             ema_update_(averages, students, self.decay, copies=teachers)
         plan.copied.run()
         plan.loaded.run()
+        _log_norms(self, plan)
 
     return _step_internal
 

@@ -71,17 +71,22 @@ def to_device(x: np.ndarray, device: torch.device) -> Tensor:
     return found if device.type == "cpu" else found.pin_memory().to(device, non_blocking=True)
 
 
+def _version(tensor: Tensor | np.ndarray | None) -> int | None:
+    """A number that changes when a tensor is written to; None where nothing counts that."""
+    return tensor._version if isinstance(tensor, Tensor) and not tensor.is_inference() else None
+
+
 @torch.compiler.disable
 def hand_on(owner: Any, what: str, tensor: Tensor | None, value: np.ndarray) -> None:
     """Keep with ``owner`` what ``tensor`` is on the host, for whoever gets this very tensor next."""
-    state_of(owner).cache[what] = (tensor, value)
+    state_of(owner).cache[what] = (tensor, _version(tensor), value)
 
 
 @torch.compiler.disable
 def on_host(owner: Any, what: str, tensor: Tensor | np.ndarray) -> np.ndarray:
     """``tensor`` on the host: what was handed on with it, or else a copy, for which a device is waited for."""
-    known, value = state_of(owner).cache.get(what, (None, None))
-    if known is tensor:
+    known, version, value = state_of(owner).cache.get(what, (None, None, None))
+    if known is tensor and version is not None and version == _version(tensor):
         return value
     return tensor if isinstance(tensor, np.ndarray) else tensor.cpu().numpy()
 

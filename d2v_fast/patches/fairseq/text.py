@@ -20,9 +20,12 @@ from d2v_fast.nn.sequences import Sequences
 from d2v_fast.ops import data2vec_loss
 from d2v_fast.patches._core import Options, Patch, Seam, Site, fall_back
 from d2v_fast.patches.fairseq.masks import to_device
-from d2v_fast.patches.fairseq.targets import target_norms
+from d2v_fast.patches.fairseq.sources import not_upstreams
+from d2v_fast.patches.fairseq.targets import target_norms, unfit_dtype
 from d2v_fast.patches.fairseq.text_stack import TextStack, text_stack
 from d2v_fast.patches.fairseq.wav2vec2 import seams as seams_of_layers
+
+KNOWN = {"extract_features": frozenset({"7a3731a28e5bee9a"})}  # what the student's encoder is called through
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,8 @@ def _sides(model: Any, src_tokens: Tensor, target_tokens: Tensor) -> tuple[_Side
         return "no token is masked"
     if (mask & ~shown).any():
         return "a masked token has no target"
+    if target_norms(model.cfg)[0][0] == "batch" and not shown.any(1).all():
+        return "a row without targets has a part in batch_norm_target_layer"
     masked = Sequences.from_mask(mask)
     return _side(src_tokens, source != pad, masked), _side(target_tokens, shown, masked)
 
@@ -80,14 +85,16 @@ def _unfit(model: Any, target_tokens: Tensor | None) -> str | None:
         return "loss_scale is not set"
     if model.average_top_k_layers < 1:
         return "average_top_k_layers is 0"
-    return target_norms(model.cfg)[1]
+    return target_norms(model.cfg)[1] or unfit_dtype(next(model.regression_head.parameters()))
 
 
 def _stack(model: Any, role: str, theirs: nn.Module, options: Options) -> TextStack | None:
     """Ours around ``theirs``, or None where upstream's has to run."""
     if "encoder" not in options.parts:
         return None
-    found = text_stack(model, role, theirs)
+    found = not_upstreams(model, KNOWN) if role == "student" else None
+    if found is None:
+        found = text_stack(model, role, theirs)
     if isinstance(found, str):
         fall_back(model, "forward", f"the {role}'s encoder: {found}", options)
         return None

@@ -20,6 +20,7 @@ from d2v_fast.patches._fingerprint import fingerprint
 from d2v_fast.patches._sharing import Bypassed, Shared, watched
 from d2v_fast.patches.fairseq.attention import unfit_attention
 from d2v_fast.patches.fairseq.norms import is_gelu
+from d2v_fast.patches.fairseq.sources import not_upstreams
 
 KINDS = (
     "Embedding",
@@ -35,6 +36,7 @@ KINDS = (
     "Linear",
 )
 KNOWN = {  # sources that ours was written from
+    "forward": frozenset({"df3c9ef6880e4440"}),
     "forward_scriptable": frozenset({"98ba7f9123013c1a", "4eef6dcf2b4f95b4"}),
     "forward_embedding": frozenset({"9a0929840856018a"}),
 }
@@ -128,9 +130,8 @@ def _unfit(theirs: nn.Module, layers: list[nn.Module]) -> str | None:
     """Why ours do not follow the settings of this encoder, or None."""
     if not layers:
         return "there are no layers"
-    for name, known in KNOWN.items():
-        if fingerprint(getattr(type(theirs), name)) not in known:
-            return f"the source of {type(theirs).__name__}.{name} is not one that ours was written from"
+    if (reason := not_upstreams(theirs, KNOWN)) is not None:
+        return reason
     for kind in {type(layer) for layer in layers}:
         if fingerprint(kind.forward) not in KNOWN_LAYER:
             return f"the source of {kind.__name__}.forward is not one that ours was written from"
