@@ -1,11 +1,13 @@
 """fairseq's speech convolutions, attention and norms with our methods, against themselves."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from parity import TOLERANCE, assert_equal, float64, relative
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.utils import parametrizations, remove_weight_norm
 
 pytest.importorskip("fairseq_peer")
@@ -18,6 +20,7 @@ from d2v_fast.patches._core import Options, Patch, Site, is_ours
 from d2v_fast.patches.fairseq import attention as attention_seam
 from d2v_fast.patches.fairseq import norms, wav2vec2
 
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 pytestmark = pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 
 
@@ -173,3 +176,23 @@ def test_attention_takes_what_it_can(monkeypatch):
         assert relative(got[0], want[0]) <= TOLERANCE and (got[1] is None) == (want[1] is None)
         assert len(calls) == number
     assert not handle.fallbacks()  # those are other uses
+
+
+def test_when_attention_drops(monkeypatch):
+    rates = []
+    monkeypatch.setattr(attention_seam, "attention", lambda q, k, v, dropout_p, **_: rates.append(dropout_p) or v)
+    module = moved(MultiheadAttention(32, 4, self_attention=True, dropout=0.3))
+    Patch("test").apply([Site("", module, wav2vec2.ATTENTION)], Options())
+    x = torch.randn(11, 2, 32)
+    for training, always in ((True, False), (False, False), (False, True)):
+        module.train(training).dropout_module.apply_during_inference = always
+        module(x, x, x, need_weights=False)
+    assert rates == [0.3, 0.0, 0.3]
+
+
+def test_float64_is_not_low_precision():
+    """What upstream computes in float32 gains nothing there, and would have other numbers."""
+    norm = SimpleNamespace(weight=None)
+    with FakeTensorMode():
+        found = {dtype: norms._low(norm, torch.empty(2, 3, dtype=dtype, device="cuda")) for dtype in DTYPES}
+    assert found == {torch.bfloat16: True, torch.float16: True, torch.float32: False, torch.float64: False}

@@ -98,7 +98,7 @@ LAYER_NORM = Seam(
 def _low(module: nn.Module, x: Tensor) -> bool:
     """Whether PyTorch's own norm computes in float32 what it is given in low precision."""
     same = module.weight is None or module.weight.dtype == x.dtype
-    return x.is_cuda and same and x.dtype != torch.float32 and not torch.is_autocast_enabled("cuda")
+    return x.is_cuda and same and x.dtype in (torch.bfloat16, torch.float16) and not torch.is_autocast_enabled("cuda")
 
 
 def _make_layer_norm(original: Callable, options: Options) -> Callable:
