@@ -461,6 +461,99 @@ def test_attention_implementation_of_other_models():
         same(run(model, {"input_ids": tokens, "attention_mask": mask}), want)
 
 
+def attend(**given):
+    """What "d2v_fast" gives for attention that knows no order, with more arguments."""
+    register_attention()
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 2, 6, 8)
+    module = nn.Module()
+    module.is_causal = False
+    return transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS["d2v_fast"](module, q, k, v, None, **given)[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["s_aux", "sinks", "softcap", "indices", "block_indices", "head_mask", "cu_seq_lens_q"]
+)
+def test_attention_implementation_refuses_what_it_does_not_know(name):
+    with pytest.raises(ValueError, match=f"d2v_fast.* cannot serve Module: it does not know the argument {name};"):
+        attend(**{name: torch.ones(2)})
+
+
+def test_attention_implementation_knows():
+    want = attend()
+    given = {"position_ids": torch.arange(6)[None], "sliding_window": 4, "use_cache": False, "labels": torch.ones(2)}
+    assert torch.equal(attend(**given, s_aux=None, softcap=None), want)
+    bias = torch.randn(1, 2, 6, 6)
+    assert relative(attend(position_bias=bias), attend(position_bias=0 * bias)) > 0.1
+    assert relative(attend(position_bias=0 * bias), want) <= TOLERANCE
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_attention_implementation_refuses_models():
+    register_attention()
+    sizes = {"d_model": 32, "vocab_size": 40, "encoder_layers": 1, "decoder_layers": 1, "block_size": 4}
+    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "num_global_tokens": 2}
+    sizes |= {"encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "attn_implementation": "d2v_fast"}
+    model = transformers.PegasusXModel(transformers.PegasusXConfig(**sizes))
+    tokens = torch.randint(4, 40, (2, 8))
+    with pytest.raises(ValueError, match="PegasusXPreTrainedModel does not support SDPA; load"):
+        model(input_ids=tokens, decoder_input_ids=tokens)
+
+
+def test_attention_implementation_compiled():
+    register_attention()
+    config = transformers.BertConfig(**WIDTHS | {"num_hidden_layers": 1}, vocab_size=40, attn_implementation="d2v_fast")
+    model, inputs = transformers.BertModel(config).eval(), batch("text", padded=True)
+    want = model(**inputs).last_hidden_state
+    got = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs).last_hidden_state
+    assert relative(got, want) <= TOLERANCE
+
+
+@pytest.mark.parametrize("switches", [{}, {"encoder": False}], ids=["encoder", "parts"])
+@pytest.mark.parametrize("how", ["eager", "sdpa"])
+def test_a_sequence_without_tokens(how, switches):
+    model, inputs = make("text", attn_implementation=how), batch("text", padded=True)
+    inputs["attention_mask"][0] = 0
+    want = run(model, inputs)
+    with patch(model, **switches) as handle:
+        same(run(model, inputs), want)
+        assert ("a sequence has no tokens" in str(handle.fallbacks())) == (not switches)
+
+
+def test_a_sequence_without_tokens_in_attention_by_name():
+    register_attention()
+    model, inputs = make("text", attn_implementation="sdpa"), batch("text", padded=True)
+    inputs["attention_mask"][0] = 0
+    want = run(model, inputs)
+    model.set_attn_implementation("d2v_fast")
+    same(run(model, inputs), want)
+
+
+@pytest.mark.parametrize("expanded", [False, True])
+@pytest.mark.parametrize("switches", [{}, {"encoder": False}], ids=["encoder", "parts"])
+def test_eager_attention_adds_masks_of_any_kind(switches, expanded):
+    model, inputs = make("text", attn_implementation="eager"), batch("text")
+    mask = torch.rand(2, 1, 1, 20).expand(2, 1, 20, 20) if expanded else torch.rand(2, 1, 20, 20)
+    inputs["attention_mask"] = mask > 0.5
+    want = run(model, inputs)
+    with patch(model, **switches) as handle:
+        same(run(model, inputs), want)
+        assert "eager attention adds its mask" in str(handle.fallbacks())
+
+
+@pytest.mark.parametrize("name", ["audio", "wav2vec2-stable", "text", "vision-own"])
+def test_parts_keep_the_dtype_under_autocast(name):
+    model, inputs = make(name), batch(name)
+    with torch.autocast("cpu", torch.bfloat16):
+        want = model(**inputs, output_hidden_states=True)
+        with patch(model, encoder=False):
+            got = model(**inputs, output_hidden_states=True)
+    for a, b in zip(got.hidden_states, want.hidden_states, strict=True):
+        assert a.dtype == b.dtype
+        assert relative(a, b) <= 3e-2
+    assert got.last_hidden_state.dtype == want.last_hidden_state.dtype
+
+
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
 def test_class_level():
     inputs, want = batch("wav2vec2"), {}

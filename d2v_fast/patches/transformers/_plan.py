@@ -172,6 +172,11 @@ def unknown_argument(kwargs: Mapping[str, Any], ignored: frozenset[str]) -> str 
     return f"ours does not know the argument {found[0]}" if found else None
 
 
+def added(module: nn.Module) -> str | None:
+    """The reason, if upstream adds masks to the logits as they are: bool ones too, and queries without keys see all."""
+    return "eager attention adds its mask" if module.config._attn_implementation == "eager" else None
+
+
 def padding_of(mask: Any, x: Tensor) -> tuple[Tensor | None, str | None]:
     """``mask`` of x [B, T, C] as padding [B, T] bool, True = padding, or the reason why it is none.
 
@@ -184,20 +189,22 @@ def padding_of(mask: Any, x: Tensor) -> tuple[Tensor | None, str | None]:
         return None, f"the attention mask is a {type(mask).__name__}"
     (B, T), shape = x.shape[:2], tuple(mask.shape)
     if shape == (B, T):
-        return without_none(~mask.to(x.device, torch.bool)), None
+        padding, whole = looked_over(~mask.to(x.device, torch.bool))
+        return (None, "a sequence has no tokens") if whole else (padding, None)
     if mask.dtype == torch.bool and shape == (B, 1, T, T) and (T == 1 or mask.stride(2) == 0):
         return ~mask[:, 0, 0], None
     return None, f"an attention mask {list(shape)} of {mask.dtype} may be another for every query"
 
 
-def without_none(padding: Tensor) -> Tensor | None:
-    """``padding``, or None if there is none.
+def looked_over(padding: Tensor) -> tuple[Tensor | None, bool]:
+    """``padding`` [B, T], or None if there is none, and whether it is all there is of a sequence.
 
     transformers looks as well, and waits for the device there; not where it is compiled, and in no CUDA graph.
     """
     if torch.compiler.is_compiling() or capturing(padding):
-        return padding
-    return padding if padding.any() else None
+        return padding, False
+    counts = padding.sum(1).tolist()
+    return (padding if any(counts) else None), padding.shape[1] in counts
 
 
 def as_upstream(x: Tensor, given: Tensor) -> Tensor:

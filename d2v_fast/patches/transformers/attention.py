@@ -4,7 +4,8 @@ attention modules of Data2Vec, Wav2Vec2 and HuBERT, whose three projections beco
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 
 from d2v_fast.nn.attention import attention
 from d2v_fast.patches._core import Options, Seam, fall_back
-from d2v_fast.patches.transformers._plan import collected, padding_of, plain, unknown_argument, without_none
+from d2v_fast.patches.transformers._plan import added, collected, looked_over, padding_of, plain, unknown_argument
 
 NAME = "d2v_fast"
 SPEECH = frozenset({"022aa8879f935129"})
@@ -23,12 +24,18 @@ IGNORED = frozenset(
     {"output_attentions", "output_hidden_states", "return_dict", "position_ids", "num_items_in_batch", "use_cache"}
     | {"labels", "cache_position"}
 )
+# what modules give to attention functions, and the mask, or nothing but another such function, answers for
+ANSWERED = IGNORED - {"output_attentions"} | {
+    *("sliding_window", "past_key_values", "position_embeddings", "output_router_logits", "deterministic")
+}
 
 
 def register_attention() -> None:
     """Let models be loaded with ``attn_implementation="d2v_fast"``; ``patch`` and ``d2v_fast.auto`` do this as well.
 
-    It reaches the models that look attention up in transformers' AttentionInterface; Data2VecVision does not.
+    It reaches the models that look attention up in transformers' AttentionInterface; Data2VecVision does not. A model
+    that transformers does not let use SDPA (``_supports_sdpa``), or that gives attention an argument of which SDPA
+    knows nothing (sinks, soft caps, selected keys), is refused with a ValueError in its forward.
 
     Raises:
         ImportError: transformers is not installed.
@@ -45,7 +52,7 @@ def attention_mask(*args: Any, **asked: Any) -> Tensor | None:
     """The mask as transformers' AttentionMaskInterface asks for it: bool [B, 1, Tq, Tk], True = seen, or None.
 
     Of bidirectional attention its rows are one row in memory, so that nothing has to look for differences; every other
-    one is that of SDPA.
+    one is that of SDPA, as is that of a sequence without tokens.
     """
     masking = sys.modules["transformers.masking_utils"]
     bidirectional = getattr(masking, "bidirectional_mask_function", None)
@@ -56,15 +63,19 @@ def attention_mask(*args: Any, **asked: Any) -> Tensor | None:
     if not plain_rows or shifted or not isinstance(mask, Tensor) or tuple(mask.shape) != (B, Tk):
         return masking.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **asked)
     seen = mask.bool()
-    if asked.get("allow_is_bidirectional_skip") and without_none(~seen) is None:
-        return None
+    if asked.get("allow_is_bidirectional_skip"):
+        padding, whole = looked_over(~seen)
+        if padding is None:
+            return None
+        if whole:
+            return masking.ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](*args, **asked)
     return seen[:, None, None].expand(B, 1, Tq, Tk)
 
 
 def interface(sdpa: Callable) -> Callable:
     """The function for transformers' AttentionInterface, with ``sdpa_attention_forward`` for what ours does not do."""
     passed = {"module", "query", "key", "value", "attention_mask", "dropout", "scaling", "is_causal", "kwargs"}
-    honoured = (*sorted(set(inspect.signature(sdpa).parameters) - passed), "softcap")  # which change the result
+    honoured = (*sorted(set(inspect.signature(sdpa).parameters) - passed), "output_attentions")  # the last: it warns
 
     def attention_forward(
         module: nn.Module,
@@ -81,7 +92,11 @@ def interface(sdpa: Callable) -> Callable:
 
         To SDPA go causal attention, fewer heads of keys than of queries, masks that are not one row for all queries,
         and a bias in ``kwargs``.
+
+        Raises:
+            ValueError: upstream does not let the model use SDPA, or there is an argument that is not known here.
         """
+        _check(module, kwargs, honoured)
         causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
         causal = causal and attention_mask is None and query.shape[2] > 1
         padding, other = _padding(attention_mask, query, key)
@@ -96,6 +111,36 @@ def interface(sdpa: Callable) -> Callable:
         return attention(q, k, v, padding_mask=padding, dropout_p=dropout), None
 
     return attention_forward
+
+
+def _check(module: nn.Module, kwargs: Mapping[str, Any], honoured: Sequence[str]) -> None:
+    given = (name for name, value in kwargs.items() if value is not None)
+    unknown = [name for name in given if name not in ANSWERED and name not in honoured]
+    reason = f"it does not know the argument {unknown[0]}" if unknown else _distrusted(module)
+    if reason:
+        text = f"attn_implementation={NAME!r} cannot serve {type(module).__name__}: {reason}"
+        raise ValueError(f"{text}; load the model with attn_implementation='eager'")
+
+
+def _distrusted(module: nn.Module) -> str | None:
+    """The reason, if upstream does not let the model that ``module`` was written for use SDPA."""
+    return _distrusts(type(module))
+
+
+_distrusted._dynamo_marked_constant = True  # evaluated while torch.compile traces
+
+
+@cache
+def _distrusts(kind: type[nn.Module]) -> str | None:
+    model = sys.modules["transformers.modeling_utils"].PreTrainedModel
+    for home in dict.fromkeys(base.__module__ for base in kind.__mro__):
+        there = vars(sys.modules.get(home, object)).values()
+        found = [v for v in there if isinstance(v, type) and issubclass(v, model) and v.__module__ == home]
+        roots = [v for v in found if v is not model and not set(found) & set(v.__bases__)]  # others are of these
+        refused = next((root.__name__ for root in roots if not root._supports_sdpa), None)
+        if refused:
+            return f"{refused} does not support SDPA"
+    return None
 
 
 def _padding(mask: Tensor | None, query: Tensor, key: Tensor) -> tuple[Tensor | None, bool]:
@@ -117,8 +162,12 @@ def _projected(x: Tensor, parts: Sequence[nn.Linear], heads: int) -> tuple[Tenso
     return F.linear(x, weight, bias).unflatten(-1, (len(parts), heads, -1)).unbind(-3)
 
 
-def _is_mask(mask: Any) -> bool:
-    return mask is None or (isinstance(mask, Tensor) and mask.dim() in (2, 4))
+def _foreign(module: nn.Module, mask: Any) -> str | None:
+    """The reason, if ours cannot follow the mask."""
+    if mask is None:
+        return None
+    known = isinstance(mask, Tensor) and mask.dim() in (2, 4)
+    return added(module) if known else "its mask is of an unknown kind"
 
 
 def _attend(x: Tensor, qkv: tuple[Tensor, ...], mask: Tensor | None, p: float) -> Tensor:
@@ -164,8 +213,9 @@ def make_speech(original: Callable, options: Options) -> Callable:
         reason = _obstacle(self, parts, kwargs | {"output_attentions": output_attentions})
         if key_value_states is not None:
             reason = "it is cross-attention"
-        if reason or not _is_mask(attention_mask):
-            fall_back(self, "forward", reason or "its mask is of an unknown kind", options)
+        reason = reason or _foreign(self, attention_mask)
+        if reason:
+            fall_back(self, "forward", reason, options)
             return original(self, hidden_states, key_value_states, attention_mask, output_attentions, **kwargs)
         p = self.dropout if self.training else 0.0
         out = _attend(hidden_states, _projected(hidden_states, parts, self.num_heads), attention_mask, p)
@@ -186,8 +236,9 @@ def make_text(original: Callable, options: Options) -> Callable:
     ) -> tuple[Tensor, Tensor | None]:
         parts = (self.query, self.key, self.value)
         reason = _obstacle(self, parts, kwargs | {"past_key_values": past_key_values})
-        if reason or not _is_mask(attention_mask):
-            fall_back(self, "forward", reason or "its mask is of an unknown kind", options)
+        reason = reason or _foreign(self, attention_mask)
+        if reason:
+            fall_back(self, "forward", reason, options)
             return original(self, hidden_states, attention_mask, past_key_values, **kwargs)
         p = self.dropout.p if self.training else 0.0
         qkv = _projected(hidden_states, parts, self.num_attention_heads)

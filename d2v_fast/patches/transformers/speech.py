@@ -23,6 +23,7 @@ from d2v_fast.patches.transformers._plan import (
     Plan,
     Survey,
     Unfit,
+    as_upstream,
     is_gelu,
     make_plan,
     plain,
@@ -103,11 +104,12 @@ def make_layer(original: Callable, options: Options) -> Callable:
             return as_written(self, hidden_states, attention_mask, **kwargs)
         x, _ = self.attention(hidden_states, attention_mask=attention_mask, **kwargs)
         norm, last = self.layer_norm, self.final_layer_norm
-        p = self.dropout.p
+        x, p = as_upstream(x, hidden_states), self.dropout.p
         y = residual_dropout_layer_norm(
             x, hidden_states, norm.weight, norm.bias, p=p, training=self.training, eps=norm.eps
         )
-        return residual_dropout_layer_norm(self.feed_forward(y), y, last.weight, last.bias, eps=last.eps)
+        x = as_upstream(self.feed_forward(y), y)
+        return residual_dropout_layer_norm(x, y, last.weight, last.bias, eps=last.eps)
 
     return forward
 

@@ -20,6 +20,7 @@ from d2v_fast.patches.transformers._plan import (
     Plan,
     Survey,
     Unfit,
+    added,
     around,
     as_upstream,
     collected,
@@ -122,6 +123,8 @@ def make_encoder(original: Callable, options: Options) -> Callable:
         reason = reason or unknown_argument(decoding | kwargs, IGNORED) or _asked_for(asked)
         reason = reason or packs(self, kwargs)
         padding = None
+        if reason is None and isinstance(attention_mask, Tensor) and attention_mask.dim() == 4:
+            reason = added(self)
         if reason is None:
             padding, reason = padding_of(attention_mask, hidden_states)
         if reason is not None:
@@ -172,7 +175,7 @@ def make_output(original: Callable, options: Options) -> Callable:
         if not (plain(norm, nn.LayerNorm) and plain(self.dropout, nn.Dropout)):
             fall_back(self, "forward", "its norm or dropout is another module, or has hooks", options)
             return original(self, hidden_states, input_tensor)
-        x, p = self.dense(hidden_states), self.dropout.p
+        x, p = as_upstream(self.dense(hidden_states), input_tensor), self.dropout.p
         return residual_dropout_layer_norm(
             x, input_tensor, norm.weight, norm.bias, p=p, training=self.training, eps=norm.eps
         )
