@@ -17,21 +17,21 @@ from d2v_fast.ops import bias_gelu
 from d2v_fast.ops._rows import runs_reference
 from d2v_fast.patches._core import Options, Seam, fall_back
 from d2v_fast.patches._sharing import Bypassed, plan_of
-from d2v_fast.patches.beit.probe import compare, random_like
+from d2v_fast.patches.beit.probe import Results, compare, dropouts_shown, random_like, trying
 
 BIASES = ("rel_pos_bias", "shared_rel_pos_bias")  # what the argument is called
 PARTS = {"qkv", "attn_drop", "proj", "proj_drop"}
 TENSORS = {"q_bias", "v_bias", "relative_position_bias_table"}
 
 
-Run = Callable[[torch.Generator], tuple[Tensor, Tensor]]  # results of ours and of theirs
+Run = Callable[[nn.Module, torch.Generator], Results]  # of a copy
 
 
 class Plan:
     """Whether ours computes what a module of this structure does; ``run`` is tried where it is given."""
 
     def __init__(self, owner: nn.Module, kinds: tuple[str, ...], reason: str | None, run: Run | None) -> None:
-        self._bypassed = Bypassed(owner, kinds)
+        self._bypassed = Bypassed(owner, kinds, settings=("p",))
         self._reason = reason or self._bypassed.misfit()
         if self._reason is None and run is not None:
             self._reason = compare(owner, run)
@@ -98,22 +98,21 @@ def _attention_misfit(self: nn.Module) -> str | None:
 
 def attention_plan(self: nn.Module, original: Callable | None = None) -> Plan:
     """For an attention, tried beside ``original``."""
-    run = None if original is None else _try_attention(self, original)
+    run = None if original is None else partial(try_attention, original=original)
     return Plan(self, ("Linear", "Dropout", "Identity"), _attention_misfit(self), run)
 
 
-def _try_attention(self: nn.Module, original: Callable) -> Run:
-    def run(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        index = getattr(self, "relative_position_index", None)
-        count = 5 if index is None or getattr(self, "relative_position_bias_table", None) is None else len(index)
-        x = random_like(self.qkv.weight, (2, count, self.qkv.in_features), generator)
-        names = argument_names(original)
+def try_attention(self: nn.Module, generator: torch.Generator, *, original: Callable) -> tuple[Tensor, Tensor]:
+    """Results of ours and of ``original``."""
+    index = getattr(self, "relative_position_index", None)
+    count = 5 if index is None or getattr(self, "relative_position_bias_table", None) is None else len(index)
+    x = random_like(self.qkv.weight, (1, count, self.qkv.in_features), generator)
+    names = argument_names(original)
+    with dropouts_shown(self):
         if not names or names[0] not in BIASES:
             return attend(self, x, None), original(self, x)
         bias = random_like(self.qkv.weight, (self.num_heads, count, count), generator)
         return attend(self, x, bias), original(self, x, bias)
-
-    return run
 
 
 def make_attention(original: Callable, options: Options) -> Callable:
@@ -121,6 +120,8 @@ def make_attention(original: Callable, options: Options) -> Callable:
     names, make_plan = argument_names(original), partial(attention_plan, original=original)
 
     def forward(self, x, *args, **kwargs):
+        if trying():
+            return original(self, x, *args, **kwargs)
         bias, reason = split_bias(names, args, kwargs)
         reason = reason or plan_of(self, "attention", make_plan).reason()
         if reason is not None:
@@ -146,12 +147,15 @@ def _mlp_misfit(self: nn.Module) -> str | None:
 
 def mlp_plan(self: nn.Module, original: Callable | None = None) -> Plan:
     """For an MLP, tried beside ``original``."""
+    run = None if original is None else partial(try_mlp, original=original)
+    return Plan(self, ("Linear", "Dropout", "Identity", "GELU"), _mlp_misfit(self), run)
 
-    def run(generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        x = random_like(self.fc1.weight, (2, 3, self.fc1.in_features), generator)
+
+def try_mlp(self: nn.Module, generator: torch.Generator, *, original: Callable) -> tuple[Tensor, Tensor]:
+    """Results of ours and of ``original``."""
+    x = random_like(self.fc1.weight, (2, 3, self.fc1.in_features), generator)
+    with dropouts_shown(self):
         return mlp(self, x), original(self, x)
-
-    return Plan(self, ("Linear", "Dropout", "Identity", "GELU"), _mlp_misfit(self), None if original is None else run)
 
 
 def mlp(self: nn.Module, x: Tensor) -> Tensor:
@@ -172,6 +176,8 @@ def make_mlp(original: Callable, options: Options) -> Callable:
     make_plan = partial(mlp_plan, original=original)
 
     def forward(self, x, *args, **kwargs):
+        if trying():
+            return original(self, x, *args, **kwargs)
         reason = "ours knows one argument" if args or kwargs else plan_of(self, "mlp", make_plan).reason()
         if reason is not None:
             fall_back(self, "forward", reason, options)

@@ -7,7 +7,6 @@ import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,7 +20,8 @@ from d2v_fast.nn.config import EncoderConfig
 from d2v_fast.patches._core import Options, Seam, fall_back
 from d2v_fast.patches._sharing import Bypassed, Shared, plan_of
 from d2v_fast.patches.beit.attention import PARTS as ATTENTION_PARTS
-from d2v_fast.patches.beit.probe import compare, random_like
+from d2v_fast.patches.beit.attention import try_attention, try_mlp
+from d2v_fast.patches.beit.probe import Results, compare, random_like, trying
 
 KINDS = ("ModuleList", "ModuleDict", "Block", "Attention", "Mlp", "RelativePositionBias")
 KINDS += ("Linear", "LayerNorm", "Dropout", "DropPath", "Identity", "GELU", "timm.layers.norm.LayerNorm")
@@ -75,13 +75,13 @@ class Stack(TransformerEncoder):
         return self(x, top_k=1, results_only=True).layer_results[0]
 
 
-Try = Callable[[nn.Module, Stack, torch.Generator], tuple[Any, Any]]  # results of a method by ours and by theirs
+Try = Callable[[nn.Module, Stack, torch.Generator, bool], Results]  # of a method, in all its ways or in one
 
 
 class Plan:
-    """Ours around the blocks of ``model``, or the reason why not; with ``tries``, these and the blocks are compared."""
+    """Ours around the blocks of ``model``, or the reason why not; with ``tries``, these are compared."""
 
-    def __init__(self, model: nn.Module, tries: "Try | None" = None) -> None:
+    def __init__(self, model: nn.Module, tries: Try | None = None) -> None:
         self._bypassed, self._settings = Bypassed(model.blocks, KINDS, "blocks"), list(_settings(model))
         self.shared, self._reason = None, self._bypassed.misfit()
         if self._reason is None:
@@ -90,8 +90,7 @@ class Plan:
             except (Unfit, KeyError, ValueError, AttributeError) as error:  # no place in ours, or no such part there
                 self._reason = str(error.args[0])
         if self._reason is None and tries is not None:
-            self._reason = compare(model, lambda generator: _increments(model, self.stack, generator))
-            self._reason = self._reason or compare(model, lambda generator: tries(model, self.stack, generator))
+            self._reason = compare(model, partial(_try, tries=tries))
 
     @property
     def stack(self) -> Stack:
@@ -205,21 +204,20 @@ def _rules(config: EncoderConfig, norm: str) -> list[Rule]:
     return rules
 
 
-def _increments(model: nn.Module, stack: Stack, generator: torch.Generator) -> tuple[list[Tensor], list[Tensor]]:
-    """What every block adds to its input, by ours and by theirs: LayerScale makes that small beside the input."""
-    bias = getattr(model, "rel_pos_bias", None)
-    table = bias if bias is not None else model.blocks[0].attn
-    index = getattr(table, "relative_position_index", None)
-    count = 5 if index is None else len(index)
-    like = model.blocks[0].mlp.fc1.weight
-    x = random_like(like, (2, count, like.shape[1]), generator)
-    given = () if bias is None else (bias(),)
-    theirs = [x]
+def _try(model: nn.Module, generator: torch.Generator, *, tries: Try) -> Results:
+    """One call through all blocks of a copy, and, as these take their time, the other calls through two."""
+    found = [tries(model, _stack(model), generator, False)]
+    model.blocks = model.blocks[:: max(len(model.blocks) - 1, 1)]
+    found.append(tries(model, _stack(model), generator, True))
     for block in model.blocks:
-        y = block(theirs[-1], *given)
-        theirs.append(y[0] if isinstance(y, tuple) else y)
-    ours = [x, *stack.results(x, "end")]
-    return [b - a for a, b in pairwise(ours)], [b - a for a, b in pairwise(theirs)]
+        if any(each.p > 0 for each in block.modules() if isinstance(each, nn.Dropout)):
+            found.append(try_attention(block.attn, generator, original=type(block.attn).forward))
+            found.append(try_mlp(block.mlp, generator, original=type(block.mlp).forward))
+    return [ours for ours, _ in found], [theirs for _, theirs in found]
+
+
+def _stack(model: nn.Module) -> Stack:
+    return Shared(*_build(model)).module
 
 
 def _prepare(model: nn.Module) -> None:
@@ -264,6 +262,8 @@ def make_forward(original: Callable, options: Options) -> Callable:
     make_plan = partial(Plan, tries=partial(_try_forward, original=original))
 
     def forward(self, x, bool_masked_pos=None, return_all_tokens=False, layer_results=None):
+        if trying():
+            return original(self, x, bool_masked_pos, return_all_tokens, layer_results)
         plan = plan_of(self, "blocks", make_plan)
         reason = plan.reason(self)
         if layer_results not in (None, "end", "fc"):
@@ -311,6 +311,8 @@ def make_features(original: Callable, options: Options) -> Callable:
     make_plan = partial(Plan, tries=partial(_try_features, original=original))
 
     def forward_features(self, x):
+        if trying():
+            return original(self, x)
         plan = plan_of(self, "blocks", make_plan)
         reason = plan.reason(self)
         if reason is not None:
@@ -321,28 +323,31 @@ def make_features(original: Callable, options: Options) -> Callable:
     return forward_features
 
 
-def _images(self: nn.Module, generator: torch.Generator) -> Tensor:
+def _images(self: nn.Module, count: int, generator: torch.Generator) -> Tensor:
     size = self.patch_embed.img_size
     height, width = size if isinstance(size, (tuple, list)) else (size, size)
     weight = self.patch_embed.proj.weight
-    return random_like(weight, (2, weight.shape[1], height, width), generator)
+    return random_like(weight, (count, weight.shape[1], height, width), generator)
 
 
 def _try_forward(
-    self: nn.Module, stack: Stack, generator: torch.Generator, *, original: Callable
-) -> tuple[list[Tensor | list[Tensor]], list[Tensor | list[Tensor]]]:
+    self: nn.Module, stack: Stack, generator: torch.Generator, every: bool, *, original: Callable
+) -> Results:
     """Every kind of call: code that looks the same may return something else."""
-    images = _images(self, generator)
+    if not every:
+        call = (_images(self, 1, generator), None, True, "end")
+        return pretrain(self, stack, *call), original(self, *call)
+    images = _images(self, 2, generator)
     patches = embed(self, images).shape[1] - 1
-    mask = torch.rand(2, patches, generator=generator).to(images.device) < 0.5
-    calls = ((mask, False, None), (mask, True, None), (None, True, "end"), (None, True, "fc"))
-    return [pretrain(self, stack, images, *call) for call in calls], [original(self, images, *call) for call in calls]
+    mask = torch.rand(2, patches, generator=generator) < 0.5
+    calls = ((images, mask, False, None), (images[:1], mask[:1], True, None), (images[:1], None, True, "fc"))
+    return [pretrain(self, stack, *call) for call in calls], [original(self, *call) for call in calls]
 
 
 def _try_features(
-    self: nn.Module, stack: Stack, generator: torch.Generator, *, original: Callable
-) -> tuple[Tensor, Tensor]:
-    images = _images(self, generator)
+    self: nn.Module, stack: Stack, generator: torch.Generator, every: bool, *, original: Callable
+) -> Results:
+    images = _images(self, 2 if every else 1, generator)
     return features(self, stack, images), original(self, images)
 
 
