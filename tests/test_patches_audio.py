@@ -258,7 +258,7 @@ def test_other_spreads_are_left_to_upstream(monkeypatch):
 def test_float64_on_a_device_is_left_to_upstream():
     ours = upstreams().double().to("meta")
     d2v_fast.patch(ours, strict=True)
-    with pytest.raises(PatchError, match="parameters are float64 on a device"):
+    with pytest.raises(PatchError, match="float64 on meta"):
         ours(batch()["source"])
 
 
@@ -275,9 +275,13 @@ def test_hooks_see_their_modules_called(monkeypatch):
 @pytest.mark.parametrize(("name", "least"), [("min_target_var", "target"), ("min_pred_var", "pred")])
 def test_collapse_stops_the_run(name, least, monkeypatch):
     theirs, ours, _ = pair(**{name: 1e3})
+    alone = np.zeros((3, 24), bool)
+    alone[1, 3] = True  # has no spread
     for model in (theirs, ours):
+        model.num_updates = 5000
         run(model, monkeypatch, batch())  # not in the first updates
         model.num_updates = 5001
+        run(model, monkeypatch, {**batch(), "mask_indices": alone})
     messages = []
     for model in (theirs, ours):
         with pytest.raises(Exception, match=rf"{least} var is .* < 1000\.0, exiting") as caught:

@@ -69,6 +69,21 @@ def test_rows_as_short_as_their_spans(monkeypatch):
     assert 0 < refused < 40
 
 
+def test_a_single_frame(monkeypatch):
+    """It is masked, which is refused, or nothing is."""
+    found = []
+    for seed in range(10):
+        for draw in (draw_spans, upstreams):
+            repeat_masks(monkeypatch, seed)
+            try:
+                found.append(draw(np.array([1]), 1, prob=0.65, length=10, min_masks=1).tolist())
+            except ValueError:
+                found.append(None)
+    assert found[::2] == found[1::2]
+    assert None in found
+    assert [[False]] in found
+
+
 def test_no_span_at_all_is_refused(monkeypatch):
     for draw in (draw_spans, upstreams):
         repeat_masks(monkeypatch)

@@ -230,7 +230,7 @@ def test_rows_of_padding_alone():
 def test_float64_on_a_device_is_left_to_upstream():
     ours = upstreams().double().to("meta")
     d2v_fast.patch(ours, strict=True)
-    with pytest.raises(PatchError, match="parameters are float64 on a device"):
+    with pytest.raises(PatchError, match="float64 on meta"):
         ours(**batch())
 
 
@@ -334,6 +334,24 @@ def test_dropout_is_drawn():
     assert len({first, third, fourth}) == 3
     ours.eval()
     assert run(ours, batch())[0]["losses"]["main"].item() == pytest.approx(first, rel=1e-6)
+    assert not patch.fallbacks()
+
+
+def test_settings_are_followed():
+    """Each rate of dropout is that of its module; norms changed after a first call are as well."""
+    theirs, ours, patch = pair()
+    assert_same(theirs, ours)
+    for model in (theirs, ours):
+        for norm in ("layers.1.final_layer_norm", "layernorm_embedding"):
+            model.encoder.sentence_encoder.get_submodule(norm).eps = 0.1
+    assert_same(theirs, ours)
+    encoder = ours.encoder.sentence_encoder
+    layer = encoder.layers[1]
+    modules = layer.dropout_module, layer.activation_dropout_module, layer.self_attn.dropout_module
+    for module, p in zip(modules, (0.1, 0.2, 0.3), strict=True):
+        module.p = p
+    block = text.text_stack(ours.encoder, "student", encoder).encoder.layers[1]
+    assert (block.dropout, block.activation_dropout, block.attention.dropout) == (0.1, 0.2, 0.3)
     assert not patch.fallbacks()
 
 

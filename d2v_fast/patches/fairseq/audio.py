@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from d2v_fast.nn.sequences import Sequences
 from d2v_fast.ops import data2vec_loss
 from d2v_fast.patches._core import Options, Patch, Seam, Site, fall_back
+from d2v_fast.patches._sharing import too_precise
 from d2v_fast.patches.fairseq.collapse import check_spread
 from d2v_fast.patches.fairseq.masks import APPLY_MASK, hand_on, on_host, original_globals, to_device
 from d2v_fast.patches.fairseq.sources import not_upstreams
-from d2v_fast.patches.fairseq.targets import target_norms, unfit_dtype
+from d2v_fast.patches.fairseq.targets import target_norms
 from d2v_fast.patches.fairseq.wav2vec2 import kept_layers, shared_encoder
 
 KNOWN = {"compute_var": frozenset({"193905bac5d4e682"})}  # what the op of ours has the result of
@@ -40,7 +41,7 @@ def _unfit(model: Any, mask: bool, layer: int | None) -> str | None:
     (norm, post_norm), problem = target_norms(model.cfg)
     if post_norm == "instance" and norm not in ("instance", "batch"):
         return "instance_norm_targets without such a norm of the layers is a norm over the batch upstream"
-    return problem or unfit_dtype(model.mask_emb) or not_upstreams(model, KNOWN)
+    return problem or too_precise(model.mask_emb) or not_upstreams(model, KNOWN)
 
 
 def _num_results(model: Any) -> int:
@@ -139,7 +140,7 @@ def _pretrain(
     with torch.no_grad():
         model.ema.model.eval()
         if cfg.ema_transformer_only:
-            over_time = norm in ("instance", "batch") or post_norm == "instance" or not masked.num_rows
+            over_time = norm in ("instance", "batch") or not masked.num_rows
             results, layout = _encoded(model, clean, padding, None if over_time else masked, options)
         else:  # the whole model; upstream takes the results of all layers then
             found = model.ema.model.extract_features(source=source, padding_mask=padding_mask, mask=False)

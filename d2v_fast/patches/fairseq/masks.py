@@ -47,7 +47,8 @@ def draw_spans(
         if spans == 0:
             raise ValueError(f"mask_prob must give every row a span, got {prob} for a row of {frames} frames")
         tail = frames - spans - 1 if frames - length <= spans else length  # too few starts: upstream takes more
-        starts[row, rng.choice(frames - tail, spans, replace=False)] = True
+        chosen = rng.choice(frames - tail, spans, replace=False)
+        starts[row, chosen[chosen < num_frames]] = True  # of a single frame, upstream draws one that is not there
     mask = spread_spans(starts, min(length, num_frames)) & (np.arange(num_frames) < lengths[:, None])
     counts = mask.sum(1)
     if (counts >= lengths).any():

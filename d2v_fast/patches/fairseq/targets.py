@@ -2,9 +2,6 @@
 
 from typing import Any
 
-import torch
-from torch import Tensor
-
 # ours -> fairseq's, in the order in which upstream applies them
 OF_LAYERS = {
     "batch": "batch_norm_target_layer",
@@ -25,8 +22,3 @@ def target_norms(cfg: Any) -> tuple[tuple[str, str], str | None]:
         chosen.append(on[0] if on else "none")
     norm, post_norm = chosen
     return (norm, post_norm), "targets are normalised by group_norm_target_layer" if norm == "group" else None
-
-
-def unfit_dtype(x: Tensor) -> str | None:
-    """Why our ops do not compute with tensors like ``x``, or None."""
-    return "parameters are float64 on a device" if x.dtype == torch.float64 and x.device.type != "cpu" else None

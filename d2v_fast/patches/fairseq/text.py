@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from d2v_fast.nn.sequences import Sequences
 from d2v_fast.ops import data2vec_loss
 from d2v_fast.patches._core import Options, Patch, Seam, Site, fall_back
+from d2v_fast.patches._sharing import too_precise
 from d2v_fast.patches.fairseq.masks import to_device
 from d2v_fast.patches.fairseq.sources import not_upstreams
-from d2v_fast.patches.fairseq.targets import target_norms, unfit_dtype
+from d2v_fast.patches.fairseq.targets import target_norms
 from d2v_fast.patches.fairseq.text_stack import TextStack, text_stack
 from d2v_fast.patches.fairseq.wav2vec2 import seams as seams_of_layers
 
@@ -85,7 +86,7 @@ def _unfit(model: Any, target_tokens: Tensor | None) -> str | None:
         return "loss_scale is not set"
     if model.average_top_k_layers < 1:
         return "average_top_k_layers is 0"
-    return target_norms(model.cfg)[1] or unfit_dtype(next(model.regression_head.parameters()))
+    return target_norms(model.cfg)[1] or too_precise(next(model.regression_head.parameters()))
 
 
 def _stack(model: Any, role: str, theirs: nn.Module, options: Options) -> TextStack | None:

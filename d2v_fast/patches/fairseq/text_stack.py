@@ -35,6 +35,7 @@ KINDS = (
     "MultiheadAttention",
     "Linear",
 )
+SETTINGS = ("eps", "num_heads", "normalize_before", "return_fc", "scaling", "activation_fn")  # of theirs that are read
 KNOWN = {  # sources that ours was written from
     "forward": frozenset({"df3c9ef6880e4440"}),
     "forward_scriptable": frozenset({"98ba7f9123013c1a", "4eef6dcf2b4f95b4"}),
@@ -56,7 +57,7 @@ class _Plan:
 
     def __init__(self, theirs: nn.Module) -> None:
         self.theirs, self._layers = theirs, _all_layers(theirs)
-        self._bypassed = Bypassed(theirs, KINDS)
+        self._bypassed = Bypassed(theirs, KINDS, settings=SETTINGS)
         self.unfit = self._bypassed.misfit() or _unfit(theirs, self._layers)
         if self.unfit is None:
             try:
@@ -88,7 +89,7 @@ class _Plan:
         self._shared = Shared(ours, theirs, rules)
 
     def valid(self) -> bool:
-        """Whether the modules are those it was made of."""
+        """Whether the modules and their settings are those it was made of."""
         return self._bypassed.valid()
 
     def get(self) -> TextStack | str:
