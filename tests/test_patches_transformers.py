@@ -461,14 +461,21 @@ def test_attention_implementation_of_other_models():
         same(run(model, {"input_ids": tokens, "attention_mask": mask}), want)
 
 
+def queries_keys_values():
+    return torch.randn(3, 2, 2, 6, 8, generator=torch.Generator().manual_seed(0)).unbind()
+
+
+def attention_module():
+    module = nn.Module()
+    module.is_causal = False
+    return module
+
+
 def attend(**given):
     """What "d2v_fast" gives for attention that knows no order, with more arguments."""
     register_attention()
-    torch.manual_seed(0)
-    q, k, v = torch.randn(3, 2, 2, 6, 8)
-    module = nn.Module()
-    module.is_causal = False
-    return transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS["d2v_fast"](module, q, k, v, None, **given)[0]
+    run_it = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS["d2v_fast"]
+    return run_it(attention_module(), *queries_keys_values(), None, **given)[0]
 
 
 @pytest.mark.parametrize(
@@ -501,12 +508,28 @@ def test_attention_implementation_refuses_models():
 
 
 def test_attention_implementation_compiled():
+    torch.compiler.reset()
+    want = attend()
+    module, (q, k, v) = attention_module(), queries_keys_values()
+    run_it = transformers.modeling_utils.ALL_ATTENTION_FUNCTIONS["d2v_fast"]
+    compiled = torch.compile(lambda *given: run_it(module, *given, None)[0], backend="aot_eager", fullgraph=True)
+    assert relative(compiled(q, k, v), want) <= TOLERANCE
+
+
+def test_attention_implementation_scales_as_asked():
+    q, k, v = queries_keys_values()
+    want = torch.softmax(0.9 * q @ k.transpose(-1, -2), -1) @ v
+    assert relative(attend(scaling=0.9), want.transpose(1, 2)) <= TOLERANCE
+
+
+def test_masks_of_shifted_keys_are_those_of_sdpa():
     register_attention()
-    config = transformers.BertConfig(**WIDTHS | {"num_hidden_layers": 1}, vocab_size=40, attn_implementation="d2v_fast")
-    model, inputs = transformers.BertModel(config).eval(), batch("text", padded=True)
-    want = model(**inputs).last_hidden_state
-    got = torch.compile(model, backend="aot_eager", fullgraph=True)(**inputs).last_hidden_state
-    assert relative(got, want) <= TOLERANCE
+    masking = transformers.masking_utils
+    asked = {"batch_size": 2, "q_length": 6, "kv_length": 6, "mask_function": masking.bidirectional_mask_function}
+    asked |= {"attention_mask": torch.arange(6) < torch.tensor([[6], [4]]), "q_offset": 0, "kv_offset": 2}
+    want, got = (masking.ALL_MASK_ATTENTION_FUNCTIONS[name](**asked) for name in ("sdpa", "d2v_fast"))
+    assert torch.equal(got, want)
+    assert not torch.equal(want[:, 0, 0], asked["attention_mask"])
 
 
 @pytest.mark.parametrize("switches", [{}, {"encoder": False}], ids=["encoder", "parts"])
@@ -539,6 +562,42 @@ def test_eager_attention_adds_masks_of_any_kind(switches, expanded):
     with patch(model, **switches) as handle:
         same(run(model, inputs), want)
         assert "eager attention adds its mask" in str(handle.fallbacks())
+
+
+@pytest.mark.parametrize("switches", [{}, {"encoder": False}], ids=["encoder", "parts"])
+def test_masks_of_each_query(switches):
+    model, inputs = make("text"), batch("text")
+    inputs["attention_mask"] = (torch.rand(2, 1, 20, 20) > 0.5) | torch.eye(20, dtype=torch.bool)
+    want = run(model, inputs)
+    with patch(model, **switches):
+        same(run(model, inputs), want)
+
+
+def test_decoders_do_not_see_what_follows():
+    model, inputs = make("text", "ForCausalLM", is_decoder=True).eval(), batch("text")
+    with torch.no_grad():
+        want = model(**inputs).logits
+        with patch(model) as handle:
+            assert relative(model(**inputs).logits, want) <= TOLERANCE
+            assert "it is causal" in str(handle.fallbacks())
+
+
+@pytest.mark.parametrize("name", ["is_deepspeed_zero3_enabled", "is_fsdp_managed_module"])
+def test_spread_parameters_are_upstreams(name, monkeypatch):
+    model, inputs = make("wav2vec2"), batch("wav2vec2")
+    monkeypatch.setattr(transformers.models.wav2vec2.modeling_wav2vec2, name, lambda *_: True)
+    with patch(model, strict=True), pytest.raises(PatchError, match="spread over ranks"):
+        model(**inputs)
+
+
+def test_norms_of_convolutions_have_our_eps():
+    model, inputs = make("wav2vec2-stable"), batch("wav2vec2")
+    for layer in model.feature_extractor.conv_layers:
+        layer.layer_norm.eps = 0.5
+    want = run(model, inputs)
+    with patch(model) as handle:
+        same(run(model, inputs), want)
+        assert "its norms have an eps of 0.5" in str(handle.skipped)
 
 
 @pytest.mark.parametrize("name", ["audio", "wav2vec2-stable", "text", "vision-own"])
