@@ -254,6 +254,46 @@ def test_copies_and_state(modality, kind, tmp_path):
     assert model.num_updates == 1
 
 
+def test_copies_are_not_changed_students(caplog):
+    """A copy's parameters count their versions anew."""
+    model = Data2VecPretraining(encoder("text")).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for _ in range(2):
+        model(**inputs("text")).loss.backward()
+        optimizer.step()
+    model(**inputs("text"))
+    copy.deepcopy(model)(**inputs("text"))
+    pickle.loads(pickle.dumps(model))(**inputs("text"))
+    assert "weights changed" not in caplog.text
+    with torch.no_grad():
+        next(model.base.encoder.parameters()).add_(1)
+    model(**inputs("text"))
+    assert "weights changed" in caplog.text
+
+
+@pytest.mark.parametrize("trained", ["embeddings", "head"])
+def test_frozen_encoder(trained):
+    """Updates are counted, and the teacher follows what else it averages."""
+    model = Data2VecPretraining(encoder("text"), ema=replace(EMA, skip=())).train()
+    model.requires_grad_(False)
+    (model.base.embeddings if trained == "embeddings" else model.head).requires_grad_(True)
+    before = {name: x.clone() for name, x in model.teacher.ema_state().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model(**inputs("text")).loss.backward()
+    optimizer.step()
+    assert model.num_updates == 1
+    moved = {name for name, x in model.teacher.ema_state().items() if not torch.equal(x, before[name])}
+    assert bool(moved) == (trained == "embeddings") and not any("encoder" in name for name in moved)
+
+
+def test_data_parallel():
+    """A replica has other parameters than ours in it: an error, and no wrong numbers."""
+    model = Data2VecPretraining(encoder("text"))
+    with pytest.raises(ValueError, match="one process a GPU, got a replica of DataParallel: start it with torchrun"):
+        model._replicate_for_data_parallel()(**inputs("text"))
+    torch.nn.DataParallel(model)(**inputs("text"))  # of no GPU: the model itself
+
+
 def test_low_precision():
     model = Data2VecPretraining(encoder("image")).train()
     given = inputs("image")

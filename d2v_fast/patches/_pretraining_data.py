@@ -74,7 +74,9 @@ class Data2VecCollator:
 
     An item is a mapping with ``input_values`` [S] float, ``input_ids`` [T] integers or ``pixel_values`` [C, H, W], and
     possibly ``attention_mask``. Masks come from PyTorch's generator of the process: workers of a ``DataLoader`` draw
-    different ones, and a run that restores its random state draws the same.
+    different ones. Loaders are ahead of the model, and workers get new seeds: a run of ``Trainer`` that resumes from a
+    checkpoint reads the same items and draws other masks. Where it has to end with the same bits, leave the collator
+    out: masks of ``forward`` are of the seed and the update.
     """
 
     def __init__(self, recipe: Data2VecConfig) -> None:

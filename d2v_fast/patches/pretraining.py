@@ -6,6 +6,7 @@ Dims: B batch, S samples, T positions (frames, tokens, patches).
 import logging
 import weakref
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -41,12 +42,15 @@ class Data2VecPretraining(nn.Module):
     ``encoder.save_pretrained`` writes what was trained at any time. Computed is our model around them, with the ops and
     kernels of :class:`d2v_fast.Data2Vec`, and its results.
 
-    The teacher moves after every step of the optimizer that has the encoder's first trained parameter, whoever calls
-    it (``Trainer``, ``accelerate``, a loop); of several optimizers, step that one last. Optimizers that are not
-    PyTorch's, or keep copies of the parameters, need :meth:`update_teacher` behind their step; a forward that finds the
-    student changed and the teacher not, says so. ``state_dict`` has student, teacher and the number of updates.
+    The teacher moves after every step of the optimizer that has the encoder's first trained parameter (the model's,
+    where the encoder is frozen), whoever calls it (``Trainer``, ``accelerate``, a loop); of several optimizers, step
+    that one last. Optimizers that are not PyTorch's, or keep copies of the parameters, need :meth:`update_teacher`
+    behind their step; a forward that finds the student changed and the teacher not, says so. ``state_dict`` has
+    student, teacher and the number of updates.
 
-    With gradient accumulation every micro-batch weighs the same. Sharded parameters (FSDP) are not supported.
+    With gradient accumulation every micro-batch weighs the same. Several GPUs take a process each
+    (``DistributedDataParallel``); neither sharded parameters (FSDP) nor ``DataParallel`` are supported, which
+    ``Trainer`` uses where it sees several GPUs and was not started by torchrun: forward says so then.
 
     Args:
         hf_model: a ``Data2VecAudioModel``, ``Data2VecTextModel`` or ``Data2VecVisionModel`` (relative positions shared
@@ -159,8 +163,13 @@ class Data2VecPretraining(nn.Module):
         Raises:
             TypeError: inputs or masks of a wrong dtype.
             ValueError: not exactly one of the inputs, that of another modality, shapes that do not fit, padding that
-                is not at the end, or no masked position.
+                is not at the end, or no masked position; a replica of ``DataParallel``.
         """
+        if getattr(self, "_is_replica", False):  # ours in it has the parameters of the original
+            raise ValueError(
+                "Data2VecPretraining must run in one process a GPU, got a replica of DataParallel: start it with "
+                "torchrun or accelerate launch, or set CUDA_VISIBLE_DEVICES to one GPU"
+            )
         compiling = torch.compiler.is_compiling()
         if not compiling:
             self._check_student()
@@ -214,7 +223,8 @@ class Data2VecPretraining(nn.Module):
         return self.teacher.update_(self._updates)
 
     def _anchor(self) -> nn.Parameter | None:
-        return next((p for p in self.base.encoder.parameters() if p.requires_grad), None)
+        parameters = chain(self.base.encoder.parameters(), self.parameters())
+        return next((p for p in parameters if p.requires_grad), None)
 
     def _follow(self, optimizer: Optimizer) -> None:
         anchor = self._anchor()
@@ -263,7 +273,7 @@ class Data2VecPretraining(nn.Module):
         self._updates, self._forwards[True], self._seen = int(state), 0, None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_network": None}
+        return {**self.__dict__, "_network": None, "_seen": None}  # a copy's tensors count their versions anew
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
