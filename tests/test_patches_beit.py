@@ -205,6 +205,14 @@ class DroppedTwice(Mlp):
         return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
 
 
+class DrawnTwice(Attention):
+    """How often attention's dropout is drawn is all that can be seen of it: ours has it in the kernel."""
+
+    def forward(self, x, rel_pos_bias=None):
+        self.attn_drop(x)
+        return super().forward(x, rel_pos_bias)
+
+
 class OtherResults(VisionTransformerForCyclicalTraining):
     def forward(self, x, bool_masked_pos=None, return_all_tokens=False, layer_results=None):
         results = super().forward(x, bool_masked_pos, return_all_tokens, layer_results)
@@ -238,6 +246,13 @@ def dropped_twice():
     for block in made.blocks:
         block.mlp.__class__ = type("Mlp", (DroppedTwice,), {})
         block.mlp.drop.p = block.attn.proj_drop.p = 0.5
+    return made
+
+
+def drawn_twice():
+    made = model(dropout=0.2)
+    for block in made.blocks:
+        block.attn.__class__ = type("Attention", (DrawnTwice,), {})
     return made
 
 
@@ -286,6 +301,7 @@ def dropouts():
         (partial(with_blocks, Parallel, torch.bfloat16, scale=1.0), DIFFERS, {"forward"}),
         (untrained, DIFFERS, {"forward"}),
         (dropped_twice, DIFFERS, {"forward", "mlp"}),
+        (drawn_twice, "it could not be tried: it calls attn_drop twice", {"forward", "attn"}),
         (other_results, "tried on random numbers, it returns another number of results", {"forward"}),
         (tanh, "its activation is not the exact GELU", {"forward", "mlp"}),
         (adapters, "proj is a Adapted", {"forward", "attn"}),
@@ -337,6 +353,14 @@ def test_changes_after_the_patch():
     for each in (made, plain):
         each.double()
     agree(outputs(made, images.double(), mask)[0], outputs(plain, images.double(), mask)[0], 1e-12)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_dropouts_that_fit(shared):
+    made = model(dropout=0.2, shared=shared, drop_path=0.3)
+    for block in made.blocks:
+        block.mlp.drop.p = block.attn.proj_drop.p = 0.1
+    assert len(patch(made, strict=True).applied) == 7
 
 
 def test_dropout_after_the_patch():
