@@ -1,8 +1,9 @@
 """BEiT-style images: vision transformers whose blocks are ``norm1, attn, norm2, mlp`` with LayerScale and DropPath.
 
 Recognised by their structure: ``blocks.N.attn`` has ``qkv``, ``q_bias``, ``v_bias`` and ``proj``, as in BEiT, the forks
-that trained data2vec for images, and timm's ``Beit``. Ours is tried on a random image when it is put there, and taken
-where it computes the same.
+that trained data2vec for images, and timm's ``Beit``. Ours is tried on a random image when it is put there, on a copy
+with random parameters on the CPU, and taken where it computes the same. DropPath, which is off then, is taken to be at
+the end of both branches; code that cannot run on a CPU stays.
 """
 
 from collections.abc import Callable, Iterator
