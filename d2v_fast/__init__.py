@@ -45,6 +45,8 @@ def __getattr__(name: str):
     # Public names are resolved on first use, so that the import itself stays free of side effects.
     if name in _PUBLIC:
         return getattr(_importlib.import_module(_PUBLIC[name]), name)
+    if name == "patches":  # d2v_fast.patches.compare(...)
+        return _importlib.import_module("d2v_fast.patches")
     raise AttributeError(f"module 'd2v_fast' has no attribute {name!r}")
 
 

@@ -92,7 +92,7 @@ def test_the_command_is_itself(script):
     """)
     out, err = run(path, "--help", "-x", "lr=[0.1]", send="from stdin", expect=7)
     assert out.splitlines() == ["['--help', '-x', 'lr=[0.1]'] from stdin True", "False False"]
-    assert err.strip() == "d2v_fast: no supported class was imported in this process, nothing was replaced"
+    assert err.strip() == "d2v_fast: no supported class was imported in this process (children print their own table)"
 
 
 def test_without_torch_nothing_is_imported(script):
@@ -125,9 +125,10 @@ def test_own_sitecustomize_fails(script, tmp_path):
 
 
 def test_disabled(script):
+    """What stays waits for transformers, so that its models can still be loaded with our name for attention."""
     path = script(f"import sys; print({HOOKED}); import torch; print({HOOKED})")
     out, err = run(path, D2V_FAST_DISABLE="1")
-    assert out == "True\nFalse\n" and "D2V_FAST_DISABLE=1" in err
+    assert out == "True\nTrue\n" and "D2V_FAST_DISABLE=1" in err
 
 
 def test_module_that_imports_torch_first(script, tmp_path):
@@ -208,4 +209,4 @@ def test_spawned_workers(script):
     """)
     out, err = run(path)
     assert out.splitlines() == ["[tensor([1])]", "True"]
-    assert err.count("nothing was replaced") == 1  # one process reports, the command
+    assert err.count("no supported class was imported") == 1  # one process reports, the command

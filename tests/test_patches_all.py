@@ -248,7 +248,7 @@ def test_registry_finds_a_class_in_any_module(tmp_path, monkeypatch, handle, ear
 @pytest.fixture
 def off(monkeypatch):
     assert everywhere._active is None
-    monkeypatch.setattr(everywhere, "_known_classes", lambda: CLASSES)
+    monkeypatch.setattr(everywhere, "_known_classes", lambda which: CLASSES if which == "CLASSES" else {})
     yield
     if everywhere._active is not None:
         everywhere._active.revert()
@@ -298,13 +298,14 @@ def test_disabled(off, folder, monkeypatch, caplog):
         assert sys.meta_path == before and "D2V_FAST_DISABLE=1" in report()
 
 
-def run(code: str, **environment) -> str:
+def run(code: str, cwd: Path | None = None, **environment) -> str:
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         check=False,
+        cwd=cwd,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()
@@ -349,3 +350,23 @@ def test_real_classes(tmp_path):
     """
     out = run(code.replace("USER_DIR", repr(str(tmp_path / "data2vec"))))
     assert out.splitlines() == ["True", "data2vec.models.data2vec_audio True", "True False"]
+
+
+@pytest.mark.parametrize("disabled", ["0", "1"])
+def test_attention_by_name_for_models_that_are_not_replaced(tmp_path, disabled):
+    pytest.importorskip("transformers", reason="needs transformers (requirements/peers.txt)")
+    code = """
+        import d2v_fast.auto, torch
+        from transformers import BertConfig, BertModel
+        sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+        model = BertModel._from_config(BertConfig(vocab_size=20, **sizes), attn_implementation="d2v_fast").eval()
+        found = model(torch.arange(6)[None]).last_hidden_state
+        model.set_attn_implementation("eager")
+        print(torch.allclose(found, model(torch.arange(6)[None]).last_hidden_state, atol=1e-5))
+    """
+    # elsewhere: transformers takes our kernels/ in the working directory for another package
+    assert run(code, tmp_path, D2V_FAST_DISABLE=disabled).splitlines() == ["True"]
+
+
+def test_patches_are_found_without_an_import_of_their_own():
+    assert run("import d2v_fast\nprint(d2v_fast.patches.compare.__name__)") == "compare"

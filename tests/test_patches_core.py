@@ -68,14 +68,17 @@ def test_swap_and_revert_leave_no_trace(model):
     assert patch.reverted and toy.snapshot(model) == before
 
 
-def test_again_changes_nothing(model):
+def test_again_changes_nothing(model, caplog):
     first = patched(model)
     inside = toy.snapshot(model)
     second = patched(model)
     assert not second.applied and {s.reason for s in second.skipped} == {"already replaced"}
     second.revert()
     assert toy.snapshot(model) == inside and doubled(model)
+    assert "its own handle takes it back" in caplog.text
+    caplog.clear()
     first.revert()
+    assert not caplog.text
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -525,6 +528,10 @@ def test_wrappers_that_come_after_the_patch(model, monkeypatch):
     toy.install(monkeypatch)
     with pytest.raises(PatchError, match=r"went through torch\.compile already: patch it before that"):
         patches.patch(torch.compile(model, backend="aot_eager"))
+    itself = toy.Toy()
+    itself.compile(backend="aot_eager")
+    with pytest.raises(PatchError, match=r"went through its own compile\(\) already"):
+        patches.patch(itself)
     sharded = type("FSDPToy", (type("FSDPModule", (), {}), toy.Toy), {})()
     with pytest.raises(PatchError, match="went through FSDP already"):
         patches.patch(sharded)

@@ -18,7 +18,7 @@ from d2v_fast.errors import CheckpointError
 from d2v_fast.nn import make_batch
 from d2v_fast.nn.config import EMAConfig
 from d2v_fast.nn.masking import BlockMask
-from d2v_fast.patches import PatchError
+from d2v_fast.patches import PatchError, patch
 from d2v_fast.patches._pretraining_data import INPUTS, build_batch
 from d2v_fast.patches._pretraining_network import teacher_rules
 
@@ -284,6 +284,11 @@ def test_frozen_encoder(trained):
     assert model.num_updates == 1
     moved = {name for name, x in model.teacher.ema_state().items() if not torch.equal(x, before[name])}
     assert bool(moved) == (trained == "embeddings") and not any("encoder" in name for name in moved)
+
+
+def test_patch_has_nothing_to_do():
+    with pytest.raises(PatchError, match="Data2VecPretraining: it computes with ours already"):
+        patch(Data2VecPretraining(encoder("text")))
 
 
 def test_data_parallel():

@@ -119,8 +119,12 @@ def unwrapped(model: Any) -> Any:
     while True:
         names = {kind.__name__ for kind in type(model).__mro__}
         late = [wrapper for name, wrapper in LATE_WRAPPERS.items() if name in names]
+        if getattr(model, "_compiled_call_impl", None) is not None:
+            late.append("its own compile()")
         if late:
             raise PatchError(f"model went through {late[0]} already: patch it before that")
+        if "Data2VecPretraining" in names:
+            raise PatchError("model must be somebody else's, got Data2VecPretraining: it computes with ours already")
         if names.isdisjoint(WRAPPERS):
             return model
         model = model.module

@@ -60,6 +60,7 @@ __all__ = [
     "table",
 ]
 _MISSING = object()
+REPLACED = "already replaced"
 
 
 class Patch:
@@ -147,12 +148,14 @@ class Patch:
                 raise PatchError(f"{site.name} was {by} after this patch: take that back first")
 
     def revert(self) -> None:
-        """Put everything back, in copies as well. A second time it does nothing.
+        """Put everything back, in copies as well. A second time it does nothing; what an earlier patch replaced stays.
 
         Raises:
             PatchError: somebody replaced one of these methods after us; nothing was put back then.
         """
         self.check_revert()
+        if not self.reverted and any(s.reason == REPLACED for s in self.skipped):
+            logger.warning("%s: what an earlier patch replaced stays; its own handle takes it back", self.title)
         self._past = self.fallbacks()
         self._put_back(0)
         self._copies.clear()
@@ -239,7 +242,7 @@ def _unfit(site: Site, options: Options) -> tuple[str | None, bool]:
         return f"it is a {type(method).__name__}, not a method", False
     inside = owner.__dict__.get(seam.attribute) if not isinstance(owner, type) else None
     if is_ours(method) or is_ours(inside):
-        return "already replaced", True
+        return REPLACED, True
     if inside is not None:
         return f"somebody else replaced it already, by {inside!r}", False
     if not isinstance(owner, type) and (name := foreign_plumbing(owner)) is not None:

@@ -51,12 +51,13 @@ class PatchAll:
         return [(kind, seams) for module, kind, seams in found if name == module or name.endswith(f".{module}")]
 
     def _wants(self, name: str) -> bool:
-        return name == REGISTRY or bool(self._matches(name))
+        return (name == REGISTRY and bool(self._models)) or bool(self._matches(name))
 
     def start(self) -> None:
         """Look at what is imported, then at all that will be."""
         self._active = True
-        self._finder.install()
+        if self._endings:
+            self._finder.install()
         try:
             for name in list(sys.modules):
                 if self._wants(name) and complete(name):
@@ -155,7 +156,7 @@ class PatchAll:
         if self.disabled:
             return "d2v_fast: D2V_FAST_DISABLE=1, nothing was replaced"
         if not self.patches:
-            return "d2v_fast: no supported class was imported in this process, nothing was replaced"
+            return "d2v_fast: no supported class was imported in this process (children print their own table)"
         rows = [row for patch in self.patches for row in patch.rows()]
         replaced = sum(len(patch.applied) for patch in self.patches)
         left = sum(len(patch.skipped) for patch in self.patches)
@@ -164,9 +165,10 @@ class PatchAll:
         return "\n".join([f"d2v_fast: {replaced} replaced, {left} left as they were", *table(rows)])
 
 
-def _known_classes() -> dict[str, dict[str, Seams]]:
+def _known_classes(which: str) -> dict[str, dict[str, Seams]]:
     names = importlib.import_module("d2v_fast.patches").FRAMEWORKS  # it imports this file
-    return {name: importlib.import_module(f"d2v_fast.patches.{name}").CLASSES for name in names}
+    modules = {name: importlib.import_module(f"d2v_fast.patches.{name}") for name in names}
+    return {name: getattr(module, which, {}) for name, module in modules.items()}
 
 
 def patch_all(strict: bool = False) -> PatchAll:
@@ -187,11 +189,11 @@ def patch_all(strict: bool = False) -> PatchAll:
             raise PatchError("patch_all() is in force without strict=True: revert it first")
         logger.info("patch_all() is in force already")
         return _active
-    handle = PatchAll({} if disabled() else _known_classes(), Options(strict=strict))
+    handle = PatchAll(_known_classes("NAMES" if disabled() else "CLASSES"), Options(strict=strict))
     if handle.disabled:
         logger.warning("D2V_FAST_DISABLE=1: all classes stay as they are")
-        return handle
-    _active = handle
+    else:
+        _active = handle
     handle.start()
     return handle
 

@@ -4,7 +4,6 @@ One file a group of upstream classes; none is imported, nor transformers itself,
 """
 
 import importlib
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -62,12 +61,18 @@ def _place(kind: type) -> str | None:
 
 
 def _class_seams(kind: type) -> list[Seam]:
-    if "transformers.modeling_utils" in sys.modules:
-        _register()
     return [_seam(f"{kind.__module__}.{kind.__name__}")]
 
 
-CLASSES: dict[str, Callable[[type], list[Seam]]] = dict.fromkeys(PLACES, _class_seams)
+def _names(kind: type) -> list[Seam]:
+    """No seams; but models may ask for attention by name as soon as there is a class of models."""
+    _register()
+    return []
+
+
+# needed with D2V_FAST_DISABLE=1 as well: the name is in other people's code
+NAMES: dict[str, Callable[[type], list[Seam]]] = {"transformers.modeling_utils.PreTrainedModel": _names}
+CLASSES: dict[str, Callable[[type], list[Seam]]] = {**NAMES, **dict.fromkeys(PLACES, _class_seams)}
 
 
 def _register() -> None:

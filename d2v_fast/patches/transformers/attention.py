@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_fast.nn.attention import attention
-from d2v_fast.patches._core import Options, Seam, fall_back
+from d2v_fast.patches._core import Options, Seam, disabled, fall_back
 from d2v_fast.patches.transformers._plan import added, collected, looked_over, padding_of, plain, unknown_argument
 
 NAME = "d2v_fast"
@@ -33,6 +33,8 @@ ANSWERED = IGNORED - {"output_attentions"} | {
 def register_attention() -> None:
     """Let models be loaded with ``attn_implementation="d2v_fast"``; ``patch`` and ``d2v_fast.auto`` do this as well.
 
+    With ``D2V_FAST_DISABLE=1`` the name stands for transformers' own SDPA.
+
     It reaches the models that look attention up in transformers' AttentionInterface; Data2VecVision does not. A model
     that transformers does not let use SDPA (``_supports_sdpa``), or that gives attention an argument of which SDPA
     knows nothing (sinks, soft caps, selected keys), is refused with a ValueError in its forward.
@@ -44,8 +46,9 @@ def register_attention() -> None:
     masking = importlib.import_module("transformers.masking_utils")
     sdpa = importlib.import_module("transformers.integrations.sdpa_attention").sdpa_attention_forward
     if NAME not in modeling.AttentionInterface():
-        modeling.AttentionInterface.register(NAME, interface(sdpa))
-        masking.AttentionMaskInterface.register(NAME, attention_mask)
+        masks = masking.AttentionMaskInterface()
+        modeling.AttentionInterface.register(NAME, sdpa if disabled() else interface(sdpa))
+        masking.AttentionMaskInterface.register(NAME, masks["sdpa"] if disabled() else attention_mask)
 
 
 def attention_mask(*args: Any, **asked: Any) -> Tensor | None:
