@@ -24,6 +24,7 @@ def arguments(layout: str) -> tuple[torch.Tensor, dict]:
 
 def compiled(encoder):
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()  # of what other tests of this process compiled
     return torch.compile(encoder, fullgraph=True, backend="aot_eager")
 
 
