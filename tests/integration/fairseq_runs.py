@@ -1,6 +1,7 @@
 """Whole ``fairseq-hydra-train`` runs of data2vec on real speech and text, with and without ``d2v-fast run``.
 
-Run by ``make test-integration``, not by ``make test``: ten runs of 30 or 10 updates.
+data2vec 1.0 for both, 2.0 for speech. Run by ``make test-integration``, not by ``make test``: fifteen runs of 30 or 10
+updates.
 """
 
 import json
@@ -78,9 +79,31 @@ TEXT = {
     "++model.transformer.decoder.input_dim": 64,
     "++model.transformer.decoder.output_dim": 64,
 }
+SPEECH_2 = {
+    "dataset.max_tokens": 200_000,
+    "dataset.data_buffer_size": 0,  # masks and LayerDrop: as for data2vec 1.0
+    "task.max_sample_size": 64_000,
+    "task.min_sample_size": 16_000,
+    "lr_scheduler.warmup_updates": 5,
+    "model.depth": 4,
+    "model.embed_dim": 64,
+    "++model.num_heads": 4,
+    "model.clone_batch": 3,
+    "model.average_top_k_layers": 2,
+    "model.ema_anneal_end_step": 10,
+    "++model.encoder_dropout": 0,
+    "++model.post_mlp_drop": 0,
+    "++model.attention_dropout": 0,
+    "model.modalities.audio.feature_encoder_spec": '"[(32,10,5)]+[(32,3,2)]*4+[(32,2,2)]*2"',
+    "model.modalities.audio.prenet_depth": 1,
+    "model.modalities.audio.prenet_dropout": 0,
+    "model.modalities.audio.decoder.input_dropout": 0,
+    "model.modalities.audio.decoder.decoder_dim": 32,
+}
 RECIPES = {
     "speech": ("audio/pretraining", "base_librispeech", SPEECH),
     "text": ("text/pretraining", "base", TEXT),
+    "speech2": ("v2", "base_audio_only_task", SPEECH_2),
 }
 
 
@@ -179,7 +202,7 @@ def runs(request, tmp_path_factory) -> dict[str, Run]:
     """As written and patched: from the start, and from the other's checkpoint in the middle."""
     kind = request.param
     folder = tmp_path_factory.mktemp(kind)
-    data = {"speech": speech_data, "text": text_data}[kind](folder)
+    data = {"speech": speech_data, "text": text_data, "speech2": speech_data}[kind](folder)
     found = {name: train(kind, data, folder / name, name == "patched") for name in ("written", "patched")}
     for before, after in (("written", "written"), ("written", "patched"), ("patched", "written")):
         middle = found[before].checkpoint(MIDDLE)
@@ -199,6 +222,13 @@ IN_USE = {
     },
     "text": {
         "Data2VecTextEncoder.forward": UPDATES,
+        "ModelCriterion.forward": UPDATES,
+        "EMAModule._step_internal": UPDATES - 1,
+    },
+    "speech2": {
+        "Data2VecMultiModel.forward": UPDATES,
+        "ModalitySpecificEncoder.contextualized_features": 2 * UPDATES,
+        "ConvFeatureExtractionModel.forward": UPDATES,
         "ModelCriterion.forward": UPDATES,
         "EMAModule._step_internal": UPDATES - 1,
     },

@@ -1,4 +1,4 @@
-"""A fairseq ``user_dir``: data2vec 1.0 for speech and text on a current Python, the same masks in every run, a record.
+"""A fairseq ``user_dir``: data2vec 1.0 and 2.0 on a current Python, the same masks in every run, a record.
 
 The released folder imports torchvision and timm for its image tasks. The record, a file named by D2V_RECORD, gets what
 fairseq logs, not rounded, a line a value, and at the end what was replaced and how often it was called.
@@ -10,12 +10,18 @@ import json
 import os
 import sys
 from collections import Counter
+from contextlib import ExitStack
 
 import fairseq
 import numpy as np
 import torch
 from fairseq.logging import metrics
 from fairseq.models.transformer.transformer_config import TransformerConfig
+
+sys.path.append(os.path.dirname(os.path.dirname(os.path.dirname(__file__))))  # the tests
+
+import timm_parts
+from fairseq_multi_source import import_data2vec2
 
 LOGGED = ("loss", "gnorm", "target_var", "pred_var")
 
@@ -25,6 +31,7 @@ def import_models() -> None:
     TransformerConfig.__hash__ = object.__hash__  # Python 3.11 refuses unhashable dataclass defaults
     from examples.data2vec.models import data2vec_audio, data2vec_text  # noqa: F401
 
+    import_data2vec2()
     # upstream asks for this when it loads a checkpoint, under a name that the teacher no longer has
     data2vec_text.Data2VecTextEncoder.target_model = None
 
@@ -83,6 +90,8 @@ def finish(file, calls: Counter) -> None:
 
 
 import_models()
+whole_run = ExitStack()
+whole_run.enter_context(timm_parts.installed())  # blocks of data2vec 2.0 import parts of timm when they are made
 draw_masks_by_update()
 record = open(os.environ["D2V_RECORD"], "w")  # noqa: SIM115 (to the end of the process)
 record_values(record)
