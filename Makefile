@@ -1,7 +1,7 @@
 # make demo   install into .venv, fetch small real data, pretrain and probe on two CPU cores
 # make test   install the test tools too and run everything that CI runs
 # make lint   ruff only
-# make test-integration  ten fairseq-hydra-train runs, as written and under d2v-fast run; 2 minutes of one core
+# make test-integration  fifteen fairseq-hydra-train runs, as written and under d2v-fast run; 3 minutes of one core
 # make gpu-check  extension, GPU tests and all benchmarks with the Python that has PyTorch for CUDA (PYTHON=...), in 9 minutes
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,9 +10,10 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 MODALITY ?= all
 OUT ?= runs/demo
 WORKERS ?= 2
-# tests of what runs Triton kernels: all ops but two
-INTERPRETED := $(filter-out tests/test_conv0.py tests/test_strided_conv.py, \
-	$(patsubst d2v_fast/ops/%.py,tests/test_%.py,$(wildcard d2v_fast/ops/[a-z]*.py))) \
+# tests of what runs Triton kernels: test_OP.py and test_OP_*.py of all ops but two, less those of the CUDA bindings
+INTERPRETED := $(filter-out tests/test_conv0%.py tests/test_strided_conv%.py tests/test_%_bindings.py, \
+	$(sort $(wildcard $(foreach op,$(patsubst d2v_fast/ops/%.py,%,$(wildcard d2v_fast/ops/[a-z]*.py)), \
+	tests/test_$(op).py tests/test_$(op)_*.py)))) \
 	tests/test_data2vec.py tests/test_encoder.py tests/test_optim.py tests/test_teacher.py \
 	tests/test_chunks.py tests/test_launch.py tests/test_rows.py tests/test_train_step_kernels.py
 PATHS := $(if $(SPEECH),--speech "$(SPEECH)") $(if $(IMAGE),--image "$(IMAGE)") $(if $(TEXT),--text "$(TEXT)")

@@ -5,7 +5,8 @@ import sys
 import numpy as np
 import pytest
 import torch
-from checks import DEVICE, INTERPRET, RUNS_KERNELS, assert_as_accurate_as_eager, no_synchronisation
+from adamw_ema_cases import SETTINGS, SHAPES, WRITTEN, by_formula, call, clone, make
+from checks import DEVICE, INTERPRET, assert_as_accurate_as_eager
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,61 +14,6 @@ from d2v_fast.ops import adamw_ema_, ema_update_
 from d2v_fast.ops.adamw_ema import adamw_ema_ref
 
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
-# scalar, empty, below / at / above a block and a chunk of the GPU and of the interpreter configuration
-SHAPES = [(), (0,), (7,), (1024,), (33, 31), (16, 1024), (16385,), (70000,)]
-SETTINGS = {"lr": 3e-3, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.05}
-WRITTEN = ("params", "exp_avgs", "exp_avg_sqs", "ema", "param_copies", "ema_copies")
-
-
-def make(shapes=SHAPES, grad_dtype=F32, copy_dtype=None, step=0.0):
-    """Arguments of a call, in the middle of a training if ``step`` is not 0."""
-    full = {
-        "params": [torch.randn(s, device=DEVICE) for s in shapes],
-        "grads": [torch.randn(s).to(DEVICE, grad_dtype) for s in shapes],
-        "exp_avgs": [torch.randn(s, device=DEVICE) * (step > 0) for s in shapes],
-        "exp_avg_sqs": [torch.rand(s, device=DEVICE) * (step > 0) for s in shapes],
-        "step": torch.full((), step, device=DEVICE),
-        "ema": [torch.randn(s, device=DEVICE) for s in shapes],
-        "ema_decay": 0.3,  # so that the average's step is not hidden by rounding
-    }
-    if copy_dtype is not None:
-        full["param_copies"] = [torch.full(s, float("nan"), dtype=copy_dtype, device=DEVICE) for s in shapes]
-        full["ema_copies"] = [torch.full(s, float("nan"), dtype=copy_dtype, device=DEVICE) for s in shapes]
-    return full
-
-
-def clone(full, dtype=None):
-    def one(x):
-        return x.clone() if dtype is None else x.to(dtype, copy=True)
-
-    return {
-        k: [one(x) for x in v] if isinstance(v, list) else v.clone() if isinstance(v, torch.Tensor) else v
-        for k, v in full.items()
-    }
-
-
-def by_formula(full, settings, dtype, scale=1.0, eps_mode="torch"):
-    """The textbook update in ``dtype``: new parameters, moments and averages of every tensor."""
-    (beta1, beta2), t = settings["betas"], full["step"].item() + 1
-    c1, c2 = 1 - beta1**t, 1 - beta2**t
-    out = []
-    for p, g, m, v, e in zip(*(full[k] for k in ("params", "grads", "exp_avgs", "exp_avg_sqs", "ema")), strict=True):
-        p, g, m, v, e = (x.to(dtype) for x in (p, g, m, v, e))
-        g = g * scale
-        m, v = beta1 * m + (1 - beta1) * g, beta2 * v + (1 - beta2) * g * g
-        if eps_mode == "torch":
-            change = settings["lr"] / c1 * m / (v.sqrt() / c2**0.5 + settings["eps"])
-        else:
-            change = settings["lr"] * c2**0.5 / c1 * m / (v.sqrt() + settings["eps"])
-        p = p * (1 - settings["lr"] * settings["weight_decay"]) - change
-        out.append((p, m, v, e + (1 - full["ema_decay"]) * (p - e)))
-    return out
-
-
-def call(full, **more):
-    full = {**full, **more}
-    lists = [full.pop(k) for k in ("params", "grads", "exp_avgs", "exp_avg_sqs", "step")]
-    return adamw_ema_(*lists, **{**SETTINGS, **full})
 
 
 @pytest.mark.parametrize("step", [0.0, 7.0])
@@ -255,27 +201,6 @@ def test_unaligned_tensors():
         assert torch.equal(full[name][0][2050 + first - 1].nan_to_num(9.0), outside.nan_to_num(9.0))
 
 
-@pytest.mark.parametrize("shifted", [None, "grads", *WRITTEN])
-def test_kernel_is_told_of_tensors_that_are_not_aligned(monkeypatch, shifted):
-    """Else a GPU would read vectors from addresses that are no multiple of 16; the interpreter does not care."""
-    pytest.importorskip("triton")
-    from d2v_fast.kernels import adamw_ema as kernels
-
-    told = []
-
-    class Kernel:
-        def __getitem__(self, grid):
-            return lambda *args, **options: told.append(options.get("ALIGNED"))
-
-    monkeypatch.setattr(kernels, "_adamw_ema_kernel", Kernel())
-    monkeypatch.setattr(kernels, "_coefficients_kernel", Kernel())
-    full = make([(72,)], copy_dtype=BF16)
-    lists = {name: [full[name][0][int(name == shifted) :][:64]] for name in kernels.Tensors._fields}
-    hyper = kernels.Hyper(1e-3, 0.5, 0.9, 0.98, 1e-6, fairseq_eps=False)
-    kernels.adamw_ema_(kernels.Tensors(**lists), [full["step"]], [0.1], hyper)
-    assert told == [None, shifted is None]
-
-
 def test_mixed_dtypes_in_one_call():
     full = make(SHAPES * 2)
     full["grads"] = [g.to((F32, BF16, F16)[i % 3]) for i, g in enumerate(full["grads"])]
@@ -329,35 +254,6 @@ def test_equals_the_formula(sizes, beta1, beta2, decay, weight_decay, step):
             torch.testing.assert_close(full[name][i].double(), w, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.skipif(not RUNS_KERNELS, reason="needs the Triton kernels")
-@pytest.mark.parametrize("chunk,block", [(64, 16), (32, 32)])
-def test_every_tile_gives_the_same_answer(monkeypatch, chunk, block):
-    from d2v_fast.kernels import chunks
-
-    full = make([(7,), (64,), (130,), (5,), (33,)], BF16, BF16)
-    want = clone(full)
-    call(want)
-    monkeypatch.setattr(chunks, "MAX_TENSORS", 3)
-    monkeypatch.setattr(chunks, "config_for", lambda x: chunks.LaunchConfig(chunk, block, num_warps=4))
-    call(full)
-    for name in WRITTEN:
-        assert all(torch.equal(x, y) for x, y in zip(full[name], want[name], strict=True)), name
-
-
-@pytest.mark.skipif(not RUNS_KERNELS, reason="needs the Triton kernels")
-def test_only_the_gradients_table_is_built_again():
-    from d2v_fast.kernels import adamw_ema as kernels
-
-    full = make()
-    kernels._plan.cache_clear(), kernels._addresses.cache_clear()
-    for _ in range(3):
-        full["grads"], kept = [g.clone() for g in full["grads"]], full["grads"]
-        call(full)
-        del kept
-    assert kernels._plan.cache_info()[:2] == (2, 1)  # hits, misses
-    assert kernels._addresses.cache_info().misses >= 2
-
-
 @pytest.mark.skipif(DEVICE != "cpu", reason="float64 is CPU-only")
 def test_float64_masters():
     full = clone(make([(9,), (4, 3)]), F64)
@@ -365,141 +261,6 @@ def test_float64_masters():
     call(full)
     for p, (want, *_) in zip(full["params"], exact, strict=True):
         torch.testing.assert_close(p, want, rtol=1e-12, atol=1e-12)
-
-
-def test_opcheck():
-    full = make([(5,), (3, 2)], copy_dtype=BF16)
-    lists = [full[k] for k in ("params", "grads", "exp_avgs", "exp_avg_sqs")]
-    copies = (full["param_copies"], full["ema_copies"][:1])
-    scale = torch.tensor(0.5, device=DEVICE)
-    numbers = [1e-3, 0.9, 0.9, 0.98, 1e-6]
-    args = (*lists, [full["step"]], full["ema"][:1], *copies, [0], [0.1, 0.0], numbers, None, scale, scale, None)
-    torch.library.opcheck(torch.ops.d2v_fast.adamw_ema_.default, (*args, "torch"))
-
-
-def test_compile_fullgraph():
-    full = make([(5,), (3, 2)], copy_dtype=BF16)
-    want = clone(full)
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def step(full, scale):
-        call(full, grad_scale=scale)
-        return full["params"][0] * 2
-
-    scale = torch.tensor(0.25, device=DEVICE)
-    doubled = step(full, scale)
-    call(want, grad_scale=scale)
-    for name in WRITTEN:
-        assert all(torch.equal(x, y) for x, y in zip(full[name], want[name], strict=True)), name
-    assert torch.equal(doubled, want["params"][0] * 2)
-
-
-@pytest.mark.parametrize(
-    "change,error,match",
-    [
-        ({"grads": lambda f: f["grads"][:1]}, ValueError, "grads must hold 2 tensors like params, got 1"),
-        ({"exp_avgs": lambda f: []}, ValueError, "exp_avgs must hold 2 tensors like params, got 0"),
-        ({"param_copies": lambda f: f["ema"][:1]}, ValueError, "param_copies must hold 2 tensors like params, got 1"),
-        ({"ema": lambda f: f["ema"][:1]}, ValueError, "ema must hold 2 tensors like params, got 1"),
-        ({"ema_copies": lambda f: f["grads"][:1]}, ValueError, "ema_copies must hold 2 tensors like params, got 1"),
-        ({"ema_copies": lambda f: [None, f["grads"][1]]}, ValueError, "exactly where ema has them"),
-        ({"ema": lambda f: None, "ema_copies": lambda f: f["grads"]}, ValueError, "ema_copies needs ema"),
-        ({"ema_decay": lambda f: None}, ValueError, "ema_decay must be given with ema"),
-        ({"ema_decay": lambda f: 1.5}, ValueError, r"ema_decay must lie in \[0, 1\], got 1.5"),
-        ({"weight_decay": lambda f: [0.1]}, ValueError, "weight_decay must hold 2 .* got 1"),
-        ({"weight_decay": lambda f: -0.1}, ValueError, "weight_decay must be a number >= 0, got -0.1"),
-        ({"weight_decay": lambda f: [0.1, -0.1]}, ValueError, r"weight_decay\[1\] must be a number >= 0, got -0.1"),
-        ({"weight_decay": lambda f: torch.tensor(0.1)}, TypeError, "weight_decay must be a number, got Tensor"),
-        ({"lr": lambda f: "1e-3"}, TypeError, "lr must be a number, got str"),
-        ({"eps": lambda f: torch.tensor(1e-6)}, TypeError, "eps must be a number, got Tensor"),
-        ({"betas": lambda f: (None, 0.9)}, TypeError, r"betas\[0\] must be a number, got NoneType"),
-        ({"betas": lambda f: (0.9,)}, ValueError, r"betas must be two numbers in \[0, 1\), got \(0.9,\)"),
-        ({"ema": lambda f: None, "ema_decay": lambda f: 2.0}, ValueError, r"ema_decay must lie in \[0, 1\], got 2.0"),
-        ({"grads": lambda f: [None, None]}, TypeError, r"grads\[0\] must be a tensor, got NoneType"),
-        ({"param_copies": lambda f: [None, None]}, TypeError, r"param_copies\[0\] must be a tensor, got NoneType"),
-        ({"ema": lambda f: [None, 1.0]}, TypeError, r"ema\[1\] must be a tensor, got float"),
-        ({"step": lambda f: [f["step"], None]}, TypeError, r"step\[1\] must be a tensor, got NoneType"),
-        ({"step": lambda f: 3}, TypeError, "step must be a list of tensors, got int"),
-        ({"params": lambda f: f["params"][1]}, TypeError, "params must be a list of tensors, got Tensor"),
-        ({"skip": lambda f: False}, TypeError, "skip must be a tensor, got bool"),
-        ({"lr": lambda f: -1.0}, ValueError, "lr must be a number >= 0, got -1.0"),
-        ({"betas": lambda f: (0.9, 1.0)}, ValueError, r"betas\[1\] must lie in \[0, 1\), got 1.0"),
-        ({"eps": lambda f: float("nan")}, ValueError, "eps must be a number >= 0, got nan"),
-        ({"eps_mode": lambda f: "apex"}, ValueError, "eps_mode must be one of torch, fairseq, got 'apex'"),
-        ({"lr": lambda f: torch.ones(1)}, ValueError, r"lr must have shape \[\], got \(1,\)"),
-        ({"skip": lambda f: torch.tensor(True)}, TypeError, "skip must be a float32 or float64 tensor, got torch.bool"),
-        ({"grad_scale": lambda f: torch.ones((), device="meta")}, ValueError, "grad_scale must be on .* got meta"),
-        ({"step": lambda f: f["step"].long()}, TypeError, r"step\[0\] must be float32, got torch.int64"),
-        ({"step": lambda f: f["step"][None]}, ValueError, r"step\[0\] must have shape \[\], got \(1,\)"),
-        ({"step": lambda f: [f["step"]]}, ValueError, "step must hold 2 tensors like params, got 1"),
-        ({"step": lambda f: [f["step"]] * 2}, ValueError, "must not share memory"),
-        ({"params": lambda f: [f["params"][0], f["params"][1].half()]}, TypeError, r"params\[1\] must be a float32"),
-        ({"exp_avgs": lambda f: [x.bfloat16() for x in f["exp_avgs"]]}, TypeError, r"exp_avgs\[0\] must be a float32"),
-        ({"ema": lambda f: [None, f["ema"][1].half()]}, TypeError, r"ema\[0\] must be a float32"),
-        ({"grads": lambda f: [f["grads"][0], f["grads"][1].int()]}, TypeError, r"grads\[1\] must be float32.*int32"),
-        ({"grads": lambda f: f["grads"][::-1]}, ValueError, r"grads\[0\] must have shape \(4, 6\) .* got \(8,\)"),
-        ({"grads": lambda f: [f["grads"][0].t().contiguous().t(), f["grads"][1]]}, ValueError, r"grads\[0\].*strides"),
-        ({"exp_avg_sqs": lambda f: f["exp_avgs"]}, ValueError, "must not share memory"),
-        ({"ema": lambda f: f["params"]}, ValueError, "must not share memory"),
-        ({"grads": lambda f: f["params"]}, ValueError, "must not share memory"),
-    ],
-)
-def test_bad_inputs_raise(change, error, match):
-    full = make([(4, 6), (8,)])
-    kept = clone(full)
-    with pytest.raises(error, match=match):
-        call(full, **{name: value(full) for name, value in change.items()})
-    for name in ("params", "exp_avgs", "exp_avg_sqs", "ema"):
-        assert all(torch.equal(x, y) for x, y in zip(full[name], kept[name], strict=True))
-    assert full["step"].item() == 0.0
-
-
-@pytest.mark.gpu
-def test_does_not_wait_for_the_device():
-    full = make(grad_dtype=BF16, copy_dtype=BF16)
-    call(full)  # compiles
-    with no_synchronisation():
-        full["grads"] = [g.clone() for g in full["grads"]]
-        call(full, grad_scale=full["step"] * 0 + 1, skip=full["step"] * 0)
-
-
-@pytest.mark.gpu
-def test_captured_graph_follows_its_scalars():
-    full = make(step=3.0)
-    scalars = {k: torch.tensor(x, device=DEVICE) for k, x in {"lr": 0.0, "ema_decay": 1.0, "skip": 1.0}.items()}
-    call(full, **scalars)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call(full, **scalars)
-    for name, value in {"lr": SETTINGS["lr"], "ema_decay": full["ema_decay"], "skip": 0.0}.items():
-        scalars[name].fill_(value)
-    for _ in range(2):
-        exact = by_formula(full, SETTINGS, F64)
-        graph.replay()
-        for i, (p, _, _, e) in enumerate(exact):
-            torch.testing.assert_close(full["params"][i].double(), p, rtol=1e-6, atol=1e-6)
-            torch.testing.assert_close(full["ema"][i].double(), e, rtol=1e-6, atol=1e-6)
-    assert full["step"].item() == 5.0
-
-
-@pytest.mark.gpu
-def test_repeats_bit_for_bit():
-    full = make(grad_dtype=BF16, copy_dtype=BF16, step=2.0)
-    again = clone(full)
-    call(full), call(again)
-    for name in WRITTEN:
-        assert all(torch.equal(x, y) for x, y in zip(full[name], again[name], strict=True)), name
-
-
-@pytest.mark.gpu
-def test_offsets_beyond_int32():
-    if torch.cuda.mem_get_info()[0] < 31 * 2**30:
-        pytest.skip("needs 31 GB of GPU memory")
-    size = 2**31 + 5
-    p, m, v = (torch.zeros(size, device=DEVICE) for _ in range(3))
-    g, step = torch.ones(size, dtype=BF16, device=DEVICE), torch.zeros((), device=DEVICE)
-    adamw_ema_([p], [g], [m], [v], step, lr=0.5, eps=0.0, weight_decay=0.0)
-    torch.testing.assert_close(torch.stack(p.aminmax()), torch.full((2,), -0.5, device=DEVICE))
 
 
 @pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")

@@ -1,12 +1,24 @@
-"""Attention against float64: dense and packed, biases, masks, other queries than keys, bad input."""
+"""Attention against float64: dense and packed, biases, masks, other queries than keys; every backend of a GPU."""
 
-import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from checks import DEVICE, assert_as_accurate_as_eager, no_synchronisation
+from attention_cases import (
+    ASKED,
+    LENGTHS,
+    H,
+    check,
+    check_dense,
+    check_dropout,
+    check_packed,
+    dropped_weights,
+    math_attention,
+    random,
+    sequences_of,
+)
+from checks import DEVICE, no_synchronisation
 
 from d2v_fast.nn import attention_backends as backends
 from d2v_fast.nn import make_batch
@@ -14,96 +26,6 @@ from d2v_fast.nn.attention import attention
 from d2v_fast.nn.attention_backends import BACKENDS, Case, lacks
 from d2v_fast.nn.attention_calls import sdpa
 from d2v_fast.nn.sequences import Sequences
-
-H = 3
-LENGTHS = [5, 7, 0, 1, 30, 7, 7]
-ASKED = [2, 0, 1, 1, 11, 3, 3]
-
-
-def math_attention(q, k, v, bias=None, alibi=None, padding_mask=None, keep=None):
-    """[B, T, H, D], step by step in the dtype of q; rows without keys give 0. ``keep`` is a mask of kept weights."""
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    logits = q @ k.mT / q.shape[-1] ** 0.5
-    if bias is not None:
-        logits = logits + bias
-    if alibi is not None:
-        slopes, positions = alibi
-        logits = logits - slopes[:, None, None] * (positions[:, None, :, None] - positions[:, None, None, :]).abs()
-    if padding_mask is not None:
-        logits = logits.masked_fill(padding_mask[:, None, None, :], float("-inf"))
-    weights = logits.softmax(-1)
-    return ((weights if keep is None else weights * keep) @ v).transpose(1, 2)
-
-
-def math_packed(q, k, v, asked, lengths):
-    """Each sequence alone."""
-    parts = zip(q.split(asked), k.split(lengths), v.split(lengths), strict=True)
-    return torch.cat(
-        [math_attention(*(x[None] for x in part))[0] if part[1].numel() else part[0] * 0 for part in parts]
-    )
-
-
-def sequences_of(lengths, device="cpu"):
-    """Unlike ``Sequences.from_lengths``, some may be empty."""
-    ends = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
-    return Sequences(ends, max(lengths), sum(lengths))
-
-
-def random(*shape, dtype=torch.float32, device="cpu"):
-    return torch.randn(*shape, device=device).to(dtype).requires_grad_()
-
-
-def check(call, math, leaves, factor=2.0):
-    """Result and gradients of ``call`` against ``math`` in float64; the yardstick is the error of ``math``.
-
-    Both take the tensors of the dict ``leaves`` by name.
-    """
-    exact = {name: x.detach().double().requires_grad_() for name, x in leaves.items()}
-    outputs = call(**leaves), math(**leaves), math(**exact)
-    upstream = torch.randn_like(outputs[0])
-    grads = [
-        torch.autograd.grad(y, list(xs.values()), upstream.to(y.dtype))
-        for y, xs in zip(outputs, (leaves, leaves, exact), strict=True)
-    ]
-    assert outputs[0].dtype == next(iter(leaves.values())).dtype
-    for name, *results in zip(
-        ["output", *leaves], *([y, *gs] for y, gs in zip(outputs, grads, strict=True)), strict=True
-    ):
-        try:
-            assert_as_accurate_as_eager(*results, factor=factor)
-        except AssertionError as error:
-            raise AssertionError(f"{name}: {error}") from None
-
-
-def check_dense(backend, dtype=torch.float32, B=2, T=13, D=16, extra="none", padded=False, device="cpu"):
-    leaves = {"qkv": random(B, T, 3, H, D, dtype=dtype, device=device)}
-    positions = torch.arange(T, device=device).mul(3).remainder(T).expand(B, T).to(torch.int32)
-    padding = torch.arange(T, device=device) >= torch.tensor([[T], *[[T - 3]] * (B - 1)], device=device)
-    if extra == "bias":
-        leaves["bias"] = random(H, T, T, device=device)
-    elif extra == "alibi":
-        leaves["slopes"] = random(H, device=device)
-
-    def options(bias=None, slopes=None):
-        alibi = None if slopes is None else (slopes, positions)
-        return {"bias": bias, "alibi": alibi, "padding_mask": padding if padded else None}
-
-    def math(qkv, **more):
-        more = {name: x.to(qkv.dtype) for name, x in more.items()}
-        return math_attention(*qkv.unbind(2), **options(**more))
-
-    check(lambda qkv, **more: attention(*qkv.unbind(2), **options(**more), backend=backend), math, leaves)
-
-
-def check_packed(backend, dtype=torch.float32, D=16, lengths=LENGTHS, asked=None, device="cpu"):
-    keys, queries = sequences_of(lengths, device), sequences_of(asked, device) if asked else None
-    leaves = {"kv": random(keys.num_rows, 2, H, D, dtype=dtype, device=device)}
-    leaves["q"] = random(sum(asked or lengths), H, D, dtype=dtype, device=device)
-
-    def call(kv, q):
-        return attention(q, *kv.unbind(1), sequences=keys, queries=queries, backend=backend)
-
-    check(call, lambda kv, q: math_packed(q, *kv.unbind(1), asked or lengths, lengths), leaves)
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
@@ -220,86 +142,6 @@ def test_nan_stays_in_its_sequence(backend):
     torch.testing.assert_close(got[rest], clean[rest])
 
 
-def dropped_weights(backend, packed, p, T=96, device="cpu", dtype=torch.float32):
-    """The weights [U, H, T, T] after dropout, where all were 1 / T before; times T."""
-    U, D = 3, T
-    v = torch.eye(T, device=device, dtype=dtype)[None, :, None].expand(U, T, H, D).contiguous()
-    q = torch.zeros_like(v)
-    if packed:
-        rows = (x.flatten(0, 1) for x in (q, q, v))
-        sequences = Sequences.even(U, T, torch.device(device))
-        y = attention(*rows, sequences=sequences, dropout_p=p, backend=backend).unflatten(0, (U, T))
-    else:
-        y = attention(q, q, v, dropout_p=p, backend=backend)
-    return y.transpose(1, 2).double() * T
-
-
-def check_dropout(weights, p):
-    kept = weights != 0
-    assert kept.double().mean().item() == pytest.approx(1 - p, abs=0.01)
-    torch.testing.assert_close(weights[kept], torch.full_like(weights[kept], 1 / (1 - p)), rtol=1e-2, atol=0)
-    rows = kept.flatten(0, 2).double()
-    assert (rows.mean(1) - (1 - p)).abs().max() < 0.25 and len(rows.unique(dim=0)) == len(rows)  # each draws its own
-
-
-@pytest.mark.parametrize(
-    ("backend", "packed"),
-    [
-        ("sdpa", False),
-        ("sdpa_math", False),
-        ("bias_attention", False),
-        ("by_sample", False),
-        ("each", True),
-        ("padded", True),
-    ],
-)
-def test_dropout(backend, packed):
-    p = 0.3
-    torch.manual_seed(1)
-    weights = dropped_weights(backend, packed, p)
-    check_dropout(weights, p)
-    torch.manual_seed(1)
-    assert torch.equal(dropped_weights(backend, packed, p), weights)
-    assert not torch.equal(dropped_weights(backend, packed, p), weights)
-
-
-@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
-@pytest.mark.parametrize("extra", ["none", "bias", "alibi"])
-def test_dropout_of_a_known_mask(extra, padded):
-    """Dropped weights are read off with the identity as values; result and gradients are those of that mask."""
-    B, T, p = 2, 16, 0.25
-    leaves = {"qkv": random(B, T, 3, H, T)}
-    if extra == "bias":
-        leaves["bias"] = random(H, T, T)
-    elif extra == "alibi":
-        leaves["slopes"] = random(H)
-    positions = torch.randperm(T).expand(B, T)
-    padding = torch.arange(T) >= torch.tensor([[T], [T - 3]])
-
-    def options(bias=None, slopes=None):
-        alibi = None if slopes is None else (slopes, positions)
-        return {"bias": bias, "alibi": alibi, "padding_mask": padding if padded else None}
-
-    def call(qkv, **more):
-        torch.manual_seed(1)
-        return attention(*qkv.unbind(2), **options(**more), dropout_p=p, backend="by_sample")
-
-    seen = leaves["qkv"].detach().clone()
-    seen[:, :, 2] = torch.eye(T)[:, None]
-    with torch.no_grad():
-        weights = call(seen, **{name: x for name, x in leaves.items() if name != "qkv"}).transpose(1, 2)
-    keep = (weights != 0).double() / (1 - p)
-    assert (keep == 0).any() and (keep != 0).any()
-    check(call, lambda qkv, **more: math_attention(*qkv.unbind(2), **options(**more), keep=keep.to(qkv.dtype)), leaves)
-
-
-@pytest.mark.parametrize("backend", ["by_sample", "sdpa"])
-def test_dropout_so_rare_that_it_never_happens(backend):
-    q, k, v = torch.randn(2, 8, 3, H, 16).unbind(2)
-    got = attention(q, k, v, dropout_p=1e-9, backend=backend)
-    torch.testing.assert_close(got, attention(q, k, v), rtol=1e-5, atol=1e-6)
-
-
 def check_compiled(step, inputs, **options):
     """One graph, with eager's results and gradients."""
     outputs = step(*inputs), torch.compile(step, fullgraph=True, backend="aot_eager", **options)(*inputs)
@@ -339,98 +181,6 @@ def test_rows_without_unit_stride(monkeypatch):
         backends._index.cache_clear()
     assert [stride[-1] for stride in strides] == [1, 1, 1] and strides[2] == v.stride()
     torch.testing.assert_close(got.double(), math_attention(q.double(), k.double(), v.double()), rtol=1e-5, atol=1e-6)
-
-
-def good(packed=False):
-    x = torch.randn(12, H, 8) if packed else torch.randn(2, 6, H, 8)
-    arguments = {"q": x, "k": x, "v": x}
-    return {**arguments, "sequences": sequences_of([7, 5])} if packed else arguments
-
-
-BAD = [
-    ({"q": [1.0]}, TypeError, "q must be a tensor, got list"),
-    ({"q": torch.zeros(2, 6, H, 8, dtype=torch.int32)}, TypeError, "q must be float32, bfloat16 or float16"),
-    (
-        {"k": torch.zeros(2, 6, H, 8, dtype=torch.bfloat16)},
-        TypeError,
-        "k must be torch.float32 like q, got torch.bfloat16",
-    ),
-    ({"q": torch.zeros(6, H, 8)}, ValueError, "q must be [B, T, H, D], got shape (6, 3, 8)"),
-    ({"v": torch.zeros(2, 6, H, 0)}, ValueError, "v must be [B, T, H, D], got shape (2, 6, 3, 0)"),
-    ({"q": torch.zeros(2, 6, 2, 8)}, ValueError, "k must have the samples, heads and channels of q (2, 6, 2, 8)"),
-    ({"q": torch.zeros(1, 6, H, 8)}, ValueError, "k must have the samples, heads and channels of q (1, 6, 3, 8)"),
-    ({"v": torch.zeros(2, 5, H, 8)}, ValueError, "v must have shape (2, 6, 3, 8) like k, got (2, 5, 3, 8)"),
-    ({"v": torch.zeros(2, 6, H, 8, device="meta")}, ValueError, "v must be on cpu, got meta"),
-    ({"dropout_p": 1.0}, ValueError, "dropout_p must lie in [0, 1), got 1.0"),
-    ({"dropout_p": -0.1}, ValueError, "dropout_p must lie in [0, 1), got -0.1"),
-    ({"dropout_p": "0.1"}, TypeError, "dropout_p must be a number, got str"),
-    ({"queries": sequences_of([3, 3])}, ValueError, "queries must be None without sequences of keys"),
-    ({"bias": torch.zeros(H, 6, 5)}, ValueError, "bias must have shape (3, 6, 6), got (3, 6, 5)"),
-    ({"bias": torch.zeros(H, 6, 6, dtype=torch.int64)}, TypeError, "bias must be float32, bfloat16 or float16"),
-    ({"padding_mask": torch.zeros(2, 6)}, TypeError, "padding_mask must be bool, got torch.float32"),
-    (
-        {"padding_mask": torch.zeros(2, 5, dtype=torch.bool)},
-        ValueError,
-        "padding_mask must have shape (2, 6), got (2, 5)",
-    ),
-    ({"alibi": (torch.zeros(H), torch.zeros(2, 6))}, TypeError, "positions must be int32 or int64, got torch.float32"),
-    ({"alibi": (torch.zeros(2), torch.zeros(2, 6, dtype=torch.int32))}, ValueError, "alibi must be slopes [3]"),
-    (
-        {"bias": torch.zeros(H, 6, 6), "alibi": (torch.zeros(H), torch.zeros(2, 6, dtype=torch.int32))},
-        ValueError,
-        "bias must be None with alibi",
-    ),
-    ({"backend": "fast"}, ValueError, "backend must be 'auto' or one of 'bias_attention', 'fa3', "),
-    ({"backend": "each"}, ValueError, "backend 'each' cannot compute this attention (takes packed tensors, not dense)"),
-    ({"backend": "fa2"}, ValueError, "(runs on cuda, not on cpu); these can: sdpa, sdpa_math"),
-]
-KEYS = sequences_of([7, 5])
-BAD_PACKED = [
-    ({"k": torch.zeros(2, 6, H, 8)}, ValueError, "k must be [N, H, D], got shape (2, 6, 3, 8)"),
-    ({"bias": torch.zeros(H, 6, 6)}, ValueError, "bias must be None for packed rows"),
-    ({"padding_mask": torch.zeros(2, 6, dtype=torch.bool)}, ValueError, "padding_mask must be None for packed rows"),
-    ({"alibi": (torch.zeros(H), torch.zeros(2, 6))}, ValueError, "alibi must be None for packed rows"),
-    ({"queries": sequences_of([4, 4])}, ValueError, "queries must be of the 12 rows there are, got 8"),
-    ({"queries": sequences_of([4, 4, 4])}, ValueError, "queries must be 2 sequences like those of keys, got 3"),
-    ({"q": torch.zeros(9, H, 8)}, ValueError, "q must have shape (12, 3, 8) like k without queries, got (9, 3, 8)"),
-    (
-        {"sequences": replace(KEYS, cu_seqlens=torch.tensor([0, 7, 12]))},
-        TypeError,
-        "sequences.cu_seqlens must be int32",
-    ),
-    (
-        {"sequences": replace(KEYS, cu_seqlens=KEYS.cu_seqlens[None])},
-        ValueError,
-        "sequences.cu_seqlens must be [U + 1] with U at least 1, got (1, 3)",
-    ),
-    (
-        {"sequences": replace(KEYS, cu_seqlens=KEYS.cu_seqlens.to("meta"))},
-        ValueError,
-        "sequences.cu_seqlens must be on cpu, got meta",
-    ),
-    ({"sequences": replace(KEYS, num_rows=11)}, ValueError, "sequences must be of the 12 rows there are, got 11"),
-    ({"sequences": replace(KEYS, max_length=6)}, ValueError, "sequences.max_length must be at least 7, got 6"),
-    *(
-        (
-            {"sequences": replace(KEYS, cu_seqlens=torch.tensor(ends, dtype=torch.int32))},
-            ValueError,
-            f"sequences.cu_seqlens must rise from 0 to 12 and never fall, got {ends}",
-        )
-        for ends in ([0, 13, 12], [1, 7, 12], [0, 7, 11])
-    ),
-]
-
-
-@pytest.mark.parametrize(("changed", "kind", "message"), BAD)
-def test_bad_input(changed, kind, message):
-    with pytest.raises(kind, match=re.escape(message)):
-        attention(**{**good(), **changed})
-
-
-@pytest.mark.parametrize(("changed", "kind", "message"), BAD_PACKED)
-def test_bad_packed_input(changed, kind, message):
-    with pytest.raises(kind, match=re.escape(message)):
-        attention(**{**good(packed=True), **changed})
 
 
 def backends_here(**case):

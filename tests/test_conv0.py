@@ -3,8 +3,8 @@
 import emulator
 import pytest
 import torch
-import torch.nn.functional as F
-from checks import DEVICE, INTERPRET, assert_as_accurate_as_eager, no_synchronisation
+from checks import DEVICE, INTERPRET, no_synchronisation
+from conv0_cases import cast, check_against_fp64, eager, make_inputs, ours, value_and_grads
 
 from d2v_fast.ops import _conv0_blocks, _conv0_extension, conv0_norm_gelu
 from d2v_fast.ops.conv0 import _bwd, _fwd, conv0_norm_gelu_ref
@@ -12,6 +12,7 @@ from d2v_fast.ops.conv0 import _bwd, _fwd, conv0_norm_gelu_ref
 pytestmark = pytest.mark.usefixtures("poison")
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+
 # of 170 frames: out of order, one and no frames, across tiles, gaps before, between and after, neighbours
 RAGGED = [[85, 70], [170, 0], [3, 10], [20, 0], [20, 41], [80, 0], [160, 1], [61, 19]]
 
@@ -25,73 +26,6 @@ def kernels(request):
         request.getfixturevalue("emulated")
     elif not _conv0_extension.fits(torch.empty(1, 10, device=DEVICE), torch.empty(64, 1, 10), BF16):
         pytest.skip("needs the CUDA extension")
-
-
-def make_inputs(B, T, C, k, stride, bias=True, affine=True, offset=0.3):
-    """Waveforms for T frames and a few samples more, and parameters; values that bfloat16 does not hold."""
-    x = torch.randn(B, (T - 1) * stride + k + stride // 2 + 8)[:, : (T - 1) * stride + k + stride // 2] + offset
-    weight = torch.randn(C, 1, k) / k**0.5
-    vectors = (torch.randn(C), 1 + 0.3 * torch.randn(C), 0.3 * torch.randn(C))
-    wanted = (bias, affine, affine)
-    return [v.to(DEVICE) for v in (x, weight)] + [
-        v.to(DEVICE) if want else None for v, want in zip(vectors, wanted, strict=True)
-    ]
-
-
-def value_and_grads(function, upstream, x, *parameters):
-    """The value, and the gradients of the parameters that are there, None for one without influence."""
-    inputs = [None if v is None else v.detach().requires_grad_() for v in parameters]
-    y = function(x, *inputs)
-    there = [v for v in inputs if v is not None]
-    return [y.detach(), *torch.autograd.grad(y, there, upstream.to(y), allow_unused=True)]
-
-
-def cast(dtype, tensors):
-    return [None if v is None else v.to(dtype) for v in tensors]
-
-
-def eager(stride, norm, segments=None, eps=1e-5):
-    """Separate operators of PyTorch, as fairseq has them."""
-
-    def function(x, weight, bias, gamma, beta):
-        z = F.conv1d(x[:, None], weight, bias, stride)
-        if norm == "layer":
-            return F.gelu(F.layer_norm(z.mT, z.shape[1:2], gamma, beta, eps))
-        if segments is None:
-            return F.gelu(F.group_norm(z, z.shape[1], gamma, beta, eps)).mT
-        rows = z.mT.flatten(0, 1)
-        y = torch.zeros_like(rows)
-        for first, count in segments.tolist():
-            if count:
-                part = rows[first : first + count].mT[None]
-                wide = part.double()  # PyTorch's group norm takes its statistics in float32 at least, too
-                rstd = (wide.var(2, keepdim=True, correction=0) + eps).rsqrt()
-                part = ((wide - wide.mean(2, True)) * rstd).to(part.dtype)
-                part = part if gamma is None else part * gamma[:, None] + beta[:, None]
-                y = y.slice_scatter(F.gelu(part)[0].mT, 0, first, first + count)
-        return y.view(z.shape[0], z.shape[2], -1)
-
-    return function
-
-
-def ours(stride, norm, dtype, segments=None, eps=1e-5):
-    return lambda *tensors: conv0_norm_gelu(*tensors, stride=stride, norm=norm, eps=eps, segments=segments, dtype=dtype)
-
-
-def check_against_fp64(tensors, stride, norm, dtype=F32, segments=None, floor=2e-6, eps=1e-5):
-    """Value and gradients against float64; the error may be twice that of PyTorch's operators in ``dtype``."""
-    x, weight, bias, *_ = tensors
-    T = (x.shape[1] - weight.shape[2]) // stride + 1
-    upstream = torch.randn(x.shape[0], T, weight.shape[0]).to(DEVICE, dtype)
-    got = value_and_grads(ours(stride, norm, dtype, segments, eps), upstream, *tensors)
-    low = value_and_grads(eager(stride, norm, segments, eps), upstream, *cast(dtype, tensors))
-    exact = value_and_grads(eager(stride, norm, segments, eps), upstream, *cast(F64, tensors))
-    assert got[0].dtype == dtype and got[0].is_contiguous()
-    for i, (g, e, w) in enumerate(zip(got, low, exact, strict=True)):
-        if norm == "group" and bias is not None and i == 2:
-            assert torch.count_nonzero(g) == 0  # of the bias, which group norm takes away: exactly
-        else:
-            assert_as_accurate_as_eager(g, e, w, floor=floor)
 
 
 SHAPES = [  # B, T, C, k, stride
@@ -306,88 +240,6 @@ def test_upstream_gradient_off_its_boundary():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_kernels_take_what_fits(emulated):
-    def fits(C, k, dtype, of=F32):
-        return _conv0_extension.fits(torch.zeros(1, 99, dtype=of), torch.zeros(C, 1, k, dtype=of), dtype)
-
-    assert fits(64, 10, BF16) and fits(512, 16, F16) and fits(64, 1, BF16, BF16)
-    assert not fits(96, 10, BF16) and not fits(64, 17, BF16) and not fits(64, 10, F32) and not fits(64, 10, BF16, F64)
-
-
-def call_bindings(way="fwd", **changes):
-    """conv0_fwd_cuda or conv0_bwd_cuda with group norm of two segments, and what is changed."""
-    f16, f64 = {"dtype": F16}, {"dtype": F64}
-    memory = {
-        "y": torch.empty(2, 20, 64, **f16),
-        "stats": torch.zeros(2, 110, **f64),
-        "waveforms": torch.zeros(2, 105),
-        "weight": torch.zeros(64, 10),
-        "bias": None,
-        "norm_weight": None,
-        "norm_bias": None,
-        "segments": torch.tensor([[0, 3], [20, 9]]),
-        "table": torch.zeros(3, 4, dtype=torch.long),
-        "stride": 5,
-        "programs": 2,
-        "folded": torch.empty(2, 2, 64, 16, dtype=BF16),
-        "means": torch.empty(2, 10),
-        "scratch": torch.empty(2, 3, 66, **f64),
-        "grads": torch.empty(64, 13),
-        "outer": torch.empty(3, 64, 16),
-        "outer_sum": torch.empty(2, 64, 16),
-        "inner": torch.empty(0, 1, 16, 16),
-        "inner_sum": torch.empty(16, 16),
-    }
-    y, stats, *tensors, stride, programs, folded, means, scratch, grads, outer, outer_sum, inner, inner_sum = (
-        memory | changes
-    ).values()
-    settings = (stride, 1e-5, False, programs)
-    ops = torch.ops.d2v_fast_emulated
-    if way == "fwd":
-        ops.conv0_fwd_cuda(*tensors, *settings, y, stats, folded, means, scratch)
-    else:
-        sums = (outer, outer_sum, inner, inner_sum)
-        ops.conv0_bwd_cuda(y, stats, *tensors, *settings, grads, folded, means, scratch, *sums)
-
-
-@pytest.mark.parametrize(
-    "way,changes,message",
-    [
-        ("fwd", {"waveforms": torch.zeros(2, 105, dtype=F64)}, "waveforms must be float32, got float64"),
-        ("fwd", {"waveforms": torch.zeros(105, 2).mT}, "waveforms must be contiguous in its last dimension"),
-        ("fwd", {"waveforms": torch.zeros(2, 9)}, "waveforms must have rows of at least as many samples"),
-        ("fwd", {"weight": torch.zeros(96, 10)}, "weight must have a multiple of 64 channels, got 96"),
-        ("fwd", {"weight": torch.zeros(64, 17)}, "weight must have 1 to 16 taps, got 17"),
-        ("fwd", {"bias": torch.zeros(65)}, r"bias must have shape \[64\], got \[65\]"),
-        ("fwd", {"norm_weight": torch.zeros(64, dtype=F64)}, "norm_weight must be float32, got float64"),
-        ("fwd", {"norm_bias": torch.zeros(128)[::2]}, "norm_bias must be contiguous"),
-        ("fwd", {"stride": 0}, "stride must be positive"),
-        ("fwd", {"programs": 0}, "programs must be positive"),
-        ("fwd", {"y": torch.zeros(2, 20, 64)}, "y must be bfloat16 or float16, got float32"),
-        ("fwd", {"y": torch.zeros(2, 21, 64, dtype=F16)}, r"y must have shape \[2, 20, 64\], got \[2, 21, 64\]"),
-        ("fwd", {"y": torch.zeros(2561, dtype=F16)[1:].view(2, 20, 64)}, "y must start at a multiple of 16 bytes"),
-        ("fwd", {"segments": torch.zeros(2, 3, dtype=torch.long)}, r"segments must have shape \[2, 2\]"),
-        ("fwd", {"segments": torch.zeros(2, 2, dtype=torch.int)}, "segments must be int64, got int32"),
-        ("fwd", {"table": None}, "segment_table must come with segments"),
-        ("fwd", {"table": torch.zeros(2, 4, dtype=torch.long)}, r"segment_table must have shape \[3, 4\]"),
-        ("fwd", {"stats": torch.zeros(2, 109, dtype=F64)}, r"stats must have shape \[2, 110\], got \[2, 109\]"),
-        ("fwd", {"folded": torch.empty(1, 2, 64, 16, dtype=BF16)}, r"folded must have shape \[2, 2, 64, 16\]"),
-        ("fwd", {"means": torch.empty(2, 9)}, r"table must have shape \[2, 10\], got \[2, 9\]"),
-        ("fwd", {"scratch": torch.empty(2, 3, 65, dtype=F64)}, r"scratch must have shape \[2, \*, 66\]"),
-        ("bwd", {"grads": torch.empty(64, 12)}, r"grads must have shape \[64, 13\], got \[64, 12\]"),
-        ("bwd", {"outer": torch.empty(2, 64, 16)}, r"outer must have shape \[3, 64, 16\], got \[2, 64, 16\]"),
-        ("bwd", {"outer_sum": torch.empty(1, 64, 16)}, r"outer_sum must have shape \[2, 64, 16\]"),
-        ("bwd", {"inner": torch.empty(1, 1, 16, 16)}, r"inner must have shape \[0, 1, 16, 16\]"),
-        ("bwd", {"inner_sum": torch.empty(16, 15)}, r"inner_sum must have shape \[16, 16\], got \[16, 15\]"),
-        ("bwd", {"stats": torch.zeros(2, 110)}, "stats must be float64, got float32"),
-    ],
-)
-def test_bindings_check_their_arguments(way, changes, message, emulated):
-    call_bindings(way)
-    with pytest.raises(RuntimeError, match=message):
-        call_bindings(way, **changes)
-
-
 @pytest.mark.parametrize("B,T,C,k,stride", [(1, 30, 96, 10, 5), (1, 30, 64, 17, 4)])
 @pytest.mark.usefixtures("kernels")
 def test_what_does_not_fit_takes_the_blocks(B, T, C, k, stride):
@@ -471,71 +323,6 @@ def test_dtypes():
         lambda *t: conv0_norm_gelu(*t, stride=5), torch.randn(1, 20, 64), x, *cast(BF16, parameters)
     )
     assert all(g.dtype == BF16 for g in grads)
-
-
-S2 = torch.tensor([[0, 1]])
-
-
-@pytest.mark.parametrize(
-    "call,error,match",
-    [
-        (lambda x, w: conv0_norm_gelu([0.0], w, stride=1), TypeError, "waveforms must be a tensor, got list"),
-        (lambda x, w: conv0_norm_gelu(x.int(), w, stride=1), TypeError, "waveforms must be float32.* got torch.int32"),
-        (lambda x, w: conv0_norm_gelu(x, w.long(), stride=1), TypeError, "weight must be float32.* got torch.int64"),
-        (
-            lambda x, w: conv0_norm_gelu(x[0], w, stride=1),
-            ValueError,
-            r"waveforms must be \[B, S\] .* got shape \(30,\)",
-        ),
-        (lambda x, w: conv0_norm_gelu(x[:0], w, stride=1), ValueError, r"at least one row, got shape \(0, 30\)"),
-        (
-            lambda x, w: conv0_norm_gelu(x[:, :9], w, stride=1),
-            ValueError,
-            "waveforms must have at least 10 samples, got 9",
-        ),
-        (
-            lambda x, w: conv0_norm_gelu(x, w[:, 0], stride=1),
-            ValueError,
-            r"weight must be \[C, 1, k\], got .* \(8, 10\)",
-        ),
-        (lambda x, w: conv0_norm_gelu(x, w[:0], stride=1), ValueError, r"weight must be .* got shape \(0, 1, 10\)"),
-        (lambda x, w: conv0_norm_gelu(x, w.to("meta"), stride=1), ValueError, "weight must be on .*, got meta"),
-        (lambda x, w: conv0_norm_gelu(x, w, w, stride=1), ValueError, r"bias must have shape \(8,\), got \(8, 1, 10\)"),
-        (lambda x, w: conv0_norm_gelu(x, w, None, 1.0, stride=1), TypeError, "norm_weight must be a tensor, got float"),
-        (
-            lambda x, w: conv0_norm_gelu(x, w, None, None, x[0], stride=1),
-            ValueError,
-            r"norm_bias must have shape \(8,\)",
-        ),
-        (lambda x, w: conv0_norm_gelu(x, w, stride=0), ValueError, "stride must be > 0, got 0"),
-        (lambda x, w: conv0_norm_gelu(x, w, stride=1.5), TypeError, "stride must be an integer, got float"),
-        (lambda x, w: conv0_norm_gelu(x, w, stride=True), TypeError, "stride must be an integer, got bool"),
-        (lambda x, w: conv0_norm_gelu(x, w, stride=1, norm="batch"), ValueError, "norm must be .* got 'batch'"),
-        (lambda x, w: conv0_norm_gelu(x, w, stride=1, eps=0.0), ValueError, "eps must be > 0, got 0.0"),
-        (
-            lambda x, w: conv0_norm_gelu(x, w, stride=1, dtype=torch.int8),
-            TypeError,
-            "dtype must be float32.* torch.int8",
-        ),
-        (lambda x, w: conv0_norm_gelu(x, w, stride=1, dtype="bf16"), TypeError, "dtype must be a torch.dtype, got str"),
-        (lambda x, w: segmented(x, w, S2.float()), TypeError, "segments must be int32 or int64, got torch.float32"),
-        (lambda x, w: segmented(x, w, [[0, 1]]), TypeError, "segments must be a tensor, got list"),
-        (lambda x, w: segmented(x, w, S2[0]), ValueError, r"segments must be \[U, 2\], got shape \(2,\)"),
-        (lambda x, w: segmented(x, w, [[0, 2], [40, 3]]), ValueError, r"rows of 21 frames, got \[40, 3\]"),
-        (lambda x, w: segmented(x, w, [[-1, 2]]), ValueError, r"rows of 21 frames, got \[-1, 2\]"),
-        (lambda x, w: segmented(x, w, [[3, -1]]), ValueError, r"rows of 21 frames, got \[3, -1\]"),
-        (lambda x, w: segmented(x, w, [[20, 2]]), ValueError, r"rows of 21 frames, got \[20, 2\]"),
-        (lambda x, w: segmented(x, w, [[7, 3], [0, 8]]), ValueError, "segments must not overlap, got frame 7 in two"),
-    ],
-)
-def test_bad_inputs_raise(call, error, match):
-    with pytest.raises(error, match=match):
-        call(torch.zeros(2, 30), torch.zeros(8, 1, 10))
-
-
-def segmented(x, w, segments):
-    rows = isinstance(segments, list) and len(segments[0]) == 2 and segments != [[0, 1]]
-    return conv0_norm_gelu(x, w, stride=1, norm="group", segments=torch.tensor(segments) if rows else segments)
 
 
 @pytest.mark.gpu
