@@ -13,7 +13,7 @@ from torch import nn
 
 import d2v_fast.patches as patches
 from d2v_fast.patches._compare import without_dropout
-from d2v_fast.patches._core import Patch, PatchError, Seam, Site
+from d2v_fast.patches._core import Patch, PatchError, Seam, Site, fall_back
 from d2v_fast.patches._differences import differences, leaves
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
@@ -72,7 +72,9 @@ def test_equal_paths_have_no_difference(with_seams):
     for name in ("losses.a", "losses.b", "sample_size", "states.0", "states.1.0"):
         assert ("output", name) in names
     assert {("loss", "loss"), ("gradient", "layers.2.linear.bias"), ("state", "calls"), ("module", "layers.1")} <= names
-    assert "all of 6 outputs of modules that both called alike are equal to 0.0001" in str(found)
+    text = str(found)
+    assert "of 6 outputs of modules that both called alike, all agree within 1e-04 (relative)" in text
+    assert not found.both_upstream and "nothing was replaced" not in text
 
 
 def test_a_difference_is_traced_to_its_module(with_seams):
@@ -239,9 +241,53 @@ def test_models_patched_at_their_class_are_refused(with_seams):
 
 def test_switches_reach_the_patch(with_seams):
     with_seams(**{"layers.0": seam("forward", wrong_layer)})
-    assert patches.compare(toy.Toy(), X, norms=False).relative == 0
-    with pytest.raises(TypeError, match="unexpected keyword argument 'nroms'"):
+    found = patches.compare(toy.Toy(), X, norms=False)
+    assert found.relative == 0 and found.both_upstream
+    assert str(found).startswith(
+        "nothing was replaced: both ran as upstream wrote them, so this comparison shows nothing"
+    )
+    with pytest.raises(TypeError, match="'nroms' is no switch"):
         patches.compare(toy.Toy(), X, nroms=False)
+
+
+def test_a_disabled_patch_shows_nothing(with_seams, monkeypatch):
+    with_seams(**{"layers.0": seam("forward", wrong_layer)})
+    monkeypatch.setenv("D2V_FAST_DISABLE", "1")
+    found = patches.compare(toy.Toy(), X)
+    lines = str(found).splitlines()
+    assert found.both_upstream and lines[0].startswith("nothing was replaced: ") and "D2V_FAST_DISABLE=1" in lines[-1]
+
+
+def test_a_patch_that_computed_nothing_shows_nothing(with_seams):
+    def leave(original, options):
+        def forward(self, x, scale=1.0):
+            fall_back(self, "forward", "for the test", options)
+            return original(self, x, scale)
+
+        return forward
+
+    with_seams(**{"layers.0": seam("forward", leave)})
+    found = patches.compare(toy.Toy(), X)
+    assert found.both_upstream and str(found).startswith("every call went to the original method: both ran as upstream")
+    with_seams(**{"layers.0": seam("forward", wrong_layer)})
+    found = patches.compare(toy.Toy(), X, call=lambda model, x: model.layers[1](x))
+    assert found.both_upstream and str(found).startswith("nothing that was replaced was called: both ran as upstream")
+    with_seams(**{"layers.0": seam("forward", leave), "layers.1": seam("forward", same)})
+    assert not patches.compare(toy.Toy(), X).both_upstream
+
+
+def test_no_module_that_both_called(with_seams):
+    """No success: nothing inside was looked at."""
+
+    def direct(original, options):
+        return lambda self, x: x * 2
+
+    with_seams(**{"": seam("forward", direct)})
+    found = patches.compare(toy.Toy(), X)
+    assert found.first() is None and not found.both_upstream
+    text = str(found)
+    assert "no module was called by both with an output of the same shape: nothing inside was compared" in text
+    assert "agree" not in text
 
 
 def test_differences_of_two_tensors():

@@ -38,6 +38,11 @@ class Comparison:
         return sorted(found, key=lambda d: -d.relative)
 
     @property
+    def both_upstream(self) -> bool:
+        """Whether both ran as upstream wrote them; the comparison shows nothing about ours then."""
+        return self._idle() is not None
+
+    @property
     def relative(self) -> float:
         """The largest relative difference of an output, the loss, a gradient, or a tensor of the state."""
         return max((d.relative for d in self.worst()), default=0.0)
@@ -47,13 +52,31 @@ class Comparison:
         return next((d for d in self.differences if d.what == "module" and not d.relative <= tolerance), None)
 
     def __str__(self) -> str:
-        seen = sum(d.what == "module" for d in self.differences)
-        first = self.first()
-        where = f"all of {seen} outputs of modules that both called alike are equal to {TOLERANCE:g}"
-        if first is not None:
-            where = f"of {seen} outputs of modules that both called alike, the first that differs is {first.name}"
         rows = [d for what in ("output", "loss", "state") for d in self.worst(what)[:2]] + self.worst("gradient")[:6]
-        return "\n".join([*table(rows), where, *(table([first]) if first else ()), str(self.patch)])
+        first = self.first()
+        idle = f"{self._idle()}: both ran as upstream wrote them, so this comparison shows nothing"
+        notice = (idle,) if self.both_upstream else ()
+        return "\n".join([*notice, *table(rows), self._modules(), *(table([first]) if first else ()), str(self.patch)])
+
+    def _idle(self) -> str | None:
+        """Why ours computed nothing, where that is so."""
+        if not self.patch.applied:
+            return "nothing was replaced"
+        if self.patch.calls == 0:
+            return "nothing that was replaced was called"
+        if self.patch.calls <= sum(self.patch.fallbacks().values()):
+            return "every call went to the original method"
+        return None
+
+    def _modules(self) -> str:
+        """How far the outputs of modules agree, in a line."""
+        seen, first = sum(d.what == "module" for d in self.differences), self.first()
+        if seen == 0:
+            return "no module was called by both with an output of the same shape: nothing inside was compared"
+        alike = f"of {seen} outputs of modules that both called alike"
+        if first is None:
+            return f"{alike}, all agree within {TOLERANCE:.0e} (relative)"
+        return f"{alike}, the first that differs is {first.name}"
 
 
 @dataclass

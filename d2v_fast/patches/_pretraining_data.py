@@ -10,6 +10,7 @@ from torch import Tensor
 from d2v_fast.nn import Batch, Data2VecConfig, make_batch
 
 INPUTS = {"speech": "input_values", "text": "input_ids", "image": "pixel_values"}
+ATTENTION_MASK = "attention_mask"
 
 
 def build_batch(
@@ -72,31 +73,85 @@ def _given_mask(mask: Tensor, shape: tuple[int, int]) -> np.ndarray:
 class Data2VecCollator:
     """Items of a data set to ``{"batch": Batch}``, padded, with masks drawn and all positions known on the host.
 
-    An item is a mapping with ``input_values`` [S] float, ``input_ids`` [T] integers or ``pixel_values`` [C, H, W], and
-    possibly ``attention_mask``. Masks come from PyTorch's generator of the process: workers of a ``DataLoader`` draw
-    different ones. Loaders are ahead of the model, and workers get new seeds: a run of ``Trainer`` that resumes from a
-    checkpoint reads the same items and draws other masks. Where it has to end with the same bits, leave the collator
-    out: masks of ``forward`` are of the seed and the update.
+    An item is a mapping with ``input_values`` [S] float, ``input_ids`` [T] integers or ``pixel_values`` [C, H, W] float
+    (a tensor, an array or a list), whatever else it has. Waveforms and tokens may come padded, all with an
+    ``attention_mask`` of the same length: ones, then zeros. An item that is not as that is an error which says which
+    one, and what it has. Masks come from PyTorch's generator of the process: workers of a ``DataLoader`` draw different
+    ones. Loaders are ahead of the model, and workers get new seeds: a run of ``Trainer`` that resumes from a checkpoint
+    reads the same items and draws other masks. Where it has to end with the same bits, leave the collator out: masks of
+    ``forward`` are of the seed and the update.
     """
 
     def __init__(self, recipe: Data2VecConfig) -> None:
         self.recipe = recipe
 
     def __call__(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Batch]:
-        """Raise KeyError for items without the inputs, and ValueError as :func:`build_batch` does."""
-        name = INPUTS[self.recipe.modality]
-        rows = [torch.as_tensor(item[name]) for item in items]
-        attention_mask = None
+        """Batch of ``items``.
+
+        Raises:
+            TypeError: an item that is no mapping, or whose values are no numbers.
+            ValueError: no items, one without the inputs, or with inputs or an ``attention_mask`` of a wrong shape;
+                and as :func:`build_batch`.
+        """
+        rows, attention_mask = _rows(self.recipe, items), None
         if self.recipe.modality == "image":
             inputs = torch.stack(rows)
         else:
-            kept = [
-                row[: int(torch.as_tensor(item["attention_mask"]).sum())] if "attention_mask" in item else row
-                for item, row in zip(items, rows, strict=True)
-            ]
             padding = self.recipe.frontend.pad_index if self.recipe.modality == "text" else 0
-            inputs = torch.nn.utils.rnn.pad_sequence(kept, batch_first=True, padding_value=padding)
-            lengths = torch.tensor([len(row) for row in kept])
+            inputs = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=padding)
+            lengths = torch.tensor([len(row) for row in rows])
             attention_mask = torch.arange(inputs.shape[1]) < lengths[:, None]
         rng = np.random.default_rng(int(torch.randint(2**62, ())))
         return {"batch": build_batch(self.recipe, inputs, attention_mask, None, rng)}
+
+
+def _rows(recipe: Data2VecConfig, items: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    """Inputs of the items, without padding."""
+    name = INPUTS[recipe.modality]
+    if len(items) == 0:
+        raise ValueError("items must have at least one item, got none")
+    for i, item in enumerate(items):
+        if not isinstance(item, Mapping):
+            raise TypeError(f"items[{i}] must be a mapping with {name!r}, got {type(item).__name__}")
+    masked = any(ATTENTION_MASK in item for item in items)
+    if masked and recipe.modality == "image":
+        raise ValueError(f"items must have no {ATTENTION_MASK!r}, got one: images have no padding")
+    return [_row(recipe, f"items[{i}]", item, masked) for i, item in enumerate(items)]
+
+
+def _row(recipe: Data2VecConfig, where: str, item: Mapping[str, Any], masked: bool) -> Tensor:
+    name = INPUTS[recipe.modality]
+    row = _numbers(where, item, name)
+    shape = tuple(row.shape)
+    if recipe.modality == "image":
+        sizes = recipe.frontend
+        expected = (sizes.channels, sizes.image_size, sizes.image_size)
+        if shape != expected:
+            raise ValueError(f"{where}[{name!r}] must be {expected}, got {shape}")
+        return row
+    if row.ndim != 1:
+        dim = "S" if recipe.modality == "speech" else "T"
+        raise ValueError(f"{where}[{name!r}] must be [{dim}], one sequence, got {shape}")
+    if masked:
+        kept = _numbers(where, item, ATTENTION_MASK, " as other items have").bool()
+        if tuple(kept.shape) != shape:
+            raise ValueError(f"{where}[{ATTENTION_MASK!r}] must be {shape} like {name!r}, got {tuple(kept.shape)}")
+        row = row[: int(kept.sum())]
+        if not kept[: len(row)].all():
+            raise ValueError(f"{where}[{ATTENTION_MASK!r}] must be ones, then zeros: padding is at the end")
+    least, unit = (recipe.frontend.min_samples, "samples") if recipe.modality == "speech" else (1, "token")
+    if len(row) < least:
+        raise ValueError(f"{where}[{name!r}] must have at least {least} {unit} without padding, got {len(row)}")
+    return row
+
+
+def _numbers(where: str, item: Mapping[str, Any], name: str, why: str = "") -> Tensor:
+    """What an item has under ``name``."""
+    if name not in item:
+        keys = ", ".join(map(repr, item)) or "no keys"
+        raise ValueError(f"{where} must have {name!r}{why}, got {keys}")
+    try:
+        return torch.as_tensor(item[name])
+    except (RuntimeError, TypeError, ValueError) as error:
+        found = type(item[name]).__name__
+        raise TypeError(f"{where}[{name!r}] must be a tensor, array or list of numbers, got {found}: {error}") from None

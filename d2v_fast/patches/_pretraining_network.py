@@ -1,7 +1,7 @@
 """Transformers' data2vec encoders as parts of our Data2Vec: settings, rules, modules of ours around their tensors."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 import torch
@@ -66,13 +66,15 @@ def read_recipe(
     """The network's settings from the model, the recipe's from ``config`` or our preset, changed by ``overrides``.
 
     Raises:
-        TypeError: an override is no part of the recipe.
-        ValueError: ``config`` is of another network, or ``mask_token_id`` outside of the vocabulary.
+        TypeError: ``config`` is none; an override is no part of the recipe, of another type, or has an unknown field.
+        ValueError: ``config`` is of another network, a value is out of range, or ``mask_token_id`` no token.
         CheckpointError: the model has options that we cannot follow; all are named.
     """
-    for name in overrides:
-        if name not in RECIPE:
-            raise TypeError(f"overrides must be of {', '.join(RECIPE)}, got {name!r}")
+    unknown = [name for name in overrides if name not in RECIPE]
+    if unknown:
+        raise TypeError(f"overrides must be of {', '.join(RECIPE)}, got {', '.join(map(repr, unknown))}")
+    if config is not None and not isinstance(config, Data2VecConfig):
+        raise TypeError(f"config must be a Data2VecConfig, got {type(config).__name__}")
     kind = type(base).__name__
     values = base.config.to_dict()
     if values.get("use_relative_position_bias"):
@@ -81,7 +83,7 @@ def read_recipe(
     if config is not None:
         _check_network(config, recipe)
         recipe = config
-    recipe = replace(recipe, **overrides)
+    recipe = replace(recipe, **{name: _part(recipe, name, value) for name, value in overrides.items()})
     if recipe.modality == "text":
         size = recipe.frontend.vocab_size
         token = size - 1 if mask_token_id is None else mask_token_id
@@ -92,6 +94,22 @@ def read_recipe(
     elif mask_token_id is not None:
         raise ValueError(f"mask_token_id must be None for {recipe.modality}, got {mask_token_id}")
     return recipe
+
+
+def _part(recipe: Data2VecConfig, name: str, value: Any) -> Any:
+    """A part of the recipe: ``value`` itself, or where that is a mapping, what there is with these fields changed."""
+    before = getattr(recipe, name)
+    has_fields = is_dataclass(before)
+    if has_fields and isinstance(value, Mapping):
+        known = [field.name for field in fields(before)]
+        unknown = [key for key in value if key not in known]
+        if unknown:
+            raise TypeError(f"{name} must have fields of {', '.join(known)}, got {', '.join(map(repr, unknown))}")
+        return replace(before, **value)
+    if not isinstance(value, type(before)):
+        also = " or a mapping of its fields" if has_fields else ""
+        raise TypeError(f"{name} must be {type(before).__name__}{also}, got {type(value).__name__}")
+    return value
 
 
 def _check_network(config: Data2VecConfig, expected: Data2VecConfig) -> None:

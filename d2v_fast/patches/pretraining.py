@@ -59,13 +59,15 @@ class Data2VecPretraining(nn.Module):
         profile: "paper" or "fairseq": which one of the preset where they differ (docs/numerics.md).
         mask_token_id: of text; the last id by default.
         seed: of the masks that ``forward`` draws, from it, the update and the rank.
-        **overrides: fields of the recipe: ``targets``, ``loss``, ``ema``, ``mask``, ``prune``, ``head_layers``.
+        **overrides: fields of the recipe: ``targets``, ``loss``, ``ema``, ``mask``, ``prune``, ``head_layers``. A
+            dataclass of :mod:`d2v_fast.nn.config` or :mod:`d2v_fast.nn.masking` takes the place of the recipe's; a
+            mapping, ``ema={"decay": 0.999}``, changes these fields of it.
 
     Raises:
         PatchError: no such model, or one with layers of others in it (adapters, quantised).
         CheckpointError: options of the model that we cannot follow; all are named.
-        TypeError: an unknown override.
-        ValueError: a recipe that does not fit the model.
+        TypeError: an override that is unknown, of another type, or has unknown fields; ``config`` that is none.
+        ValueError: a recipe that does not fit the model, or a value out of range.
     """
 
     accepts_loss_kwargs = False  # Trainer divides by the number of micro-batches

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from d2v_fast.ops import layer_targets, masked_smooth_l1
+from d2v_fast.ops._lists import tensor_list
 
 
 def beit_targets(
@@ -28,7 +29,7 @@ def beit_targets(
         ValueError: shapes that do not fit, no such layer, or an unknown norm.
         TypeError: something that is no tensor.
     """
-    results = list(layer_results)
+    results = tensor_list("layer_results", layer_results)
     if target_layers is not None:
         wrong = [index for index in target_layers if not -len(results) <= index < len(results)]
         if wrong or not target_layers:
@@ -38,11 +39,25 @@ def beit_targets(
     if mask is not None:
         if not isinstance(mask, Tensor):
             raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
-        rows = results[0].shape[:2]
-        if mask.shape[:1] != rows[:1] or mask.numel() != rows.numel():
-            raise ValueError(f"mask must be {tuple(rows)} patches, got {tuple(mask.shape)}")
+        _check_patches(mask, results)
         positions = mask.flatten().nonzero()[:, 0]
     return layer_targets(results, norm=norm, post_norm=post_norm, positions=positions)
+
+
+def _check_patches(mask: Tensor, results: Sequence[Tensor]) -> None:
+    """Raise ValueError unless ``mask`` [B, ...] is of the patches of ``results``, [B, P, C] each."""
+    if not results or results[0].ndim != 3:
+        found = tuple(results[0].shape) if results else "none"
+        raise ValueError(f"layer_results must be [B, P, C] of every layer, got {found}")
+    B, P = results[0].shape[:2]
+    masked = (mask.shape[:1].numel(), mask.shape[1:].numel()) if mask.ndim > 1 else None
+    if masked == (B, P - 1):
+        raise ValueError(
+            f"layer_results must be [{B}, {P - 1}, C] as mask is of {P - 1} patches, got {P} positions: "
+            "drop the class token, x[:, 1:]"
+        )
+    if masked != (B, P):
+        raise ValueError(f"mask must be {(B, P)} patches, got {tuple(mask.shape)}")
 
 
 def beit_loss(
