@@ -27,6 +27,8 @@ RUN_KEYS = (
     "log_every",
     "checkpoint_every",
     "keep_checkpoints",
+    "keep_every",
+    "accumulate",  # the product with the number of processes is compared, see checkpoint.restore
     "stop_after",
     "reference_gpus",
     "optim.one_pass",  # the same results up to rounding
@@ -73,14 +75,15 @@ class TrainConfig:
     workers: int = 2
     log_every: int = 100  # updates
     checkpoint_every: int = 5000  # updates
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest ones
+    keep_every: int = 0  # and all whose update is a multiple of this; 0 = none
     stop_after: int = 0  # end this session after so many updates, as if interrupted; 0 = run to the end
 
     def __post_init__(self) -> None:
         for name in ("updates", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("seed", "workers", "stop_after"):
+        for name in ("seed", "workers", "keep_every", "stop_after"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
 
