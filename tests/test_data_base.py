@@ -129,11 +129,32 @@ def test_names_of_an_unreadable_batch_come_with_the_next_one(num_workers):
 
 
 def test_epoch_without_a_readable_batch_stops():
+    # so few bad items that their share does not count
     with pytest.raises(DataError, match=r"nothing readable in epoch 0 of 10 numbers; last: item\d: broken"):
         take(Numbers(broken=range(10)), 1)
     middle = batches(Numbers(broken=range(10)), index=3)  # the rest of an epoch is not judged, the next whole one is
     with pytest.raises(DataError, match="epoch 1"):
         next(middle)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_too_many_bad_items_stop_the_run(num_workers):
+    data = Numbers(count=200, broken=range(60, 80), batch_size=4)
+    data.max_bad_fraction = 0.05  # 20 of 200 are broken
+    with pytest.raises(DataError, match=r"1\d of \d+ items .* data.max_bad_fraction = 0.05; last: item\d\d: broken"):
+        take(data, 60, num_workers=num_workers)
+    data.max_bad_fraction = 0.11
+    assert len(take(data, 150, num_workers=num_workers)) == 150
+
+
+@pytest.mark.parametrize(("bad", "stops"), [(10, False), (11, True)])
+def test_a_few_bad_items_of_few_do_not_stop_it(bad, stops):
+    data = Numbers(count=40, broken=range(bad), batch_size=20)  # a quarter, however often they are read
+    if stops:
+        with pytest.raises(DataError, match=r"11 of 40 items could not be read \(27.50%\)"):
+            take(data, 40)
+    else:
+        assert len(take(data, 40)) == 40
 
 
 def test_empty_plan_stops():

@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 Skipped = tuple[tuple[str, str], ...]  # (file, reason)
 Spec = tuple[int, int, tuple[int, ...]]  # epoch, index of the batch in the epoch, its items
+BAD_ITEMS_ALLOWED = 10  # different ones, whatever share of the data they are
 T = TypeVar("T")
 
 
@@ -54,6 +55,7 @@ class PretrainData(Dataset, ABC):
     static_shapes = False
     skipped: Sequence[tuple[str, str]] = ()  # (file, reason), found while scanning
     unread: Skipped = ()  # what made the last load return None
+    max_bad_fraction = 0.01  # of the items read so far; see batches
 
     def __init__(self, seed: int) -> None:
         require(isinstance(seed, int) and seed >= 0, "seed", "an integer >= 0", seed)
@@ -115,7 +117,7 @@ class PretrainData(Dataset, ABC):
     def __getitem__(self, spec: Spec) -> "_Loaded":
         epoch, index, items = spec
         batch = self.load(epoch, index, items)
-        return _Loaded(epoch, index, batch, self.unread if batch is None else batch.skipped)
+        return _Loaded(epoch, index, batch, self.unread if batch is None else batch.skipped, len(items))
 
 
 @dataclass
@@ -126,6 +128,7 @@ class _Loaded:
     index: int
     batch: Batch | None
     skipped: Skipped
+    count: int  # items asked for
 
     def pin_memory(self) -> "_Loaded":
         return replace(self, batch=None if self.batch is None else self.batch.pin_memory())
@@ -160,7 +163,8 @@ def batches(
     """Yield (epoch, index, batch) without end, starting with batch ``index`` of ``epoch``.
 
     The batches are the same for every ``num_workers``, and torch's global generator is left alone. A batch of which
-    nothing could be read is left out; its files are named in the next one's ``skipped``.
+    nothing could be read is left out; its files are named in the next one's ``skipped``. A few unreadable items never
+    end a run; more than ten different ones do, once they are more than ``data.max_bad_fraction`` of the items so far.
 
     Args:
         data: what to load.
@@ -171,7 +175,7 @@ def batches(
 
     Raises:
         ConfigError: a negative argument, or ``prefetch`` 0.
-        DataError: no batch of a whole epoch could be read.
+        DataError: no batch of a whole epoch could be read, or too many items could not.
     """
     for name, value in (("epoch", epoch), ("index", index), ("num_workers", num_workers)):
         require(value >= 0, name, "at least 0", value)
@@ -205,6 +209,7 @@ def _readable(data: PretrainData, loader: DataLoader, start: tuple[int, int]) ->
     """Drop the batches that came back empty, hand on their files' names, and log each name once."""
     pending: Skipped = ()
     named: set[str] = set()
+    read = bad = 0  # items since the start
     # the epoch whose batches are being counted; one that was entered in the middle is not judged
     current, count = start[0], int(start[1] > 0)
     for loaded in loader:
@@ -217,6 +222,9 @@ def _readable(data: PretrainData, loader: DataLoader, start: tuple[int, int]) ->
             if name not in named:
                 logger.warning("skipped %s: %s", name, reason)
                 named.add(name)
+        read, bad = read + loaded.count, bad + len(loaded.skipped)
+        if len(named) > BAD_ITEMS_ALLOWED and bad > data.max_bad_fraction * read:
+            raise too_many_bad(bad, read, data.max_bad_fraction, loaded.skipped)
         if loaded.batch is None:
             pending += loaded.skipped
             continue
@@ -277,6 +285,15 @@ def nothing_left(path: str | Path, skipped: Sequence[tuple[str, str]], expected:
     """The error for a scan after which no file is left."""
     examples = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
     return DataError(f"none of the {len(skipped)} files under {path} can be used; expected {expected}. {examples}")
+
+
+def too_many_bad(bad: int, total: int, allowed: float, last: Sequence[tuple[str, str]]) -> DataError:
+    """The error for more unreadable items than ``data.max_bad_fraction`` allows."""
+    examples = "; ".join(f"{name}: {reason}" for name, reason in last[-3:])
+    return DataError(
+        f"{bad} of {total} items could not be read ({bad / total:.2%}), more than data.max_bad_fraction = {allowed}; "
+        f"last: {examples}. Mend the data, or raise data.max_bad_fraction."
+    )
 
 
 def require(condition: bool, name: str, expected: str, value: object) -> None:
