@@ -1,6 +1,8 @@
-"""Where a run's numbers go: a progress bar or JSON lines, ``metrics.jsonl``, TensorBoard, and a PNG at the end."""
+"""Where a run's numbers go: progress bar or JSON lines, ``metrics.jsonl``, TensorBoard, wandb, and a PNG at the end."""
 
 import json
+import logging
+import secrets
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,8 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from torch.utils.tensorboard import SummaryWriter
 
 from d2v_fast.train.files import replace_file
+
+logger = logging.getLogger(__name__)
 
 CURVES = (
     ("loss", "loss per masked position"),
@@ -22,14 +26,32 @@ CURVES = (
 
 
 class MetricLog:
-    """Writes one record per logged update. On a terminal it draws a progress bar, elsewhere it prints JSON lines."""
+    """Writes one record per logged update. On a terminal it draws a progress bar, elsewhere it prints JSON lines.
 
-    def __init__(self, folder: Path, updates: int, start: int) -> None:
+    Args:
+        folder: of the run.
+        updates: of the whole run; ``start``: those that are done. Records of later ones are taken out of the file.
+        tensorboard: whether to write ``folder/tensorboard`` as well.
+        wandb_project: of Weights & Biases, to which the records go too; "" for none. It may fail: the run goes on.
+        settings: the run's configuration, for wandb.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        updates: int,
+        start: int,
+        *,
+        tensorboard: bool = True,
+        wandb_project: str = "",
+        settings: dict[str, Any] | None = None,
+    ) -> None:
         path = folder / "metrics.jsonl"
         kept = "".join(json.dumps(row) + "\n" for row in read_metrics(folder) if row["update"] <= start)
         replace_file(path, lambda file: file.write(kept.encode()))
         self._file = path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1)
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1) if tensorboard else None
+        self._wandb = Wandb(folder, wandb_project, settings or {}) if wandb_project else None
         self._bar = None
         if sys.stdout.isatty():
             columns = (
@@ -54,9 +76,12 @@ class MetricLog:
         line = json.dumps(record)
         self._file.write(line + "\n")
         self._file.flush()
-        for key, value in record.items():
-            if key != "update":
-                self._board.add_scalar(key, value, record["update"])
+        if self._board is not None:
+            for key, value in record.items():
+                if key != "update":
+                    self._board.add_scalar(key, value, record["update"])
+        if self._wandb is not None:
+            self._wandb.write(record)
         if self._bar is None:
             print(line, flush=True)
         else:
@@ -67,7 +92,68 @@ class MetricLog:
         if self._bar is not None:
             self._bar.stop()
         self._file.close()
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.close()
+
+
+class Wandb:
+    """A run at Weights & Biases, continued by later sessions in its folder; whatever fails there is logged and ends it.
+
+    Where it goes, and whether it goes anywhere, is up to wandb's settings (``wandb login``, ``WANDB_MODE=offline``).
+    """
+
+    TIMEOUT = 30  # seconds to wait for the server at the start
+
+    def __init__(self, folder: Path, project: str, settings: dict[str, Any]) -> None:
+        self._run = None
+        try:
+            import wandb
+
+            self._run = wandb.init(
+                project=project,
+                name=folder.name,
+                id=self._id(folder),
+                resume="allow",
+                dir=str(folder),
+                config=settings,
+                settings=wandb.Settings(init_timeout=self.TIMEOUT, console="off"),
+            )
+            # by update: a session that goes on from a checkpoint may repeat some, which steps of wandb's may not
+            self._run.define_metric("*", step_metric="update")
+        except ImportError:
+            logger.warning("log.wandb_project: nothing goes to wandb, it is not installed (pip install wandb)")
+        except Exception as error:  # whatever its server or network does: a run is worth more than its log
+            self._give_up(error)
+
+    @staticmethod
+    def _id(folder: Path) -> str:
+        """Of the run, kept in its folder."""
+        path = folder / "wandb-id.txt"
+        if not path.exists():
+            replace_file(path, lambda file: file.write(secrets.token_hex(8).encode()))
+        return path.read_text(encoding="utf-8").strip()
+
+    def _give_up(self, error: Exception) -> None:
+        logger.warning("log.wandb_project: nothing more goes to wandb: %s: %s", type(error).__name__, error)
+        self._run = None
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Send the numbers of one update."""
+        self._call("log", record)
+
+    def close(self) -> None:
+        """Send what is left."""
+        self._call("finish")
+
+    def _call(self, name: str, *arguments: dict[str, Any]) -> None:
+        if self._run is None:
+            return
+        try:
+            getattr(self._run, name)(*arguments)
+        except Exception as error:
+            self._give_up(error)
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
