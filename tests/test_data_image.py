@@ -166,7 +166,7 @@ def test_unreadable_files(folder, content):
     data = ImageData(config(folder, batch_size=100), model(), 0)
     batch = take(data, 1)[0][2]
     assert [name for name, _ in batch.skipped] == [victim.relative_to(folder).as_posix()]
-    assert len(batch.inputs) == len(batch.mask) == len(data.files) - 1
+    assert len(batch.inputs) == len(batch.mask) == len(data.names) - 1
 
 
 def test_nothing_usable(tmp_path):

@@ -1,15 +1,18 @@
-"""Data loaders: folders of audio, images or text to batches that depend only on the seed and their place in the run."""
+"""Data loaders: audio, images or text to batches that depend only on the seed and their place in the run."""
 
 from d2v_fast.nn.config import Data2VecConfig
 from d2v_fast.train.data.audio import SpeechData, SpeechDataConfig, normalize_waveform, read_waveform
 from d2v_fast.train.data.base import PretrainData, UnreadableFile, batches
+from d2v_fast.train.data.binarized import BinarizedTextData, binarized_folders
 from d2v_fast.train.data.image import ImageData, ImageDataConfig, read_image
-from d2v_fast.train.data.text import TextData, TextDataConfig
+from d2v_fast.train.data.text import TextData
+from d2v_fast.train.data.text_config import TextDataConfig
 from d2v_fast.train.errors import DataError
 
 DataConfig = SpeechDataConfig | ImageDataConfig | TextDataConfig
 
 __all__ = [
+    "BinarizedTextData",
     "DataConfig",
     "DataError",
     "ImageData",
@@ -41,6 +44,9 @@ def build_data(config: DataConfig, model: Data2VecConfig, seed: int, *, static_s
     if type(config) not in _CLASSES:
         expected = ", ".join(c.__name__ for c in _CLASSES)
         raise TypeError(f"config must be one of {expected}, got {type(config).__name__}")
-    data = _CLASSES[type(config)](config, model, seed)
+    cls = _CLASSES[type(config)]
+    if cls is TextData and binarized_folders(config):
+        cls = BinarizedTextData
+    data = cls(config, model, seed)
     data.static_shapes = static_shapes
     return data

@@ -1,12 +1,13 @@
-"""Speech: files or a manifest to batches of equally long waveforms (fairseq ``FileAudioDataset`` without padding).
+"""Speech: files, archives or tables to batches of equally long waveforms (``FileAudioDataset`` without padding).
 
-Every file is decoded, mixed to mono, resampled to 16 kHz and normalised as a whole (data2vec section 5.2, fairseq
+Every item is decoded, mixed to mono, resampled to 16 kHz and normalised as a whole (data2vec section 5.2, fairseq
 ``normalize``); then the items of a batch are cropped at random to the shortest of them, so there is no padding.
 """
 
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
@@ -16,26 +17,30 @@ import torch
 from d2v_fast.nn.batch import Batch, make_batch
 from d2v_fast.nn.config import Data2VecConfig
 from d2v_fast.train.data.base import (
+    BAD_ITEMS_ALLOWED,
     PretrainData,
     UnreadableFile,
-    list_files,
     log_skipped,
     nothing_left,
-    relative_names,
     require,
+    too_many_bad,
 )
+from d2v_fast.train.data.formats import SHARDS, Found, LocationConfig, find, open_source
+from d2v_fast.train.data.manifest import read_manifest
+from d2v_fast.train.data.packing import packed_batches
+from d2v_fast.train.data.sources import Source, cached
 from d2v_fast.train.errors import DataError
 
 SAMPLE_RATE = 16_000  # Hz
 AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
-SCAN_THREADS = 8  # reading headers waits for the disk, not for Python
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeechDataConfig:
+class SpeechDataConfig(LocationConfig):
     """Where the speech is and how it is batched; the defaults are those of the released base recipe."""
 
-    path: str  # folder, searched recursively; or a fairseq .tsv manifest; or one audio file
+    # audio files or a folder of them, searched recursively; a fairseq .tsv manifest; webdataset tars; parquet or arrow
+    path: str
     max_tokens: int = 3_800_000  # samples in a batch: items times the longest of them; also caps a crop
     min_seconds: float = 2.0  # shorter files are skipped
     max_seconds: float = 20.0  # longer ones are cropped
@@ -45,7 +50,7 @@ class SpeechDataConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "extensions", tuple(self.extensions))
-        require(bool(self.path), "data.path", "a folder or a .tsv manifest", self.path)
+        super().__post_init__()
         require(self.min_seconds > 0, "data.min_seconds", "positive", self.min_seconds)
         require(
             self.max_seconds >= self.min_seconds,
@@ -75,7 +80,7 @@ class SpeechDataConfig:
         )
 
 
-def read_waveform(path: str | Path) -> np.ndarray:
+def read_waveform(path: str | Path | BinaryIO) -> np.ndarray:
     """Decode a file to float32 [S] at 16 kHz; channels are averaged, other rates resampled (soxr, high quality).
 
     Raises:
@@ -111,7 +116,7 @@ class SpeechData(PretrainData):
         super().__init__(seed)
         require(model.modality == "speech", "model.modality", "'speech' for speech data", model.modality)
         require(model.frontend.sample_rate == SAMPLE_RATE, "sample_rate", str(SAMPLE_RATE), model.frontend.sample_rate)
-        self.config, self.model = config, model
+        self.config, self.model, self.max_bad_fraction = config, model, config.max_bad_fraction
         self.min_samples = round(config.min_seconds * SAMPLE_RATE)
         self.max_samples = min(round(config.max_seconds * SAMPLE_RATE), config.max_tokens)
         frames = model.frontend.num_frames(self.min_samples)
@@ -121,28 +126,23 @@ class SpeechData(PretrainData):
             f"long enough for more than mask.length = {model.mask.length} frames",
             f"{config.min_seconds} s = {frames} frames",
         )
-        if config.path.endswith(".tsv"):
-            files, names, lengths = _read_manifest(Path(config.path).expanduser())
-        else:
-            files = list_files(config.path, config.extensions, "audio files or a .tsv manifest")
-            names = relative_names(config.path, files)
-            with ThreadPoolExecutor(SCAN_THREADS) as pool:
-                lengths = list(pool.map(_file_length, files))
-        self._keep(files, names, lengths)
+        self.source, lengths, reasons = _list_items(config)
+        self._keep(lengths, reasons)
 
-    def _keep(self, files: list[Path], names: list[str], lengths: list[int | str]) -> None:
-        """Keep the files that are long enough; a length is in samples at 16 kHz, or the reason for having none."""
-        self.files, self.names, kept, self.skipped = [], [], [], []
-        for file, name, length in zip(files, names, lengths, strict=True):
-            if isinstance(length, int) and length >= self.min_samples:
-                self.files.append(file)
-                self.names.append(name)
-                kept.append(length)
-            else:
-                self.skipped.append((name, length if isinstance(length, str) else self._too_short(length)))
-        self.lengths = np.array(kept, np.int64)  # [items] samples
-        log_skipped(self.skipped, len(files))
-        if not self.files:
+    def _keep(self, lengths: np.ndarray, reasons: np.ndarray) -> None:
+        """Keep the items that are long enough; lengths are in samples at 16 kHz, a reason says why there is none."""
+        names, bad = self.source.names, np.flatnonzero(reasons != "")
+        unreadable = [*self.source.skipped, *((names[i], str(reasons[i])) for i in bad)]
+        total = len(names) + len(self.source.skipped)
+        if len(unreadable) > max(BAD_ITEMS_ALLOWED, self.max_bad_fraction * total) and len(unreadable) < total:
+            raise too_many_bad(len(unreadable), total, self.max_bad_fraction, unreadable)
+        short = np.flatnonzero((reasons == "") & (lengths < self.min_samples))
+        self.skipped = [*unreadable, *((names[i], self._too_short(int(lengths[i]))) for i in short)]
+        self.items = np.flatnonzero((reasons == "") & (lengths >= self.min_samples))  # of the source
+        self.lengths = lengths[self.items]  # [items] samples
+        self.names = names.take(self.items)
+        log_skipped(self.skipped, total)
+        if not self.items.size:
             raise nothing_left(self.config.path, self.skipped, f"audio of at least {self.config.min_seconds} s")
 
     def _too_short(self, length: int) -> str:
@@ -151,7 +151,7 @@ class SpeechData(PretrainData):
     def describe(self) -> str:
         """Files, hours and what was left out."""
         hours = self.lengths.sum() / SAMPLE_RATE / 3600
-        return f"speech {self.config.path}: {len(self.files)} files, {hours:.2f} h, {len(self.skipped)} skipped"
+        return f"speech {self.config.path}: {len(self.items)} files, {hours:.2f} h, {len(self.skipped)} skipped"
 
     def contents(self) -> list[bytes]:
         """Names and lengths; see :meth:`PretrainData.fingerprint`."""
@@ -162,17 +162,13 @@ class SpeechData(PretrainData):
 
         With ``static_shapes`` the longest counts as the next multiple of ``crop_multiple``: batches have few sizes.
         """
-        rng = self.rng(self.ORDER, epoch)
-        lengths = np.minimum(self.lengths, self.max_samples)
-        order = np.lexsort((rng.permutation(len(lengths)), -lengths))
         unit = self.config.crop_multiple if self.static_shapes else 1
-        packed: list[tuple[int, ...]] = []
-        start = 0
-        while start < len(order):
-            count = self.config.max_tokens // min(-(-int(lengths[order[start]]) // unit) * unit, self.max_samples)
-            packed.append(tuple(order[start : start + count].tolist()))
-            start += count
-        return [packed[i] for i in rng.permutation(len(packed))]
+        return packed_batches(
+            self.rng(self.ORDER, epoch),
+            np.minimum(self.lengths, self.max_samples),
+            self.config.max_tokens,
+            lambda length: min(-(-length // unit) * unit, self.max_samples),
+        )
 
     def load(self, epoch: int, index: int, items: tuple[int, ...]) -> Batch | None:
         """Decode, normalise, crop to the shortest and mask; see :meth:`PretrainData.load`."""
@@ -190,45 +186,58 @@ class SpeechData(PretrainData):
         return make_batch(torch.from_numpy(inputs), mask, skipped=skipped, num_masked=self.num_masked(mask))
 
     def _read(self, item: int) -> np.ndarray:
-        wave = read_waveform(self.files[item])
+        wave = self.source.read(int(self.items[item]), read_waveform)
         if wave.size < self.min_samples:
-            raise UnreadableFile(self.files[item], self._too_short(wave.size))
+            raise UnreadableFile(self.names[item], self._too_short(wave.size))
         return normalize_waveform(wave) if self.config.normalize else wave
+
+
+def _list_items(config: SpeechDataConfig) -> tuple[Source, np.ndarray, np.ndarray]:
+    """The items at ``config.path``, their lengths int64 [items] at 16 kHz, and why an item has none ("": it has)."""
+    if config.path.endswith(".tsv") and config.format == "auto":  # also if it is missing
+        found = Found("manifest", Path(), [Path(config.path).expanduser()])
+    else:
+        kinds = {"files": config.extensions, "manifest": (".tsv",), **SHARDS}
+        what = "audio files, a .tsv manifest, tars or tables"
+        found = find(config.path, kinds, config.format, config.split, what)
+    if found.format == "manifest":
+        source, lengths = read_manifest(_of_split(found.files, config))
+        return source, lengths, np.full(len(lengths), "")
+    source = open_source(found, config, config.extensions)
+    key = None if source.key is None else ["lengths", *source.key]
+    arrays = cached(config.cache_dir, "lengths", key, lambda: _scan(source))
+    return source, arrays["lengths"], arrays["reasons"]
+
+
+def _of_split(manifests: list[Path], config: SpeechDataConfig) -> Path:
+    """The manifest to be read: the only one, or the one called after the split."""
+    chosen = [path for path in manifests if path.stem == config.split] if len(manifests) > 1 else manifests
+    if len(chosen) != 1:
+        names = ", ".join(path.name for path in manifests)
+        raise DataError(f"data path {config.path} holds the manifests {names}; data.split is {config.split!r}")
+    return chosen[0]
+
+
+def _scan(source: Source) -> dict[str, np.ndarray]:
+    """Lengths in samples at 16 kHz by the items' headers, and why there is none."""
+
+    def length(item: int) -> tuple[int, str]:
+        try:
+            header = source.read(item, soundfile.info)
+        except UnreadableFile as error:
+            return 0, error.reason
+        except (soundfile.SoundFileError, OSError) as error:
+            return 0, _reason(error)
+        # rounds as soxr does
+        return (2 * header.frames * SAMPLE_RATE + header.samplerate) // (2 * header.samplerate), ""
+
+    with ThreadPoolExecutor(source.threads) as pool:
+        found = list(pool.map(length, range(len(source.names))))
+    return {
+        "lengths": np.array([samples for samples, _ in found], np.int64),
+        "reasons": np.array([reason for _, reason in found], np.str_),
+    }
 
 
 def _reason(error: Exception) -> str:
     return getattr(error, "error_string", str(error))  # libsndfile's text without the path
-
-
-def _file_length(path: Path) -> int | str:
-    """Samples at 16 kHz by the file's header, or why there are none."""
-    try:
-        header = soundfile.info(path)
-    except (soundfile.SoundFileError, OSError) as error:
-        return _reason(error)
-    return (2 * header.frames * SAMPLE_RATE + header.samplerate) // (2 * header.samplerate)  # rounds as soxr does
-
-
-def _read_manifest(path: Path) -> tuple[list[Path], list[str], list[int | str]]:
-    """Files, names and lengths of a fairseq manifest: the root, then one ``path<TAB>samples`` a line (at 16 kHz)."""
-    if not path.is_file():
-        raise DataError(f"manifest {path} does not exist; expected a .tsv file: the root, then path<TAB>samples lines")
-    try:
-        root, *lines = path.read_text(encoding="utf-8").splitlines() or [""]
-    except UnicodeDecodeError as error:
-        raise DataError(f"manifest {path} is not UTF-8 text: {error}") from error
-    files, names, lengths = [], [], []
-    for number, line in enumerate(lines, start=2):
-        if not line.strip():
-            continue
-        name, tab, samples = line.partition("\t")
-        if not tab or not samples.strip().isdecimal():
-            raise DataError(f"manifest {path}, line {number}: expected path<TAB>samples, got {line!r}")
-        if ".zip:" in name:
-            raise DataError(f"manifest {path}, line {number}: slices of archives are not supported, got {name!r}")
-        files.append(path.parent / root.strip() / name)  # an absolute root replaces the manifest's folder
-        names.append(name)
-        lengths.append(int(samples))
-    if not files:
-        raise DataError(f"manifest {path} lists no files; expected the root, then path<TAB>samples lines")
-    return files, names, lengths

@@ -1,4 +1,4 @@
-"""Images: a folder tree to batches of squares, augmented on the device (data2vec section 5.1, BEiT's pretraining).
+"""Images: files, archives or tables to batches of squares, augmented on the device (data2vec section 5.1, as BEiT).
 
 Workers decode, resize and centre-crop; colour jitter, flip, random resized crop and normalisation run on the whole
 batch where it is used. BEiT crops the original image instead of its central square.
@@ -7,6 +7,7 @@ batch where it is used. BEiT crops the original image instead of its central squ
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 
 from d2v_fast.nn.batch import Batch, make_batch
 from d2v_fast.nn.config import Data2VecConfig
-from d2v_fast.train.data.base import PretrainData, UnreadableFile, fixed_batches, list_files, relative_names, require
+from d2v_fast.train.data.base import PretrainData, UnreadableFile, fixed_batches, log_skipped, nothing_left, require
+from d2v_fast.train.data.formats import SHARDS, LocationConfig, find, open_source
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -24,10 +26,12 @@ DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageDataConfig:
+class ImageDataConfig(LocationConfig):
     """Where the images are and how they are augmented; the defaults are those of the released base recipe."""
 
-    path: str  # folder, searched recursively; sub-folders (classes) do not matter
+    # a folder of images, searched recursively (sub-folders are classes, which do not matter); webdataset tars;
+    # parquet or arrow
+    path: str
     batch_size: int = 128
     decode_size: int | None = None  # side in pixels of the decoded square; None: 8/7 of the model's image size
     crop_scale: tuple[float, float] = (0.08, 1.0)  # share of the area; (1, 1) = no random crop
@@ -38,10 +42,10 @@ class ImageDataConfig:
     std: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("crop_scale", "crop_ratio", "mean", "std"):
             if getattr(self, name) is not None:
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        require(bool(self.path), "data.path", "a folder of images", self.path)
         require(self.batch_size >= 1, "data.batch_size", "at least 1", self.batch_size)
         require(self.decode_size is None or self.decode_size >= 1, "data.decode_size", "at least 1", self.decode_size)
         low, high = self.crop_scale
@@ -53,7 +57,7 @@ class ImageDataConfig:
         require(self.std is None or min(self.std) > 0, "data.std", "positive", self.std)
 
 
-def read_image(path: str | Path, size: int, channels: int = 3) -> np.ndarray:
+def read_image(path: str | Path | BinaryIO, size: int, channels: int = 3) -> np.ndarray:
     """Decode a file to uint8 [size, size, channels]: shorter side resized to ``size`` (bicubic), central square.
 
     Transparency is laid over white; ``channels`` is 3 (RGB) or 1 (grey). 16-bit grey images keep their upper byte.
@@ -106,7 +110,7 @@ class ImageData(PretrainData):
     def __init__(self, config: ImageDataConfig, model: Data2VecConfig, seed: int) -> None:
         super().__init__(seed)
         require(model.modality == "image", "model.modality", "'image' for image data", model.modality)
-        self.config, self.model = config, model
+        self.config, self.model, self.max_bad_fraction = config, model, config.max_bad_fraction
         channels = model.frontend.channels
         require(channels in (1, 3), "model.frontend.channels", "1 or 3 for image files", channels)
         self.mean = config.mean or (IMAGENET_MEAN if channels == 3 else (0.5,))
@@ -114,13 +118,18 @@ class ImageData(PretrainData):
         require(len(self.mean) == channels, "data.mean", f"{channels} numbers", self.mean)
         require(len(self.std) == channels, "data.std", f"{channels} numbers", self.std)
         self.decode_size = config.decode_size or -(-model.frontend.image_size * 8 // 7)
-        self.files = list_files(config.path, IMAGE_EXTENSIONS, "images")
-        self.names = relative_names(config.path, self.files)
+        kinds = {"files": IMAGE_EXTENSIONS, **SHARDS}
+        found = find(config.path, kinds, config.format, config.split, "images, tars or tables")
+        self.source = open_source(found, config, IMAGE_EXTENSIONS)
+        self.names, self.skipped = self.source.names, self.source.skipped
+        log_skipped(self.skipped, len(found.files))
+        if not len(self.names):
+            raise nothing_left(config.path, self.skipped, "images")
         self._transform: _Augment | None = None
 
     def describe(self) -> str:
         """Files and batch size. Files are opened only when they are needed, so broken ones are not known yet."""
-        return f"images {self.config.path}: {len(self.files)} files, {len(self.skipped)} skipped"
+        return f"images {self.config.path}: {len(self.names)} files, {len(self.skipped)} skipped"
 
     def contents(self) -> list[bytes]:
         """Names; see :meth:`PretrainData.fingerprint`."""
@@ -128,7 +137,7 @@ class ImageData(PretrainData):
 
     def plan(self, epoch: int) -> list[tuple[int, ...]]:
         """Shuffled files in batches of ``batch_size``; a smaller last batch only if there is no other."""
-        return fixed_batches(self.rng(self.ORDER, epoch), len(self.files), self.config.batch_size)
+        return fixed_batches(self.rng(self.ORDER, epoch), len(self.names), self.config.batch_size)
 
     def load(self, epoch: int, index: int, items: tuple[int, ...]) -> Batch | None:
         """Decode, square and mask; see :meth:`PretrainData.load`."""
@@ -141,7 +150,7 @@ class ImageData(PretrainData):
         return make_batch(inputs, mask, skipped=skipped, num_masked=self.num_masked(mask))
 
     def _read(self, item: int) -> np.ndarray:
-        return read_image(self.files[item], self.decode_size, self.model.frontend.channels)
+        return self.source.read(item, lambda file: read_image(file, self.decode_size, self.model.frontend.channels))
 
     def augment(self, batch: Batch) -> Batch:
         """uint8 [B, C, D, D] to normalised float32 [B, C, H, H]: colour jitter, flip, resized crop, mean and std."""

@@ -1,14 +1,14 @@
-"""Text: plain files to blocks of token ids (fairseq ``TokenBlockDataset``, break mode "none", one document a line).
+"""Text: files or tables to blocks of token ids (fairseq ``TokenBlockDataset``, break mode "none").
+
+A document is a line of a file, or a row of a table.
 
 Documents, each followed by ``</s>``, are laid end to end and cut into blocks of ``tokens_per_sample - 1`` tokens; every
 block starts with ``<s>``. The ids are computed once and, with a cache folder, kept in a memory-mapped file.
 """
 
-import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -21,38 +21,26 @@ from d2v_fast.nn.batch import Batch, make_batch
 from d2v_fast.nn.config import Data2VecConfig
 from d2v_fast.train.data.base import (
     PretrainData,
+    UnreadableFile,
     fixed_batches,
-    list_files,
     log_skipped,
     nothing_left,
     relative_names,
     require,
 )
+from d2v_fast.train.data.formats import TABLES, find
+from d2v_fast.train.data.sources import cache_path
+from d2v_fast.train.data.tables import read_documents
+from d2v_fast.train.data.text_config import BOS, EOS, TextDataConfig, check_text_model
 from d2v_fast.train.data.tokenizer import as_encoder, load_tokenizer, train_tokenizer
 from d2v_fast.train.errors import DataError
 from d2v_fast.train.files import replace_file
 
 logger = logging.getLogger(__name__)
 
-BOS, EOS = 0, 2
 ENCODE_DOCUMENTS = 1024  # handed to the tokenizer's threads at a time
+KINDS = {"files": (".txt",), **TABLES}
 CACHE_FORMAT = 1  # raise when the layout or the way of tokenizing changes
-
-
-@dataclass(frozen=True, kw_only=True)
-class TextDataConfig:
-    """Where the text is and how it is cut; the defaults give the released recipe's 8192 tokens a batch."""
-
-    path: str  # a .txt file or a folder of them, searched recursively; UTF-8, one document a line
-    batch_size: int = 16  # blocks
-    tokens_per_sample: int = 512  # with <s>
-    tokenizer: str | None = None  # a tokenizer.json; None: train one on the text
-    cache_dir: str | None = None  # keeps the trained tokenizer and the ids; None: kept in memory, made on every start
-
-    def __post_init__(self) -> None:
-        require(bool(self.path), "data.path", "a .txt file or a folder", self.path)
-        require(self.batch_size >= 1, "data.batch_size", "at least 1", self.batch_size)
-        require(self.tokens_per_sample >= 2, "data.tokens_per_sample", "at least 2", self.tokens_per_sample)
 
 
 class TextData(PretrainData):
@@ -69,19 +57,14 @@ class TextData(PretrainData):
 
     def __init__(self, config: TextDataConfig, model: Data2VecConfig, seed: int) -> None:
         super().__init__(seed)
-        require(model.modality == "text", "model.modality", "'text' for text data", model.modality)
-        positions = model.frontend.max_positions
-        require(
-            config.tokens_per_sample <= positions,
-            "data.tokens_per_sample",
-            f"at most the model's max_positions ({positions})",
-            config.tokens_per_sample,
-        )
-        self.config, self.model = config, model
-        files = list_files(config.path, (".txt",), "UTF-8 text files")
-        names = relative_names(config.path, files)
-        vocab_size, cache = model.frontend.vocab_size, _Cache(config.cache_dir, files, names)
-        corpus = _Corpus(config.path, files, names)
+        check_text_model(config, model)
+        binarised = "none, the only one for text that fairseq-preprocess has not binarised"
+        require(config.break_mode == "none", "data.break_mode", binarised, config.break_mode)
+        self.config, self.model, self.max_bad_fraction = config, model, config.max_bad_fraction
+        found = find(config.path, KINDS, config.format, config.split, "UTF-8 text files or tables")
+        files, names = found.files, relative_names(found.root, found.files)
+        vocab_size, cache = model.frontend.vocab_size, _Cache(config.cache_dir, files, names, config.column)
+        corpus = _Corpus(config.path, files, names, config.column)
         if config.tokenizer is None:
             self.tokenizer = cache.tokenizer(vocab_size, lambda: train_tokenizer(corpus.documents(), vocab_size))
         else:
@@ -141,10 +124,10 @@ class TextData(PretrainData):
 
 
 class _Corpus:
-    """The documents of the files that are UTF-8 throughout; which ones those are is found on first use."""
+    """The documents of the files that can be read throughout; which ones those are is found on first use."""
 
-    def __init__(self, path: str, files: list[Path], names: list[str]) -> None:
-        self.path, self.files, self.names = path, files, names
+    def __init__(self, path: str, files: list[Path], names: list[str], column: str | None) -> None:
+        self.path, self.files, self.names, self.column = path, files, names, column
         self._usable: list[Path] | None = None
         self.info: dict[str, Any] = {"skipped": [], "documents": 0}
 
@@ -153,7 +136,10 @@ class _Corpus:
             self._usable = []
             for file, name in zip(self.files, self.names, strict=True):
                 try:
-                    documents = sum(1 for _ in _documents(file))
+                    documents = sum(1 for _ in self._read(file))
+                except UnreadableFile as error:
+                    self.info["skipped"].append((name, error.reason))
+                    continue
                 except (UnicodeDecodeError, OSError) as error:
                     self.info["skipped"].append((name, f"not readable as UTF-8 text: {error}"))
                     continue
@@ -167,7 +153,11 @@ class _Corpus:
         return self._usable
 
     def documents(self) -> Iterator[str]:
-        return chain.from_iterable(map(_documents, self.usable()))
+        return chain.from_iterable(map(self._read, self.usable()))
+
+    def _read(self, file: Path) -> Iterator[str]:
+        is_table = any(file.suffix.lower() in suffixes for suffixes in TABLES.values())
+        return read_documents(file, self.column) if is_table else _lines(file)
 
     def encode(self, tokenizer: Tokenizer, vocab_size: int) -> Iterator[np.ndarray]:
         """The ids of the documents, each followed by </s>, in pieces of uint16 or int32 [n]."""
@@ -178,7 +168,7 @@ class _Corpus:
             yield np.concatenate([np.array([*e.ids, EOS], dtype) for e in encodings])
 
 
-def _documents(file: Path) -> Iterator[str]:
+def _lines(file: Path) -> Iterator[str]:
     """The lines with text in them, without their line ends."""
     with file.open(encoding="utf-8-sig") as lines:
         for line in lines:
@@ -189,16 +179,15 @@ def _documents(file: Path) -> Iterator[str]:
 class _Cache:
     """Trained tokenizers and ids under a key of what they were made from; without a folder, just makes them."""
 
-    def __init__(self, folder: str | None, files: list[Path], names: list[str]) -> None:
-        self.folder = None if folder is None else Path(folder).expanduser()
-        self.source: list[Any] = [CACHE_FORMAT]
+    def __init__(self, folder: str | None, files: list[Path], names: list[str], column: str | None) -> None:
+        self.folder = folder
+        self.source: list[Any] = [CACHE_FORMAT] if column is None else [CACHE_FORMAT, column]
         for file, name in zip(files, names, strict=True):
             stat = file.stat() if file.exists() else None  # None: a broken link
             self.source.append((name, stat and (stat.st_size, stat.st_mtime_ns)))
 
     def _path(self, kind: str, *key: Any) -> Path:
-        digest = hashlib.sha256(json.dumps([self.source, *key]).encode()).hexdigest()[:24]
-        return self.folder / f"{kind}-{digest}"
+        return cache_path(self.folder, kind, [self.source, *key])
 
     def tokenizer(self, vocab_size: int, make: Callable[[], Tokenizer]) -> Tokenizer:
         """The tokenizer of ``vocab_size`` tokens trained on the files."""

@@ -1,0 +1,148 @@
+"""Where items come from: one file each, slices of archives, members of tars, rows of tables. Items have numbers."""
+
+import hashlib
+import io
+import json
+import os
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import numpy as np
+
+from d2v_fast.train.data.base import UnreadableFile
+from d2v_fast.train.data.names import Names
+from d2v_fast.train.files import replace_file
+
+T = TypeVar("T")
+SLICE = re.compile(r"(.+):(\d+):(\d+)")  # archive:offset:length, in bytes, as fairseq's manifests name them
+
+
+class Source(ABC):
+    """Items by number. Immutable, pickled to workers, and read by any of them.
+
+    Attributes:
+        names: what the items are called in messages.
+        skipped: (name, reason) of what turned out to be unusable while the items were listed.
+        key: what the items were listed from, in plain values; None if that is not known without opening each of them.
+        threads: how many threads may usefully open items at once.
+    """
+
+    names: Names
+    skipped: Sequence[tuple[str, str]] = ()
+    key: list[Any] | None = None
+    threads = 8  # opening files waits for the disk, not for Python
+
+    @abstractmethod
+    def open(self, item: int) -> BinaryIO:
+        """The item's bytes as a file that can be sought in; close it.
+
+        Raises:
+            UnreadableFile: they are not there.
+        """
+
+    def read(self, item: int, decode: Callable[[BinaryIO], T]) -> T:
+        """What ``decode`` makes of the item's bytes.
+
+        Raises:
+            UnreadableFile: they are not there, or ``decode`` says so; with the item's name.
+        """
+        try:
+            with self.open(item) as file:
+                return decode(file)
+        except UnreadableFile as error:
+            raise UnreadableFile(self.names[item], error.reason) from error
+
+
+class Files(Source):
+    """Files under ``root``; with ``slices``, a name may also be ``archive:offset:length``."""
+
+    def __init__(self, root: str | Path, names: Names, *, slices: bool = False) -> None:
+        self.root, self.names, self.slices = str(root), names, slices
+
+    def open(self, item: int) -> BinaryIO:
+        """See :meth:`Source.open`."""
+        path = os.path.join(self.root, self.names[item])
+        part = SLICE.fullmatch(path) if self.slices else None
+        try:
+            # not buffered: decoders read in large pieces
+            return open_slice(part[1], int(part[2]), int(part[3])) if part else open(path, "rb", buffering=0)
+        except OSError as error:
+            raise UnreadableFile(path, error.strerror or str(error)) from error
+
+
+def open_slice(path: str, offset: int, size: int) -> "Slice":
+    """Bytes ``offset`` to ``offset + size`` of the file ``path``, as a file of its own.
+
+    Raises:
+        OSError: the file cannot be opened.
+        UnreadableFile: it ends before the slice does.
+    """
+    file = open(path, "rb", buffering=0)  # noqa: SIM115  the slice closes it
+    length = os.fstat(file.fileno()).st_size
+    if offset + size > length:
+        file.close()
+        raise UnreadableFile(path, f"it has {length} bytes; expected bytes {offset} to {offset + size} in it")
+    return Slice(file, offset, size)
+
+
+class Slice(io.RawIOBase):
+    """``size`` bytes of an open file from ``start`` on, as a file that closes the other one with itself."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+        self.file, self.start, self.size, self.position = file, start, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        view = memoryview(buffer).cast("B")[: max(0, self.size - self.position)]
+        self.file.seek(self.start + self.position)
+        count = self.file.readinto(view)
+        self.position += count
+        return count
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        base = {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.size}[whence]
+        if base + offset < 0:
+            raise OSError(f"cannot seek to {base + offset}")
+        self.position = base + offset
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
+def describe_files(paths: Sequence[str | Path]) -> list[Any]:
+    """Names, sizes and times of change: what a cache is told apart by."""
+    stats = [(Path(path).name, os.stat(path)) for path in paths]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+
+def cache_path(folder: str | Path, kind: str, key: list[Any]) -> Path:
+    """Where a cache keeps what was made from ``key``, plain values; without a suffix."""
+    digest = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:24]
+    return Path(folder).expanduser() / f"{kind}-{digest}"
+
+
+def cached(
+    folder: str | None, kind: str, key: list[Any] | None, make: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """The arrays that ``make`` gives, kept in ``folder`` under a digest of ``key``; just made where either is None."""
+    if folder is None or key is None:
+        return make()
+    path = cache_path(folder, kind, key).with_suffix(".npz")
+    if not path.is_file():
+        arrays = make()
+        replace_file(path, lambda file: np.savez(file, **arrays))
+    with np.load(path) as content:
+        return dict(content)

@@ -1,0 +1,253 @@
+"""Parquet and Arrow files as Hugging Face ``datasets`` writes them: a row is an item, one column holds the bytes.
+
+Arrow files are memory-mapped and any row is read alone. Parquet is compressed in row groups, and a row costs as much as
+its group: with a cache folder the column is unpacked once into Arrow files there (as ``datasets`` itself does).
+pyarrow is imported when it is needed.
+"""
+
+import io
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from d2v_fast.train.data.base import UnreadableFile
+from d2v_fast.train.data.names import Names
+from d2v_fast.train.data.sources import Source, cache_path, describe_files
+from d2v_fast.train.errors import ConfigError, DataError
+from d2v_fast.train.files import replace_file
+
+logger = logging.getLogger(__name__)
+
+FORMAT = 1  # raise when the unpacked form changes
+BATCH_ROWS = 64  # rows in a batch of an unpacked file
+
+
+class Tables(Source):
+    """Rows of files with a column of audio or images: bytes, or structs of bytes and path (``Audio``, ``Image``).
+
+    Raises:
+        DataError: no column, or more than one, that could be meant; or no file can be read.
+    """
+
+    threads = 1  # they share the row group that was read last
+
+    def __init__(self, root: Path, files: Sequence[Path], column: str | None, cache_dir: str | None) -> None:
+        short = [file.relative_to(root).as_posix() for file in files]
+        self.key = ["tables", FORMAT, describe_files(files), column]
+        self.files: list[str] = []
+        self.column, self.skipped, counts, names = column, [], [], []
+        for file, name in zip(files, short, strict=True):
+            try:
+                with _reader(str(file)) as reader:
+                    self.column = self.column or _bytes_column(reader.schema, file)
+                    if self.column not in reader.schema.names:
+                        raise UnreadableFile(file, f"no column {self.column!r}, only {', '.join(reader.schema.names)}")
+                    rows = reader.num_rows
+                    path = str(file) if cache_dir is None else _unpacked(reader, str(file), self.column, cache_dir)
+            except UnreadableFile as error:
+                self.skipped.append((name, error.reason))
+                continue
+            self.files.append(path)
+            counts.append(rows)
+            names += (f"{name}:{row}" for row in range(rows))
+        self.ends = np.cumsum(counts, dtype=np.int64)  # [files] rows
+        self.names = Names(names)
+        self.folder = root
+        self._open: dict[int, Any] = {}  # readers of this process
+
+    def open(self, item: int) -> BinaryIO:
+        """See :meth:`Source.open`."""
+        file = int(np.searchsorted(self.ends, item, side="right"))
+        row = item - (int(self.ends[file - 1]) if file else 0)
+        if file not in self._open:
+            self._open[file] = _reader(self.files[file])
+        value = self._open[file].value(self.column, row)
+        path = None
+        if value is not None and hasattr(value, "keys"):  # a struct
+            path = value["path"].as_py() if "path" in value else None
+            value = value["bytes"]
+        if value is not None and value.is_valid:
+            return io.BytesIO(value.as_buffer())
+        if not path:
+            raise UnreadableFile(self.names[item], "an empty row")
+        try:
+            return open(self.folder / path, "rb", buffering=0)
+        except OSError as error:
+            raise UnreadableFile(self.names[item], f"{path}: {error.strerror}") from error
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_open": {}}  # files are opened where they are read
+
+
+def read_documents(path: Path, column: str | None) -> Iterator[str]:
+    """The texts of a table's column, row by row, without empty ones.
+
+    Raises:
+        UnreadableFile: the file is damaged.
+        DataError: no column, or more than one, that could be meant.
+    """
+    with _reader(str(path)) as reader:
+        column = column or _text_column(reader.schema, path)
+        if column not in reader.schema.names:
+            raise UnreadableFile(path, f"no column {column!r}, only {', '.join(reader.schema.names)}")
+        for values in reader.batches(column):
+            yield from (text for text in values.to_pylist() if text and text.strip())
+
+
+def _pyarrow() -> ModuleType:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise ConfigError(
+            "data.path holds parquet or arrow files; reading them needs pyarrow: pip install pyarrow"
+        ) from None
+    return pyarrow
+
+
+def _reader(path: str) -> "_Parquet | _Arrow":
+    pa = _pyarrow()
+    try:
+        return _Parquet(path) if path.endswith(".parquet") else _Arrow(path)
+    except (pa.ArrowException, OSError) as error:
+        raise UnreadableFile(path, f"damaged or cut short: {_first_line(error)}") from error
+
+
+class _Parquet:
+    """Rows of a parquet file; the last row group that was asked for is kept."""
+
+    def __init__(self, path: str) -> None:
+        self.pa, self.path = _pyarrow(), path
+        self.file = self.pa.parquet.ParquetFile(path, memory_map=True)
+        self.schema, self.num_rows = self.file.schema_arrow, self.file.metadata.num_rows
+        metadata = self.file.metadata
+        self.ends = np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)], dtype=np.int64)
+        self.kept: tuple[int, Any] = (-1, None)
+
+    def value(self, column: str, row: int) -> Any:
+        """The scalar in one row."""
+        group = int(np.searchsorted(self.ends, row, side="right"))
+        if self.kept[0] != group:
+            try:
+                # without pyarrow's threads, which a forked worker does not have
+                table = self.file.read_row_group(group, columns=[column], use_threads=False)
+            except (self.pa.ArrowException, OSError) as error:
+                raise UnreadableFile(self.path, f"row group {group} is damaged: {_first_line(error)}") from error
+            self.kept = (group, table.column(column))
+        return self.kept[1][row - (int(self.ends[group - 1]) if group else 0)]
+
+    def batches(self, column: str) -> Iterator[Any]:
+        """The column, in pieces."""
+        try:
+            for batch in self.file.iter_batches(BATCH_ROWS, columns=[column], use_threads=False):
+                yield batch.column(0)
+        except (self.pa.ArrowException, OSError) as error:
+            raise UnreadableFile(self.path, f"damaged: {_first_line(error)}") from error
+
+    def __enter__(self) -> "_Parquet":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.file.close()
+
+
+class _Arrow:
+    """Rows of an Arrow file, memory-mapped; its stream format (``datasets``) and its file format."""
+
+    def __init__(self, path: str) -> None:
+        pa = _pyarrow()
+        self.map = pa.memory_map(path)
+        is_file = self.map.read(6) == b"ARROW1"
+        self.map.seek(0)
+        reader = pa.ipc.open_file(self.map) if is_file else pa.ipc.open_stream(self.map)
+        self.table = reader.read_all()
+        self.schema, self.num_rows = self.table.schema, self.table.num_rows
+        self.columns: dict[str, tuple[list[Any], np.ndarray]] = {}
+
+    def value(self, column: str, row: int) -> Any:
+        """The scalar in one row."""
+        if column not in self.columns:  # looking for the piece that a row is in, piece by piece, would be slow
+            pieces = self.table.column(column).chunks
+            self.columns[column] = pieces, np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+        pieces, ends = self.columns[column]
+        piece = int(np.searchsorted(ends, row, side="right"))
+        return pieces[piece][row - (int(ends[piece - 1]) if piece else 0)]
+
+    def batches(self, column: str) -> Iterator[Any]:
+        """The column, in pieces."""
+        return iter(self.table.column(column).chunks)
+
+    def __enter__(self) -> "_Arrow":
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.map.close()
+
+
+def _unpacked(reader: "_Parquet | _Arrow", path: str, column: str, cache_dir: str) -> str:
+    """An Arrow file in ``cache_dir`` with one column of a parquet file; an Arrow file is left where it is."""
+    if isinstance(reader, _Arrow):
+        return path
+    pa = _pyarrow()
+    target = cache_path(cache_dir, "table", [FORMAT, describe_files([path]), column]).with_suffix(".arrow")
+    if not target.is_file():
+        logger.info("unpacking column %s of %s into %s", column, path, target)
+
+        def write(file: BinaryIO) -> None:
+            with pa.ipc.new_stream(file, pa.schema([reader.schema.field(column)])) as stream:
+                for values in reader.batches(column):
+                    stream.write_batch(pa.record_batch([values], names=[column]))
+
+        replace_file(target, write)
+    return str(target)
+
+
+def _bytes_column(schema: Any, path: Path) -> str:
+    """The column of encoded audio or images: what ``datasets`` marks as such, else the only one of bytes."""
+    types = _pyarrow().types
+
+    def holds_bytes(kind: Any) -> bool:
+        if types.is_struct(kind):
+            return any(field.name == "bytes" and holds_bytes(field.type) for field in kind)
+        return types.is_binary(kind) or types.is_large_binary(kind)
+
+    features = _features(schema)
+    marked = [name for name in schema.names if _is_media(features.get(name))]
+    found = marked or [field.name for field in schema if holds_bytes(field.type)]
+    return _only(found, "encoded audio or images (bytes, or structs of bytes and path)", schema, path)
+
+
+def _text_column(schema: Any, path: Path) -> str:
+    types = _pyarrow().types
+    found = [field.name for field in schema if types.is_string(field.type) or types.is_large_string(field.type)]
+    return "text" if "text" in found else _only(found, "text", schema, path)
+
+
+def _features(schema: Any) -> dict[str, Any]:
+    """The columns' features in the words of ``datasets``, which keeps them in the schema's metadata."""
+    text = (schema.metadata or {}).get(b"huggingface")
+    try:
+        return json.loads(text)["info"]["features"] if text else {}
+    except (ValueError, KeyError, TypeError):
+        return {}
+
+
+def _is_media(feature: Any) -> bool:
+    return isinstance(feature, dict) and feature.get("_type") in ("Audio", "Image")
+
+
+def _only(found: list[str], what: str, schema: Any, path: Path) -> str:
+    if len(found) == 1:
+        return found[0]
+    columns = ", ".join(f"{field.name}: {field.type}" for field in schema)
+    which = f"{len(found)} columns ({', '.join(found)})" if found else "no column"
+    raise DataError(f"{path} has {which} of {what}; expected one, or data.column to say which. Its columns: {columns}")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
