@@ -7,6 +7,7 @@ queries that nobody asked for, and anything that is computed a second time in ba
 """
 
 from itertools import pairwise
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -18,12 +19,32 @@ TRAINED = 3  # forward, and the gradients of both factors
 INPUT = 2  # the same where one factor is data, which has no gradient
 
 
-def batch_flops(config: Data2VecConfig, batch: Batch) -> float:
-    """FLOPs of forward and backward for ``batch``, on the host; LayerDrop counts by the layers it leaves on average."""
-    student, teacher = student_rows(config, batch), teacher_rows(config, batch)
-    kept = config.encoder.layers * (1 - config.encoder.layerdrop)
-    total = TRAINED * _encoder(config, batch, student, kept)
-    total += FORWARD * _encoder(config, batch, teacher, config.encoder.layers)
+class Plan(NamedTuple):
+    """What an encoder computes of a batch."""
+
+    rows: Literal["all", "valid", "masked"]  # positions: padding included, without it, masked ones alone
+    pruned: bool  # whether the last layer computes masked rows only
+
+
+def plans(config: Data2VecConfig, batch: Batch) -> tuple[Plan, Plan]:
+    """Of student and teacher; the same for all batches that come with the same descriptions of masks and padding."""
+    return _plan(student_rows(config, batch), batch), _plan(teacher_rows(config, batch), batch)
+
+
+def _plan(rows: Rows, batch: Batch) -> Plan:
+    kind = "all" if rows.packed is None else "valid" if rows.packed is batch.valid else "masked"
+    return Plan(kind, rows.pruned)
+
+
+def batch_flops(config: Data2VecConfig, batch: Batch, known: tuple[Plan, Plan] | None = None) -> float:
+    """FLOPs of forward and backward for ``batch``, on the host; LayerDrop counts by the layers it leaves on average.
+
+    ``known`` are its :func:`plans`, where the caller has them: making them looks at every masked position.
+    """
+    student, teacher = known or plans(config, batch)
+    layers = config.encoder.layers
+    total = TRAINED * _encoder(config, batch, student, layers * (1 - config.encoder.layerdrop))
+    total += FORWARD * _encoder(config, batch, teacher, layers)
     total += TRAINED * _head(config, batch.num_masked)
     frontends = {"speech": _speech, "image": _image}  # the tokens of text are looked up
     return total + (frontends[config.modality](config, batch) if config.modality in frontends else 0)
@@ -61,11 +82,11 @@ def _head(config: Data2VecConfig, masked: int) -> int:
     return sum(_product(masked, a, b) for a, b in pairwise(widths))
 
 
-def _encoder(config: Data2VecConfig, batch: Batch, rows: Rows, layers: float) -> float:
+def _encoder(config: Data2VecConfig, batch: Batch, plan: Plan, layers: float) -> float:
     """One forward of ``layers`` layers on these rows; the last one computes masked rows only, if they are pruned."""
     c = config.encoder
-    masked = batch.mask.sum(1).numpy()  # [B]
-    lengths = _lengths(config, batch, rows, masked)  # [B]
+    masked = np.count_nonzero(batch.mask.numpy(), axis=1)  # [B]
+    lengths = _lengths(config, batch, plan, masked)  # [B]
     count, asked = lengths.sum(), masked.sum()
 
     def layer(queries: int, pairs: int) -> int:
@@ -75,7 +96,7 @@ def _encoder(config: Data2VecConfig, batch: Batch, rows: Rows, layers: float) ->
         return keys_values + others + 2 * _product(pairs, c.dim, 1)
 
     whole = layer(count, (lengths * lengths).sum())
-    last = layer(asked, (masked * lengths).sum()) if rows.pruned else whole
+    last = layer(asked, (masked * lengths).sum()) if plan.pruned else whole
     positions = 0
     if c.pos_conv_depth:
         kernel = c.pos_conv_width if c.pos_conv_depth == 1 else max(3, c.pos_conv_width // c.pos_conv_depth)
@@ -83,9 +104,9 @@ def _encoder(config: Data2VecConfig, batch: Batch, rows: Rows, layers: float) ->
     return positions + (layers - 1) * whole + last
 
 
-def _lengths(config: Data2VecConfig, batch: Batch, rows: Rows, masked: np.ndarray) -> np.ndarray:
+def _lengths(config: Data2VecConfig, batch: Batch, plan: Plan, masked: np.ndarray) -> np.ndarray:
     """Positions [B] int64 that an encoder computes of each row of the batch."""
-    if rows.packed is None:  # padding is computed along
+    if plan.rows == "all":
         size, width = batch.mask.shape
         return np.full(size, width + (config.modality == "image"), dtype=np.int64)
-    return batch.lengths.long().numpy() if rows.packed is batch.valid else masked
+    return batch.lengths.long().numpy() if plan.rows == "valid" else masked

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 
 from d2v_fast.nn import Batch, Data2VecConfig
-from d2v_fast.train.flops import batch_flops
+from d2v_fast.train.flops import Plan, batch_flops, plans
 from d2v_fast.train.gpus import peak_tflops
 
 COLUMNS = (
@@ -82,6 +82,7 @@ class Meter:
             self._event = event or (lambda: torch.cuda.Event(enable_timing=True))
         self._peak = 1e12 * (peak or 0)
         self._free: list[torch.cuda.Event] = []  # used in the window before
+        self._plans: dict[tuple[bool, bool], tuple[Plan, Plan]] = {}
         self._began: float | None = None
         self._reset()
 
@@ -120,7 +121,10 @@ class Meter:
         sums["items"] += batch.inputs.shape[0]
         sums["positions"] += positions
         sums["masked"] += batch.num_masked
-        sums["flops"] += batch_flops(self.config, batch)
+        kind = batch.masked is None, batch.valid is None
+        if kind not in self._plans:
+            self._plans[kind] = plans(self.config, batch)
+        sums["flops"] += batch_flops(self.config, batch, self._plans[kind])
         if self.config.modality == "speech":
             valid = positions / batch.mask.numel()
             sums["audio"] += batch.inputs.numel() / self.config.frontend.sample_rate * valid
