@@ -75,8 +75,11 @@ class Block(nn.Module):
     """One Transformer layer, post-norm (speech, text) or pre-norm with LayerScale and DropPath (images).
 
     Each sublayer's output goes into one fused op: dropout, scales, residual and the norm in front of the next sublayer.
-    In pre-norm encoders the last of these norms is the next layer's first.
+    In pre-norm encoders the last of these norms is the next layer's first, unless the layer stands ``alone``: it then
+    reads no parameter of another layer, in forward or backward, as layers that are sharded one by one (FSDP2) have to.
     """
+
+    alone = False
 
     def __init__(self, config: EncoderConfig, drop_path: float) -> None:
         super().__init__()
@@ -120,9 +123,12 @@ class Block(nn.Module):
         """What happens to a sublayer's output on its way into the residual stream."""
         return {"p": self.dropout if self.training else 0.0, "column_scale": scale, "row_scale": row_scale}
 
-    def _add_norm(self, x: Tensor, h: Tensor, norm: nn.LayerNorm, **factors) -> Stream:
-        """Add x to the residual stream h and normalise."""
+    def _add_norm(self, x: Tensor, h: Tensor, norm: nn.LayerNorm | None, **factors) -> Stream:
+        """Add x to the residual stream h and normalise, if there is a norm."""
         selective = self.selective and torch.is_grad_enabled()
+        if norm is None:
+            h = (h + scale_branch(x, **factors)).to(h.dtype)
+            return Stream(h, h)
         out = residual_dropout_layer_norm(
             x, h, norm.weight, norm.bias, eps=norm.eps, return_residual=self.pre_norm or selective, **factors
         )
@@ -132,10 +138,17 @@ class Block(nn.Module):
             again = Again(partial(_norm_again, eps=norm.eps, dtype=x.dtype), (h, norm.weight, norm.bias))
         return Stream(y, h if self.pre_norm else y, again)
 
+    def _normalised(self, h: Tensor) -> Stream:
+        """The residual stream h with what the attention of a pre-norm layer reads."""
+        device_type = h.device.type
+        dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else h.dtype
+        again = Again(partial(_norm_again, eps=self.norm1.eps, dtype=dtype), (h, self.norm1.weight, self.norm1.bias))
+        return Stream(again.function(*again.sources), h, again if self.selective else None)
+
     def forward(
         self,
         stream: Stream,
-        next_norm: nn.LayerNorm,  # of whatever follows; pre-norm layers apply it
+        next_norm: nn.LayerNorm | None,  # of whatever follows; pre-norm layers apply it
         scope: Scope,
         select: Sequences | None = None,
         result_only: bool = False,
@@ -145,8 +158,11 @@ class Block(nn.Module):
         The result is the layer's output or, with ``layer_result`` "ffn", that of the FFN before the residual: in
         post-norm layers as it leaves the FFN, in pre-norm layers as it is added, so after LayerScale and DropPath.
         ``select`` gives all of these for those rows only, [M, C]; ``result_only`` ends with the result, and may leave
-        the stream out.
+        the stream out. A pre-norm layer that stands alone normalises ``stream.h`` itself, and leaves it as it is for a
+        ``next_norm`` of None.
         """
+        if self.alone and self.pre_norm:
+            stream = self._normalised(stream.h)
         middle, last = (self.norm2, next_norm) if self.pre_norm else (self.norm1, self.norm2)
         sequences = scope.sequences if select is None else select
         row_scale = drop_path_scale(stream.y, self.drop_path, self.training, sequences)
@@ -164,4 +180,6 @@ class Block(nn.Module):
             if result_only:
                 return None, ffn
         stream = self._add_norm(ffn, h, last, **factors)
+        if self.alone:
+            stream = stream._replace(again=None)  # it would read this layer's norm in the next layer's backward
         return stream, ffn if self.ffn_result else stream.h

@@ -31,8 +31,12 @@ class EncoderOutput(NamedTuple):
 class TransformerEncoder(nn.Module):
     """Positions, layers and norms between front-end and head (fairseq ``TransformerEncoder``, BEiT blocks).
 
-    ``grid`` is the number of patches along an image's side; only a relative-position bias needs it.
+    ``grid`` is the number of patches along an image's side; only a relative-position bias needs it. With a
+    ``layerdrop_seed`` LayerDrop draws from that on the CPU, instead of PyTorch's generator: the same layers on all
+    ranks that use the same seed, whatever else they draw.
     """
+
+    layerdrop_seed: int | None = None
 
     def __init__(self, config: EncoderConfig, grid: int = 0) -> None:
         super().__init__()
@@ -117,8 +121,7 @@ class TransformerEncoder(nn.Module):
         self, kept: Sequence[int], x: Tensor, scope: Scope, wanted: "_Wanted", results: list, states: list
     ) -> Stream | None:
         """Run these layers."""
-        # the norm in front of each layer, and the final one: pre-norm layers end with that of their successor
-        norms = [*(self.layers[index].norm1 for index in kept), self.norm]
+        norms = self._norms(kept)
         stream = self._first(x, norms[0])
         for index, next_norm in zip(kept, norms[1:], strict=True):
             stream, result = self._layer(index, stream, next_norm, scope, *wanted.of_layer(index == kept[-1]))
@@ -132,14 +135,14 @@ class TransformerEncoder(nn.Module):
         """The same with a draw on the device: all layers run, and those that LayerDrop skips change nothing."""
         count = len(self.layers)
         keep = torch.rand(count, device=x.device) > self.config.layerdrop
-        norms = [*(layer.norm1 for layer in self.layers), self.norm]
+        norms = self._norms(range(count))
         stream = self._first(x, norms[0])
         for index, next_norm in enumerate(norms[1:]):
             last, before = index == count - 1, stream
             stream, result = self._layer(index, before, next_norm, scope, *wanted.of_layer(last))
             if stream is not None:
                 h = wanted.rows_of(before.h) if last else before.h
-                y = h if self.config.norm == "post" else next_norm(h)
+                y = h if self.config.norm == "post" or next_norm is None else next_norm(h)
                 pairs = ((stream.y, y), (stream.h, h))
                 stream = Stream(*(torch.where(keep[index], new, old.to(new.dtype)) for new, old in pairs))
             wanted.hand_out(results, states, index, stream, result)
@@ -150,7 +153,24 @@ class TransformerEncoder(nn.Module):
             return Stream(x, x)
         # LayerScale makes increments of 1e-4: the stream stays in the weights' precision under autocast
         h = x.to(torch.promote_types(x.dtype, self.norm.weight.dtype))
-        return Stream(norm(h), h)
+        return Stream(h if norm is None else norm(h), h)
+
+    def _norms(self, kept: Sequence[int]) -> list[nn.LayerNorm | None]:
+        """The norm in front of each layer, and the final one: pre-norm layers end with that of their successor.
+
+        None where layers that stand alone apply it themselves.
+        """
+        first = [None if self.layers[index].alone else self.layers[index].norm1 for index in kept]
+        return [*first, self.norm]
+
+    def separate_layers(self) -> None:
+        """Let no layer read another one's parameters from now on, so that each can be sharded on its own (FSDP2).
+
+        Results are the same up to rounding. It costs a pass over memory for each layer of a pre-norm encoder, and with
+        selective checkpointing the memory of a layer's input.
+        """
+        for layer in self.layers:
+            layer.alone = True
 
     def _layer(self, index: int, stream: Stream, *options) -> tuple[Stream | None, Tensor]:
         layer = self.layers[index]
@@ -166,7 +186,9 @@ class TransformerEncoder(nn.Module):
         count = len(self.layers)
         if not self.training or self.config.layerdrop == 0:
             return list(range(count))
-        keep = torch.rand(count) > self.config.layerdrop  # drawn on the CPU: the host needs the answer
+        seed = self.layerdrop_seed
+        generator = None if seed is None else torch.Generator().manual_seed(seed)
+        keep = torch.rand(count, generator=generator) > self.config.layerdrop  # on the CPU: the host needs the answer
         return [i for i in range(count) if keep[i]]
 
     def _positions(self, x: Tensor, sequences: Sequences | None, padding_mask: Tensor | None) -> Tensor:

@@ -1,7 +1,8 @@
 """The teacher: an exponential moving average of the student (paper section 3.2; fairseq ``EMAModule``)."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -50,7 +51,7 @@ class EMATeacher(nn.Module):
     student's values after every update. Buffers are copied, whatever their dtype. Being a submodule of the model, the
     teacher moves, saves and loads with it, but stays float32 when the model becomes bfloat16 or float16: averages move
     by less than those can hold. Parameters that are DTensors (FSDP2) are averaged shard by shard,
-    without communication; shard ``module`` as the student is sharded.
+    without communication; shard ``module`` as the student is sharded, inside of :meth:`sharding`.
 
     Args:
         student: float32, bfloat16 or float16 parameters, contiguous or otherwise dense.
@@ -95,6 +96,7 @@ class EMATeacher(nn.Module):
         self._found: _Pairs | None = None
         self._last_update: int | None = None
         self._low: LowPrecisionCopy | None = None
+        self._sharded = self._follows = False  # whether parameters are DTensors, and those of skip known to be equal
         self._share(self._pairs())
         self._check_layouts()
         self.register_load_state_dict_post_hook(_share_again)  # runs as well when the load raises in the end
@@ -148,14 +150,34 @@ class EMATeacher(nn.Module):
             if skip is not None:
                 used = torch.where(skip == 0, used, torch.ones_like(skip, dtype=torch.float64))
             self._average(pairs, used)
+        self.follow_()
+        self.note_update(update)
+        return scheduled
+
+    @torch.no_grad()
+    def follow_(self) -> None:
+        """Take over from the student what is not averaged, as every update does; shards without communication."""
+        pairs = self._pairs()
         self._share(pairs)
         for mine, theirs in pairs.copied:
             _copy(mine, theirs)
         for mine, theirs in pairs.shared:
             if local_shard(mine).data_ptr() != local_shard(theirs).data_ptr():
                 _copy(mine, theirs)
-        self.note_update(update)
-        return scheduled
+        self._follows = True
+
+    @contextmanager
+    def sharding(self) -> Iterator[None]:
+        """Around ``fully_shard`` (FSDP2) of student and ``module``, the same layers in both.
+
+        From then on what is shared is copied at every update, as shards are memory of their own, and there are no
+        low-precision copies: the forward gathers parameters in the precision that FSDP2 is told.
+        """
+        self._unshare()
+        self.share, self.copies, self._low = False, None, None
+        yield
+        self._sharded = True
+        self.follow_()
 
     def note_update(self, update: int) -> None:
         """Take ``update`` as done: a replayed CUDA graph did what :meth:`update_` does."""
@@ -171,10 +193,12 @@ class EMATeacher(nn.Module):
             low.note_()
 
     def shares(self, name: str) -> bool:
-        """Whether every parameter of the part ``name`` of ``module`` is the student's own memory."""
+        """Whether every parameter of the part ``name`` of ``module`` is the student's own memory, or shards like it."""
         parameters = self.module.get_submodule(name).named_parameters(name)
         if not all(any(_within(path, prefix) for prefix in self.skip) for path, _ in parameters):
             return False
+        if self._sharded:  # known without a look: parameters are gathered while this is asked
+            return self._follows
         if not torch.compiler.is_compiling():
             self._note_sharing(self._pairs())
         return self._shares_all
@@ -281,13 +305,13 @@ class EMATeacher(nn.Module):
 
     def _unshare(self) -> None:
         for mine, theirs in self._pairs().shared:
-            if local_shard(mine).data_ptr() == local_shard(theirs).data_ptr():
+            if is_plain(mine) and mine.data_ptr() == theirs.data_ptr():
                 mine.data = mine.data.clone()
 
     def _load_from_state_dict(self, *args) -> None:
         # Loading writes in place, the teacher last: into the student's memory, were it still shared.
         self._unshare()
-        self._last_update = None
+        self._last_update, self._follows = None, False
         super()._load_from_state_dict(*args)
 
     def _apply(self, fn, recurse: bool = True) -> "EMATeacher":

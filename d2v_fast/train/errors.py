@@ -2,7 +2,7 @@
 
 from d2v_fast.errors import CheckpointError, UserError
 
-__all__ = ["CheckpointError", "ConfigError", "DataError", "TrainingStopped", "UserError"]
+__all__ = ["CheckpointError", "ConfigError", "DataError", "RankLost", "TrainingStopped", "UserError"]
 
 
 class ConfigError(UserError):
@@ -14,4 +14,8 @@ class DataError(UserError):
 
 
 class TrainingStopped(UserError):
-    """A guard ended the run: the loss is not finite, or the representations collapsed."""
+    """All ranks end the run: a guard found that it went wrong, or one of them cannot go on."""
+
+
+class RankLost(UserError):
+    """Another rank has ended, or did not answer in time."""

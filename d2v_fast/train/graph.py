@@ -11,7 +11,7 @@ from torch import Tensor
 from d2v_fast.nn import Batch, Data2Vec
 from d2v_fast.nn.sequences import Sequences
 from d2v_fast.optim import AdamWEMA
-from d2v_fast.train.step import StepMetrics, accumulate, apply, train_step
+from d2v_fast.train.step import StepMetrics, apply, backward, forward, train_step
 
 logger = logging.getLogger(__name__)
 
@@ -64,20 +64,29 @@ class CapturedStep:
         self._fixed: tuple = ()  # what the graphs take for given
         self._pool = self._stream = None
 
-    def __call__(self, batches: Sequence[Batch], *, lr: float, update: int) -> StepMetrics:
-        """Make update ``update + 1``; see :func:`d2v_fast.train.step.train_step`.
+    def __call__(
+        self,
+        batches: Sequence[Batch],
+        *,
+        lr: float,
+        update: int,
+        prepare: Callable[[int, Batch], Batch] | None = None,
+    ) -> StepMetrics:
+        """Make update ``update + 1``; arguments as of :func:`d2v_fast.train.step.train_step`.
 
         Raises:
             RuntimeError: ``strict``, and this update cannot be captured; or something in it waited for the device while
                 it was captured, whatever ``strict`` says: neither the stream nor the random generator is usable then.
         """
+        if prepare is not None and len(batches) == 1:
+            batches, prepare = [prepare(0, batches[0])], None
         self._forget_changed()
         shape = None if len(batches) != 1 else signature(batches[0])
         if shape in self._graphs:
             return self._replay(self._graphs[shape], batches[0], lr, update)
         reason = self._why_not(batches)
         if reason is not None:
-            return self._fall_back(reason, batches, lr, update)
+            return self._fall_back(reason, batches, lr, update, prepare)
         self._seen[shape] = self._seen.get(shape, 0) + 1
         if self._seen[shape] <= WARM_UP:
             return self._on_side_stream(batches, lr, update)
@@ -95,19 +104,25 @@ class CapturedStep:
             return f"more than max_graphs = {self.max_graphs} shapes of batches"
         return None
 
-    def _fall_back(self, reason: str, batches: Sequence[Batch], lr: float, update: int) -> StepMetrics:
+    def _fall_back(
+        self,
+        reason: str,
+        batches: Sequence[Batch],
+        lr: float,
+        update: int,
+        prepare: Callable[[int, Batch], Batch] | None,
+    ) -> StepMetrics:
         if self.strict:
             raise RuntimeError(f"the training step cannot run as a CUDA graph: {reason}")
         if reason not in self._reasons:
             self._reasons.add(reason)
             logger.warning("no CUDA graph for this update: %s", reason)
         self.fallbacks += 1
-        return self._eager(batches, lr, update)
+        return self._eager(batches, lr, update, prepare=prepare)
 
-    def _eager(self, batches: Sequence[Batch], lr: float, update: int) -> StepMetrics:
-        return train_step(
-            self.model, batches, self.optimizer, lr=lr, update=update, clip_norm=self.clip_norm, autocast=self.autocast
-        )
+    def _eager(self, batches: Sequence[Batch], lr: float, update: int, **how) -> StepMetrics:
+        how |= {"clip_norm": self.clip_norm, "autocast": self.autocast}
+        return train_step(self.model, batches, self.optimizer, lr=lr, update=update, **how)
 
     def _on_side_stream(self, batches: Sequence[Batch], lr: float, update: int) -> StepMetrics:
         """An eager update where capture will happen, so that whatever belongs to a stream is there by then."""
@@ -126,7 +141,7 @@ class CapturedStep:
 
         def body() -> Tensor:  # [5], the metrics
             with static_settings(self.optimizer, graph.lr):
-                output = accumulate(self.model, graph.batch, graph.weight, 1, self.autocast)
+                output = backward(forward(self.model, graph.batch, self.autocast), graph.weight, 1.0)
                 grad_norm, skipped = apply(self.model, self.optimizer, update + 1, self.clip_norm, graph.decay)
             return torch.cat([output, torch.stack([grad_norm, skipped]).to(output.dtype)])
 

@@ -6,10 +6,12 @@ exactly those that the interrupted one would have seen.
 """
 
 import hashlib
+import itertools
 import logging
 import os
 import signal
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -135,12 +137,24 @@ class _Loaded:
 
 
 class _Specs:
-    """The sampler: every batch from (epoch, index) on, without end. Always iterated in the main process."""
+    """The sampler: one of ``world_size`` batches from (epoch, index) on, without end.
 
-    def __init__(self, data: PretrainData, epoch: int, index: int) -> None:
-        self.data, self.epoch, self.index = data, epoch, index
+    It is always iterated in the main process; ``ends`` has, for each batch that is under way, the epoch and index of
+    the last one of its round.
+    """
+
+    def __init__(self, data: PretrainData, epoch: int, index: int, rank: int, world_size: int) -> None:
+        self.data, self.epoch, self.index, self.rank, self.world_size = data, epoch, index, rank, world_size
+        self.ends: deque[tuple[int, int]] = deque()
 
     def __iter__(self) -> Iterator[Spec]:
+        everything = self._all()
+        while True:
+            one_round = list(itertools.islice(everything, self.world_size))
+            self.ends.append(one_round[-1][:2])
+            yield one_round[self.rank]
+
+    def _all(self) -> Iterator[Spec]:
         epoch, start = self.epoch, self.index
         while True:
             plan = self.data.plan(epoch)
@@ -159,12 +173,19 @@ def batches(
     num_workers: int = 0,
     pin_memory: bool = False,
     prefetch: int = 2,
-) -> Iterator[tuple[int, int, Batch]]:
+    rank: int = 0,
+    world_size: int = 1,
+    keep_empty: bool = False,
+) -> Iterator[tuple[int, int, Batch | None]]:
     """Yield (epoch, index, batch) without end, starting with batch ``index`` of ``epoch``.
 
     The batches are the same for every ``num_workers``, and torch's global generator is left alone. A batch of which
     nothing could be read is left out; its files are named in the next one's ``skipped``. A few unreadable items never
     end a run; more than ten different ones do, once they are more than ``data.max_bad_fraction`` of the items so far.
+
+    Of every ``world_size`` batches in a row, one a rank, number ``rank`` is read and yielded, also across the end of
+    an epoch; (epoch, index) is then the place of the last of these, the same for all ranks. So ranks that start at one
+    place and take as many batches have read all up to there, none of them twice.
 
     Args:
         data: what to load.
@@ -172,18 +193,22 @@ def batches(
         num_workers: processes that read ahead (each with one torch thread); 0 reads in the calling thread.
         pin_memory: page-lock the batches; needs an accelerator.
         prefetch: batches that each worker reads ahead.
+        rank, world_size: which of the batches; ``rank`` from 0 to ``world_size - 1``.
+        keep_empty: yield None in place of a batch of which nothing could be read.
 
     Raises:
-        ConfigError: a negative argument, or ``prefetch`` 0.
+        ConfigError: a negative argument, ``prefetch`` 0, or ``rank`` not below ``world_size``.
         DataError: no batch of a whole epoch could be read, or too many items could not.
     """
     for name, value in (("epoch", epoch), ("index", index), ("num_workers", num_workers)):
         require(value >= 0, name, "at least 0", value)
     require(prefetch >= 1, "prefetch", "at least 1", prefetch)
+    require(0 <= rank < world_size, "rank", f"from 0 to {world_size - 1}", rank)
+    specs = _Specs(data, epoch, index, rank, world_size)
     loader = DataLoader(
         data,
         batch_size=None,
-        sampler=_Specs(data, epoch, index),
+        sampler=specs,
         num_workers=num_workers,
         collate_fn=_unchanged,
         pin_memory=pin_memory,
@@ -191,33 +216,43 @@ def batches(
         prefetch_factor=prefetch if num_workers else None,
         generator=torch.Generator(),  # else the loader takes its workers' seed from the global generator
     )
-    return _readable(data, loader, (epoch, index))
+    placed = _readable(data, loader, specs.ends, (epoch, index))
+    return placed if keep_empty else (one for one in placed if one[2] is not None)
 
 
 def _leave_stopping_to_the_main_process(worker: int) -> None:
-    # Schedulers send SIGTERM to the whole process group; the main process still needs its batches to stop in order.
-    # Only the first one is survived: the loader must be able to end a worker that hangs.
+    # Schedulers send signals to the whole process group; the main process still needs its batches to stop in order.
+    # Only the first SIGTERM is survived: the loader must be able to end a worker that hangs.
     signal.signal(signal.SIGTERM, lambda number, frame: signal.signal(number, signal.SIG_DFL))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def _unchanged(loaded: _Loaded) -> _Loaded:
     return loaded
 
 
-def _readable(data: PretrainData, loader: DataLoader, start: tuple[int, int]) -> Iterator[tuple[int, int, Batch]]:
-    """Drop the batches that came back empty, hand on their files' names, and log each name once."""
+def _readable(
+    data: PretrainData, loader: DataLoader, ends: deque[tuple[int, int]], start: tuple[int, int]
+) -> Iterator[tuple[int, int, Batch | None]]:
+    """Batches with the places in ``ends``; None for empty ones, whose files' names the next one takes along.
+
+    Each name is logged once.
+    """
     pending: Skipped = ()
     named: set[str] = set()
     read = bad = 0  # items since the start
-    # the epoch whose batches are being counted; one that was entered in the middle is not judged
-    current, count = start[0], int(start[1] > 0)
+    # the epoch whose batches are being counted; one that was entered in the middle is not judged, nor is one of which
+    # other ranks had all batches
+    current, count, tried = start[0], int(start[1] > 0), False
     for loaded in loader:
         if loaded.epoch != current:
-            if count == 0:
+            if count == 0 and tried:
                 name, reason = pending[-1] if pending else ("?", "unknown")
                 raise DataError(f"nothing readable in epoch {current} of {data.describe()}; last: {name}: {reason}")
             current, count = loaded.epoch, 0
+        tried = True
         for name, reason in loaded.skipped:
             if name not in named:
                 logger.warning("skipped %s: %s", name, reason)
@@ -227,9 +262,10 @@ def _readable(data: PretrainData, loader: DataLoader, start: tuple[int, int]) ->
             raise too_many_bad(bad, read, data.max_bad_fraction, loaded.skipped)
         if loaded.batch is None:
             pending += loaded.skipped
+            yield *ends.popleft(), None
             continue
         count += 1
-        yield loaded.epoch, loaded.index, replace(loaded.batch, skipped=pending + loaded.batch.skipped)
+        yield *ends.popleft(), replace(loaded.batch, skipped=pending + loaded.batch.skipped)
         pending = ()
 
 

@@ -1,0 +1,311 @@
+"""The processes ("ranks") of a run: which one this is, and what they tell each other on the host.
+
+torchrun starts them and says in the environment who is who. Two process groups: gradients, and parameters of sharded
+models, go through NCCL (gloo on a CPU); whatever the host has to know of all ranks goes through a gloo group of its
+own, the control group, which waits for no device.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+
+from d2v_fast.train.errors import ConfigError, RankLost, TrainingStopped, UserError
+
+logger = logging.getLogger(__name__)
+
+Mode = Literal["none", "ddp", "fsdp2", "hsdp"]
+VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # as torchrun sets them
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistributedConfig:
+    """How a run is spread over processes (docs/distributed.md)."""
+
+    # ddp: a whole model on each rank; fsdp2: parameters, averages and optimizer state in shards over all ranks; hsdp:
+    # in shards over shard_size ranks, and replicas of these. auto: ddp on several ranks, none on one
+    mode: Literal["auto", "none", "ddp", "fsdp2", "hsdp"] = "auto"
+    timeout: float = 600.0  # seconds that a rank waits for the others before it gives up
+    shard_size: int = 0  # hsdp: ranks that share one copy of the model; 0 = those of one machine
+
+    def __post_init__(self) -> None:
+        if not 0 < self.timeout < float("inf"):
+            raise ValueError(f"distributed.timeout must be a number of seconds above 0, got {self.timeout}")
+        if self.shard_size < 0:
+            raise ValueError(f"distributed.shard_size must be at least 0, got {self.shard_size}")
+
+
+class PendingSum:
+    """A sum over ranks that is under way."""
+
+    def __init__(self, ranks: "Ranks", numbers: torch.Tensor, work: dist.Work | None) -> None:
+        self._ranks, self._numbers, self._work = ranks, numbers, work
+
+    def read(self) -> list[int]:
+        """The sums; waits for the other ranks.
+
+        Raises:
+            RankLost: they did not come.
+        """
+        if self._work is not None:
+            with self._ranks.waiting("the others' numbers of this update"):
+                self._work.wait()
+            self._work = None
+        return self._numbers.tolist()
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """The ranks of a run, as one of them sees them. Collectives are called by all, in the same order."""
+
+    rank: int
+    world_size: int
+    local_rank: int  # among those of this machine
+    local_world_size: int
+    device: torch.device
+    mode: Mode = "none"
+    timeout: float = DistributedConfig.timeout  # seconds
+    control: dist.ProcessGroup | None = None  # None: no other ranks
+
+    @classmethod
+    def alone(cls, device: torch.device | str = "cpu") -> "Ranks":
+        """One process that needs no others."""
+        return cls(0, 1, 0, 1, torch.device(device))
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which prints and writes for all."""
+        return self.rank == 0
+
+    def sum(self, numbers: Sequence[int]) -> PendingSum:
+        """Begin to add up ``numbers``, as many on every rank; returns at once."""
+        own = torch.tensor(numbers, dtype=torch.int64)
+        if self.control is None:
+            return PendingSum(self, own, None)
+        with self.waiting("the others' numbers of this update"):
+            return PendingSum(self, own, dist.all_reduce(own, group=self.control, async_op=True))
+
+    def exchange(self, numbers: Sequence[float]) -> list[list[float]]:
+        """The ``numbers`` of every rank, as many on each, in one collective."""
+        if self.control is None:
+            return [list(numbers)]
+        own = torch.tensor(numbers, dtype=torch.float64)
+        found = own.new_empty(self.world_size * own.numel())
+        with self.waiting("the others' metrics"):
+            dist.all_gather_into_tensor(found, own, group=self.control)
+        return found.view(self.world_size, -1).tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """The ``value`` of every rank: anything that can be pickled."""
+        if self.control is None:
+            return [value]
+        found: list[Any] = [None] * self.world_size
+        with self.waiting("the others"):
+            dist.all_gather_object(found, value, group=self.control)
+        return found
+
+    @contextmanager
+    def together(self, doing: str) -> Iterator[None]:
+        """Around what every rank does: if it fails on one, it fails on all.
+
+        Raises:
+            TrainingStopped: it failed on another rank, whose own error says why.
+        """
+        failure: Exception | None = None
+        try:
+            yield
+        except Exception as error:
+            failure = error
+        found = self.gather(None if failure is None else describe(failure))
+        if failure is not None:
+            raise failure
+        self.raise_first(doing, found)
+
+    def raise_first(self, doing: str, failures: Sequence[str | None]) -> None:
+        """Raise TrainingStopped for the first of ``failures``, one of every rank, unless there is none."""
+        for rank, failure in enumerate(failures):
+            if failure is not None:
+                raise TrainingStopped(f"{doing} failed on rank {rank}: {failure}")
+
+    def check_same(self, what: str, values: Mapping[str, Any]) -> None:
+        """Refuse to go on with ranks that were told different things.
+
+        Raises:
+            ConfigError: a value differs; all of them are named, and the ranks that have them.
+        """
+        everyone = self.gather({name: repr(value) for name, value in values.items()})
+        lines = []
+        for name in sorted(set().union(*everyone)):
+            found: dict[str, list[int]] = {}
+            for rank, theirs in enumerate(everyone):
+                found.setdefault(theirs.get(name, "missing"), []).append(rank)
+            if len(found) > 1:
+                lines.append(f"{name}: " + ", ".join(f"{value} on {_named(ranks)}" for value, ranks in found.items()))
+        if lines:
+            raise ConfigError(f"{what} must be the same on all ranks, and differs: {'; '.join(lines)}")
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Around a collective of the control group: what it raises when a rank is gone or hangs becomes a UserError.
+
+        Raises:
+            RankLost: another rank has ended, or did not come within the time-out.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise RankLost(
+                f"rank {self.rank} waited for {what} in vain, at most {self.timeout:g} s (distributed.timeout): a rank "
+                f"has ended or hangs ({reason}). Its own message says more; the same command continues the run."
+            ) from error
+
+
+def describe(error: BaseException) -> str:
+    """One line for other ranks."""
+    return str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+
+
+def _named(ranks: Sequence[int]) -> str:
+    few = ", ".join(map(str, ranks[:8])) + (" ..." if len(ranks) > 8 else "")
+    return f"rank {few}" if len(ranks) == 1 else f"ranks {few}"
+
+
+@dataclass(frozen=True)
+class _Environment:
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+
+
+def read_environment(environment: Mapping[str, str]) -> _Environment | None:
+    """What torchrun says; None where it did not start this process.
+
+    Raises:
+        ConfigError: only a part of the variables is there, or one is no number that fits.
+    """
+    if "RANK" not in environment and environment.get("WORLD_SIZE", "1") == "1":
+        return None
+    missing = [name for name in VARIABLES if not environment.get(name)]
+    if missing:
+        given = ", ".join(f"{name}={environment[name]}" for name in VARIABLES if environment.get(name))
+        raise ConfigError(
+            f"the environment says {given}, but not {', '.join(missing)}: start all ranks by torchrun, which sets "
+            f"{', '.join(VARIABLES)}, or unset these for a run of one process"
+        )
+    local = environment.get("LOCAL_WORLD_SIZE") or "1"
+    values = {name: environment[name] for name in VARIABLES if name != "MASTER_ADDR"} | {"LOCAL_WORLD_SIZE": local}
+    for name, value in values.items():
+        if not value.isdecimal():
+            raise ConfigError(f"{name} in the environment must be a number, got {value!r}")
+    rank, world_size, local_rank = (int(values[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+    if not (rank < world_size and local_rank < world_size):
+        raise ConfigError(
+            f"RANK and LOCAL_RANK in the environment must be below WORLD_SIZE={world_size}, got {rank}, {local_rank}"
+        )
+    return _Environment(rank, world_size, local_rank, max(int(local), local_rank + 1))
+
+
+def resolve_mode(mode: str, world_size: int) -> Mode:
+    """What "auto" means.
+
+    Raises:
+        ConfigError: "none" for several ranks.
+    """
+    if mode == "auto":
+        return "ddp" if world_size > 1 else "none"
+    if mode == "none" and world_size > 1:
+        raise ConfigError(f"distributed.mode must be ddp, fsdp2, hsdp or auto for {world_size} ranks, got none")
+    return mode
+
+
+def resolve_device(name: str, local_rank: int = 0) -> torch.device:
+    """The device of a rank; "auto" is CUDA if there is any, and a CUDA device without number is the rank's own.
+
+    Raises:
+        ConfigError: no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ConfigError(f"device must be auto, cpu or cuda[:N], got {name!r}") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device must be auto, cpu or cuda[:N], got {name!r}")
+    if device.type == "cpu":
+        return device
+    if not torch.cuda.is_available():
+        raise ConfigError(f"device {name!r} was asked for, and PyTorch {torch.__version__} sees no CUDA device")
+    index, count = local_rank if device.index is None else device.index, torch.cuda.device_count()
+    if device.index is not None and local_rank > 0:
+        raise ConfigError(f"device must be auto, cpu or cuda with several ranks on a machine, got {name!r}")
+    if index >= count:
+        raise ConfigError(f"device cuda:{index} was asked for, and there are {count} CUDA devices")
+    return torch.device("cuda", index)
+
+
+@contextmanager
+def join(config: DistributedConfig, device: str = "auto") -> Iterator[Ranks]:
+    """Meet the other ranks, and part from them afterwards; alone where neither environment nor mode ask for others.
+
+    A process group that is there already is used, and left.
+
+    Raises:
+        ConfigError: the environment is incomplete, the device is not there, or the ranks did not find each other.
+    """
+    where = read_environment(os.environ)
+    mode = resolve_mode(config.mode, 1 if where is None else where.world_size)
+    own = resolve_device(device, 0 if where is None else where.local_rank)
+    if own.type == "cuda":
+        torch.cuda.set_device(own)
+    if mode == "none":
+        yield Ranks.alone(own)
+        return
+    where = where or _Environment(0, 1, 0, 1)
+    made = not dist.is_initialized()
+    if made:
+        _meet(where, own, config.timeout)
+    ended_well = False
+    try:
+        control = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout))
+        yield Ranks(
+            rank=where.rank,
+            world_size=where.world_size,
+            local_rank=where.local_rank,
+            local_world_size=where.local_world_size,
+            device=own,
+            mode=mode,
+            timeout=config.timeout,
+            control=control,
+        )
+        ended_well = True
+    finally:
+        # after an error others may still be in a collective: NCCL would wait for them here
+        if made and (ended_well or own.type == "cpu"):
+            dist.destroy_process_group()
+
+
+def _meet(where: _Environment, device: torch.device, timeout: float) -> None:
+    options: dict[str, Any] = {"timeout": timedelta(seconds=timeout)}
+    if device.type == "cuda":
+        options["device_id"] = device
+    if "MASTER_PORT" not in os.environ:  # one process without torchrun
+        options["store"] = dist.HashStore()
+    try:
+        dist.init_process_group(
+            "nccl" if device.type == "cuda" else "gloo", rank=where.rank, world_size=where.world_size, **options
+        )
+    except (RuntimeError, ValueError) as error:
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ConfigError(
+            f"rank {where.rank} of {where.world_size} did not meet the others at {address} within {timeout:g} s "
+            f"(distributed.timeout): {error}"
+        ) from error
