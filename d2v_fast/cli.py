@@ -98,13 +98,23 @@ def export(
 
 @app.command(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "allow_interspersed_args": False},
-    options_metavar="COMMAND [ARGS]...",
+    options_metavar="[OPTIONS] COMMAND [ARGS]...",
 )
-def run(context: typer.Context) -> None:
+def run(
+    context: typer.Context,
+    without: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PART,...",
+            help="parts to leave: ema, loss, targets, attention, conv, norms, encoder, masks, metrics",
+        ),
+    ] = None,
+    strict: Annotated[bool, typer.Option("--strict", help="an error instead of leaving anything else")] = False,
+) -> None:
     """Run a training command of fairseq, Transformers or BEiT with our ops in it: a script, x.py or -m module."""
     from d2v_fast.launch import launch
 
-    launch(context.args)
+    launch(context.args, without, strict)
 
 
 @app.command()

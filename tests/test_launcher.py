@@ -1,6 +1,7 @@
 """``d2v-fast run``: the command is itself, and every Python below it has the hook. In processes of their own."""
 
 import importlib
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 from d2v_fast import launch
 from d2v_fast.errors import UserError
@@ -57,6 +59,7 @@ def test_resolve(script, monkeypatch, tmp_path):
         (["-m"], "COMMAND is missing"),
         (["no-such-command"], "no-such-command was not found"),
         (["no_such_script.py"], "no_such_script.py: there is no such file"),
+        (["--no-such"], "--no-such is no option of d2v-fast run"),
     ):
         with pytest.raises(UserError, match=message):
             launch.resolve(command)
@@ -69,6 +72,66 @@ def test_environment_is_added_to_once():
     assert launch.child_environment({})["PYTHONPATH"] == FOLDER
 
 
+def test_switches_go_into_the_environment():
+    """Those that were given; others stay as they were."""
+    inherited = {"D2V_FAST_WITHOUT": "conv", "D2V_FAST_STRICT": "1"}
+    found = launch.child_environment(inherited, "encoder, masks")
+    assert (found["D2V_FAST_WITHOUT"], found["D2V_FAST_STRICT"]) == ("encoder,masks", "1")
+    assert launch.child_environment(inherited)["D2V_FAST_WITHOUT"] == "conv"
+    assert launch.child_environment({}, None, True)["D2V_FAST_STRICT"] == "1"
+    for environment, without, message in (
+        ({}, "loss,strict", r"--without: 'strict' is no switch.*; switches are ema, loss, .*metrics$"),
+        ({"D2V_FAST_WITHOUT": "EMA"}, None, r"D2V_FAST_WITHOUT: 'EMA' is no switch \(nearest: ema\); switches are"),
+        ({"D2V_FAST_STRICT": "true"}, None, "D2V_FAST_STRICT must be 1 or 0, got 'true'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            launch.child_environment(environment, without)
+
+
+def test_switches_of_the_command_line(script):
+    path = script("""
+        import sys, torch
+        options = sys.modules["d2v_fast.auto"].handle.options
+        print(sys.argv[1:], len(options.parts), sorted({"ema", "encoder", "masks"} - options.parts), options.strict)
+    """)
+    theirs = ("--strict", "--without", "ema")
+    found = "['--strict', '--without', 'ema']"
+    assert run(path, *theirs)[0] == f"{found} 9 [] False\n"
+    assert run("--without", "encoder,masks", "--strict", path, *theirs)[0] == f"{found} 7 ['encoder', 'masks'] True\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        ("-I x.py", "-I ignores PYTHONPATH"),
+        ("-IB x.py", "-I ignores PYTHONPATH"),
+        ("-BE -m json.tool", "-E ignores PYTHONPATH"),
+        ("-Em json.tool", "-E ignores PYTHONPATH"),
+        ("-X dev -W ignore -I -c pass", "-I ignores PYTHONPATH"),
+        ("--check-hash-based-pycs never -S x.py", "-S imports no sitecustomize"),
+        ("x.py -I", None),
+        ("-m json.tool -I", None),
+        ("-Bc pass -E", None),
+        ("-WI -XE x.py", None),
+        ("-W I x.py -E", None),
+        ("-", None),
+        ("", None),
+    ],
+)
+def test_pythons_that_are_not_reached(arguments, reason):
+    for python in ("/usr/bin/python3.11", "python", "python3.13t"):
+        expected = None if reason is None else f"{python} {reason}"
+        assert launch.unreached([python, *arguments.split()]) == expected
+    assert launch.unreached(["/usr/bin/fairseq-hydra-train", *arguments.split()]) is None
+
+
+def test_isolated_python_is_told(script):
+    path = script("print('runs')")
+    out, err = run(sys.executable, "-IB", path)
+    assert out == "runs\n"
+    assert err == f"d2v_fast: {sys.executable} -I ignores PYTHONPATH, so that nothing is replaced in it\n"
+
+
 def test_command_line_errors(script):
     broken = Path(script("", "broken"))
     broken.write_bytes(b"\x7fELF")
@@ -77,6 +140,8 @@ def test_command_line_errors(script):
         ((), "error: COMMAND is missing"),
         (("no-such-command",), "error: COMMAND no-such-command was not found"),
         (("no.py",), "error: COMMAND no.py: there is no such file"),
+        (("--wihtout", "masks", "x.py"), "error: --wihtout is no option of d2v-fast run: there are --without"),
+        (("--without", "masks,encodr", "x.py"), "error: --without: 'encodr' is no switch (nearest: encoder); switches"),
         ((str(broken),), f"error: COMMAND {broken} cannot be executed"),
     ):
         out, err = run(*command, expect=1)
@@ -96,9 +161,10 @@ def test_the_command_is_itself(script):
 
 
 def test_without_torch_nothing_is_imported(script):
-    path = script("import sys; print(sorted(m for m in sys.modules if m.startswith(('d2v_fast', 'torch'))))")
+    path = script("import sys; print(*sorted(m for m in sys.modules if m.startswith(('d2v_fast', 'torch'))))")
     out, err = run(path)
-    assert out.strip() == "['d2v_fast', 'd2v_fast.errors', 'd2v_fast.launch', 'd2v_fast.launch.hooks']" and err == ""
+    ours = ["d2v_fast", "d2v_fast.errors", "d2v_fast.launch", "d2v_fast.launch.hooks", "d2v_fast.launch.switches"]
+    assert out.split() == ours and err == ""
 
 
 @pytest.mark.parametrize("name", [signal.SIGTERM, signal.SIGINT])
@@ -184,6 +250,82 @@ def test_who_reports(monkeypatch, capsys):
         monkeypatch.setattr(auto.handle, "patches", patches)
         auto._print_report()
         assert capsys.readouterr().err == ("the table\n" if expected else ""), (command, rank, patches)
+
+
+TIMM = """
+class ModelEmaV2:
+    device = None
+
+    def __init__(self, module):
+        self.module = module
+
+    def _update(self, model, update_fn):
+        raise AssertionError("this is not ours")
+"""
+TRAINING = """
+import sys
+import torch
+import torch.multiprocessing as mp
+from torch.utils.data import DataLoader
+
+def call_ours():
+    from timm.utils.model_ema import ModelEmaV2
+    ModelEmaV2(torch.nn.Linear(2, 2))._update(torch.nn.Linear(2, 2), lambda e, m: 0.5 * e + 0.5 * m)
+
+class Data(torch.utils.data.Dataset):
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, i):
+        call_ours()
+        return i
+
+def rank(index, calls):
+    import timm.utils.model_ema
+    list(DataLoader(Data(), num_workers=1))
+    if calls:
+        call_ours()
+
+if __name__ == "__main__":
+    list(DataLoader(Data(), num_workers=1))
+    mp.start_processes(rank, (False,), start_method="fork")
+    mp.start_processes(rank, (True,), nprocs=2, start_method=sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_first_rank_of_spawn_prints_its_table(script, tmp_path, method):
+    """Once, though workers of data loaders and ranks that never call ours are processes of the same kind."""
+    (tmp_path / "timm/utils").mkdir(parents=True)
+    (tmp_path / "timm/utils/model_ema.py").write_text(TIMM)
+    out, err = run(script(TRAINING), method)
+    tables = [line for line in err.splitlines() if not line.startswith("INFO")]
+    does = "all averages in one pass; integer buffers are copied, not averaged"
+    assert tables == [
+        "d2v_fast: 1 replaced, 0 left as they were",
+        f"  replaced    1 x ModelEmaV2._update  ema        {does}  1 call",
+        "d2v_fast: no supported class was imported in this process (children print their own table)",  # the command
+    ], err
+    assert out == ""
+
+
+def test_who_is_first(monkeypatch):
+    """A child of which nothing else is known, and that which has the number 0 wherever a number is known."""
+    monkeypatch.setenv("D2V_FAST_DISABLE", "1")
+    auto = importlib.import_module("d2v_fast.auto")
+    monkeypatch.delitem(sys.modules, "d2v_fast.auto")
+    monkeypatch.delenv("RANK", raising=False)
+    assert auto._rank() == 0
+    process = multiprocessing.Process(
+        target=importlib.import_module("torch.multiprocessing.spawn")._wrap, args=(print, 3, (), "errors")
+    )
+    monkeypatch.setattr(multiprocessing, "current_process", lambda: process)
+    assert auto._rank() == 3
+    monkeypatch.setenv("RANK", "2")
+    assert auto._rank() == 2
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    assert auto._rank() == 1
 
 
 def test_spawned_workers(script):

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from d2v_fast.errors import UserError
 from d2v_fast.launch.hooks import AfterImport
+from d2v_fast.launch.switches import PARTS
 from d2v_fast.patches import PatchError
 from d2v_fast.patches import all as everywhere
 from d2v_fast.patches._core import Options, Seam, fall_back, state_of
@@ -248,6 +250,7 @@ def test_registry_finds_a_class_in_any_module(tmp_path, monkeypatch, handle, ear
 @pytest.fixture
 def off(monkeypatch):
     assert everywhere._active is None
+    monkeypatch.setattr(everywhere, "_latest", None)
     monkeypatch.setattr(everywhere, "_known_classes", lambda which: CLASSES if which == "CLASSES" else {})
     yield
     if everywhere._active is not None:
@@ -269,9 +272,48 @@ def test_patch_all_twice_is_once(off, folder):
         assert "no supported class was imported" in report()
         load("toy_model").ToyModel().forward(3)
         assert report() == str(first) and "ToyModel.forward" in report()
-        with pytest.raises(PatchError, match="in force without strict=True"):
+        with pytest.raises(PatchError, match="is in force without switches and was called with strict=True: revert it"):
             patch_all(strict=True)
     assert everywhere._active is None and load("toy_model").ToyModel().forward(3) == 3
+
+
+def test_switches(off, folder):
+    with patch_all(encoder=False, strict=True) as first:
+        assert load("toy_model").ToyModel().forward(3) == 3
+        assert [s.reason for patch in first.patches for s in patch.skipped] == ["encoder=False"]
+        assert patch_all() is patch_all(strict=True, encoder=False) is first
+        expected = "in force with encoder=False, strict=True and was called with encoder=False, masks=False: revert"
+        with pytest.raises(PatchError, match=expected):
+            patch_all(encoder=False, masks=False)
+    with patch_all(masks=False):
+        assert load("toy_model").ToyModel().forward(3) == 6
+
+
+def test_switches_that_there_are_not(off):
+    with pytest.raises(TypeError, match=r"'mask' is no switch \(nearest: masks\); switches are ema, loss, .*metrics"):
+        patch_all(mask=False)
+    with pytest.raises(TypeError, match=r"encoder must be True or False, got 'no' \(str\)"):
+        patch_all(encoder="no")
+    with pytest.raises(TypeError, match="strict must be True or False, got 1"):
+        patch_all(strict=1)
+    assert everywhere._active is None
+
+
+def test_switches_of_the_environment(off, folder, monkeypatch):
+    monkeypatch.setenv("D2V_FAST_WITHOUT", "masks, encoder")
+    monkeypatch.setenv("D2V_FAST_STRICT", "1")
+    with everywhere.patch_all_as_told() as patched:
+        assert patched.options.strict and set(PARTS) - patched.options.parts == {"encoder", "masks"}
+        assert load("toy_model").ToyModel().forward(3) == 3
+    monkeypatch.setenv("D2V_FAST_WITHOUT", "encodr")
+    with pytest.raises(
+        UserError, match=r"D2V_FAST_WITHOUT: 'encodr' is no switch \(nearest: encoder\); switches are ema,"
+    ):
+        everywhere.patch_all_as_told()
+    monkeypatch.setenv("D2V_FAST_WITHOUT", "")
+    monkeypatch.setenv("D2V_FAST_STRICT", "yes")
+    with pytest.raises(UserError, match="D2V_FAST_STRICT must be 1 or 0, got 'yes'"):
+        everywhere.patch_all_as_told()
 
 
 def test_report_table(off, folder):
@@ -279,14 +321,26 @@ def test_report_table(off, folder):
         (folder / "a" / "toy_model.py").write_text("")
         load("a.toy_model")
         model = load("toy_model").ToyModel()
+        idle = "; nothing of ours was called in this process (children print their own table)"
+        assert str(patched).splitlines()[:2] == [
+            f"d2v_fast: 1 replaced, 1 left as they were{idle}",
+            "  replaced    1 x ToyModel.forward  encoder    twice as much  never called",
+        ]
         assert [model.forward(x) for x in (3, -3, -4)] == [6, -3, -4]
         del model
         assert str(patched).splitlines() == [
             "d2v_fast: 1 replaced, 1 left as they were",
-            "  replaced    1 x ToyModel.forward  encoder    twice as much",
+            "  replaced    1 x ToyModel.forward  encoder    twice as much  3 calls",
             "  left        1 x ToyModel          all        there is no such class in this version",
-            "  upstream    2 x ToyModel.forward  calls      negative",
+            "  upstream    2 x ToyModel.forward  of calls   negative",
         ]
+    assert report().splitlines() == [
+        "d2v_fast, taken back: 1 were replaced, 1 left as they were",
+        "  was replaced    1 x ToyModel.forward  encoder    twice as much  3 calls",
+        "  left            1 x ToyModel          all        there is no such class in this version",
+        "  upstream        2 x ToyModel.forward  of calls   negative",
+    ]
+    assert str(patched) == report()
 
 
 def test_disabled(off, folder, monkeypatch, caplog):

@@ -300,6 +300,27 @@ def test_fallbacks_are_counted_and_logged_once(model, caplog):
         model(X[:1])
 
 
+def test_calls_are_counted_wherever_they_come_from(model):
+    patch = patched(model, toy.SPREAD)
+    assert patch.calls == 0
+    model(X)
+    copied = copy.deepcopy(model)
+    copied.layers[0](X)
+    copied.spread(X)
+    assert patch.calls == 4
+    with pytest.raises(TypeError):
+        model.layers[1](None)
+    assert patch.calls == 5, "a call that fails was a call"
+    patch.revert()
+    model(X)
+    copied(X)
+    assert patch.calls == 5
+    with Patch("classes").apply([Site("", toy.Layer, toy.DOUBLE), Site("", toy.Toy, toy.SPREAD)], Options()) as patch:
+        model(X)
+        toy.Toy.spread(X)
+        assert patch.calls == 3, "subclasses inherit ours"
+
+
 # copies, pickles, wrappers, compilers
 
 
@@ -443,6 +464,12 @@ def test_compiled_in_one_graph(model, level):
         torch.testing.assert_close(compiled(X), 4 * two_layers(model))
         torch.testing.assert_close(compiled(X[:1]), two_layers(model, X[:1]))
         assert patch.fallbacks()["Layer.forward", "a single row"] >= 1
+        compiled(X)  # once more for the toy: its own note in the cache is new to a guard
+        traced = patch.calls
+        with torch.compiler.set_stance("fail_on_recompile"):
+            for _ in range(3):
+                compiled(X)
+        assert patch.calls == traced >= 2, "calls are counted where they are traced, and no guard depends on the count"
     torch.testing.assert_close(compiled(X), two_layers(model))
     torch.compiler.reset()
 
@@ -511,8 +538,33 @@ def test_switches(model, monkeypatch):
     patch = patches.patch(model, norms=False, strict=True)
     assert [s.seam.part for s in patch.applied] == ["metrics"]
     assert {s.reason for s in patch.skipped} == {"norms=False"}
-    with pytest.raises(TypeError, match="unexpected keyword argument 'nroms'"):
+    with pytest.raises(
+        TypeError, match=r"'nroms' is no switch \(nearest: norms\); switches are ema, loss, .*; and strict"
+    ):
         patches.patch(model, nroms=False)
+    with pytest.raises(TypeError, match=r"'flash' is no switch; switches are"):
+        patches.patch(model, flash=True)
+    for name, value in (("encoder", "no"), ("masks", 0), ("strict", "yes"), ("ema", None)):
+        with pytest.raises(TypeError, match=f"{name} must be True or False, got {value!r} \\({type(value).__name__}"):
+            patches.patch(model, **{name: value})
+
+
+def test_a_seam_of_two_parts_needs_both(model, monkeypatch):
+    both = inner_seam("forward", also=frozenset({"targets"}))
+    toy.install(monkeypatch, sites=lambda model, patch, options: [Site("", model, both)])
+    for off, reason in (({"loss": False}, "loss=False"), ({"targets": False}, "targets=False")):
+        patch = patches.patch(model, strict=True, **off)
+        assert not patch.applied and [s.reason for s in patch.skipped] == [reason]
+    assert patches.patch(model, loss=False, targets=False).skipped[0].reason == "loss=False, targets=False"
+    assert patches.patch(model, masks=False).applied
+
+
+def test_classes_are_not_asked_whether_ours_fits(model):
+    """Instances may differ; ``refuses`` looks at one."""
+    seam = inner_seam("forward", refuses=lambda owner: f"{owner.counter.shape} is odd")
+    with Patch("classes").apply([Site("", toy.Toy, seam)], Options(strict=True)) as patch:
+        assert patch.applied and torch.equal(model(X), two_layers(model) + 1)
+    assert "is odd" in Patch("toy").apply([Site("", model, seam)], Options()).skipped[0].reason
 
 
 @pytest.mark.parametrize(
@@ -548,22 +600,33 @@ def test_disabled_is_a_logged_no_op(model, monkeypatch, caplog):
 
 REPORT = """\
 d2v_fast on Toy: 3 replaced, 2 left as they were
-  replaced    2 x layers.* Layer.forward  norms      twice as much
-  replaced    1 x Toy.spread              metrics    ten times as much
+  replaced    2 x layers.* Layer.forward  norms      twice as much  3 calls
+  replaced    1 x Toy.spread              metrics    ten times as much  never called
   left        1 x Toy.nothing             loss       there is no such method in this version
   left        1 x Toy.forward             loss       loss=False
-  upstream    3 x Layer.forward           calls      a single row"""
+  upstream    2 x Layer.forward           of calls   a single row"""
+TAKEN_BACK = """\
+d2v_fast on Toy, taken back: 3 were replaced, 2 left as they were
+  was replaced    2 x layers.* Layer.forward  norms      twice as much  3 calls
+  was replaced    1 x Toy.spread              metrics    ten times as much  1 call
+  left            1 x Toy.nothing             loss       there is no such method in this version
+  left            1 x Toy.forward             loss       loss=False
+  upstream        2 x Layer.forward           of calls   a single row"""
 
 
-def test_report(model, monkeypatch):
+def test_report(model, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "d2v_fast.patches")
     model.layers[1] = toy.Layer()
     seams = (toy.SPREAD, inner_seam("nothing"))
     both = lambda model, patch, options: toy.sites(model, *seams)  # noqa: E731
     toy.install(monkeypatch, sites=both)
     patch = patches.patch(model)
+    assert "twice as much" in caplog.text and "called" not in caplog.text, "nothing can have been called yet"
     patch.skip("Toy.forward", "loss", "loss=False", harmless=True)
     model(X[:1])
-    model.layers[0](X[:1])
+    model.layers[0](X)
     assert str(patch) == REPORT
+    model.spread(X)
     patch.revert()
-    assert str(patch) == REPORT.replace("as they were\n", "as they were, taken back\n")
+    model(X)
+    assert str(patch) == TAKEN_BACK and repr(patch) == f"<{TAKEN_BACK.splitlines()[0]}>"

@@ -414,9 +414,9 @@ def test_report():
     assert lines == [
         "d2v_fast on Data2VecTextModel: 2 replaced, 6 left as they were",
         "replaced 1 x encoder.ema EMAModule._step_internal ema averages and the teacher's copy of them in one pass over"
-        " the memory",
+        " the memory never called",
         "replaced 1 x encoder Data2VecTextEncoder.forward loss no padding, last layers at masked tokens, targets and"
-        " loss in one op; waits for the device once",
+        " loss in one op; waits for the device once never called",
         "left 3 x encoder.sentence_encoder.layers.*.self_attn MultiheadAttention.forward attention attention=False",
         "left 3 x encoder.ema.model.layers.*.self_attn MultiheadAttention.forward attention attention=False",
     ]

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from d2v_fast.patches._compare import Comparison, compare
-from d2v_fast.patches._core import PARTS, Options, Patch, PatchError, disabled, logger
+from d2v_fast.patches._core import Options, Patch, PatchError, disabled, logger
 from d2v_fast.patches.all import PatchAll, patch_all, report
 
 __all__ = ["Comparison", "Patch", "PatchAll", "PatchError", "compare", "patch", "patch_all", "report"]
@@ -50,6 +50,7 @@ def patch(
     masks: bool = True,
     metrics: bool = True,
     strict: bool = False,
+    **unknown: Any,
 ) -> Patch:
     """Put our ops under ``model``, an instance; a second time nothing more happens.
 
@@ -59,17 +60,18 @@ def patch(
         teacher: a teacher that ``model`` does not hold itself; patched as well.
         ema, loss, targets, attention, conv, norms, encoder, masks, metrics: False leaves this part as it is.
         strict: raise for what does not fit, here, and at calls that ours would leave to the original.
+        unknown: always an error, which names the switch that was meant.
 
     Returns:
         What was replaced, what was not and why. It need not be kept. ``revert()`` takes all of it back.
 
     Raises:
+        TypeError: a switch that there is not, or that is not a bool.
         PatchError: a model of no supported class; or ``strict=True``, and something was skipped.
         RuntimeError: a CUDA graph is being captured.
     """
-    on = {"ema": ema, "loss": loss, "targets": targets, "attention": attention, "conv": conv, "norms": norms}
-    on |= {"encoder": encoder, "masks": masks, "metrics": metrics}
-    options = Options(frozenset(part for part in PARTS if on[part]), strict, teacher)
+    switches = {"ema": ema, "loss": loss, "targets": targets, "attention": attention, "conv": conv, "norms": norms}
+    options = Options.of(switches | {"encoder": encoder, "masks": masks, "metrics": metrics}, strict, unknown, teacher)
     model = unwrapped(model)
     kind = type(model).__name__
     result = Patch(f"d2v_fast on {kind}")

@@ -6,15 +6,16 @@ authors wrote them.
 """
 
 import inspect
-import re
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
+from d2v_fast.patches._calls import Calls, counted
 from d2v_fast.patches._fingerprint import fingerprint
+from d2v_fast.patches._report import Row, summary, table
 from d2v_fast.patches._rules import guarded, has_rules
 from d2v_fast.patches._seams import (
     MARK,
@@ -57,7 +58,6 @@ __all__ = [
     "is_ours",
     "logger",
     "state_of",
-    "table",
 ]
 _MISSING = object()
 REPLACED = "already replaced"
@@ -72,6 +72,7 @@ class Patch:
         self.skipped: list[Skipped] = []
         self.reverted = False
         self._past: Counter[tuple[str, str]] = Counter()  # fallbacks until it was reverted
+        self._calls: list[Calls] = []  # of each that was applied
         self._undo: list[tuple[Site, Callable, Any]] = []  # where, ours, what the __dict__ of a class had there
         self._copies: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # id -> a copy of an owner
         self._logged = (0, 0)  # how many of the applied and the skipped
@@ -97,18 +98,19 @@ class Patch:
         refused = [s for s in self.skipped if not s.harmless]
         if options.strict and refused:
             raise PatchError("strict=True: " + "; ".join(f"{s.name}: {s.reason}" for s in refused))
-        made = [(site, _made(site, options)) for site in wanted.values()]  # nothing is swapped if one of these raises
+        made = [(site, *_made(site, options)) for site in wanted.values()]  # nothing is swapped if one of these raises
         start = len(self._undo)
         try:
-            for site, ours in made:
+            for site, ours, _ in made:
                 self._swap(site, ours)
-            for site, _ in made:
+            for site, *_ in made:
                 if not isinstance(site.owner, type):
                     site.seam.prepare(site.owner)
         except BaseException:
             self._put_back(start)
             raise
         self.applied += wanted.values()
+        self._calls += [calls for *_, calls in made]
         self._log()
         return self
 
@@ -199,27 +201,38 @@ class Patch:
                     found[f"{type(owner).__name__}.{method}", reason] += count
         return found
 
-    def __repr__(self) -> str:
-        back = ", taken back" if self.reverted else ""
-        return f"<{self.title}: {len(self.applied)} replaced, {len(self.skipped)} left as they were{back}>"
+    @property
+    def calls(self) -> int:
+        """Calls of all methods of ours, those among them that went to the original included."""
+        return sum(calls.count for calls in self._calls)
 
-    def rows(self) -> list[tuple[str, str, str, str, int]]:
-        """Lines of the table: (what, name, part, text, count)."""
-        rows = [("replaced", s.name, s.seam.part, s.seam.does, 1) for s in self.applied]
-        rows += [("left", s.name, s.part, s.reason, 1) for s in self.skipped]
-        rows += [("upstream", name, "calls", why, count) for (name, why), count in sorted(self.fallbacks().items())]
+    def __repr__(self) -> str:
+        title = f"{self.title}, taken back" if self.reverted else self.title
+        return f"<{title}: {summary(len(self.applied), len(self.skipped), self.reverted)}>"
+
+    def rows(self) -> list[Row]:
+        """Lines of the table."""
+        replaced = "was replaced" if self.reverted else "replaced"
+        both = zip(self.applied, self._calls, strict=True)
+        rows = [Row(replaced, s.name, s.seam.part, s.seam.does, calls=calls.count) for s, calls in both]
+        rows += [Row("left", s.name, s.part, s.reason) for s in self.skipped]
+        found = sorted(self.fallbacks().items())
+        rows += [Row("upstream", name, "of calls", why, count) for (name, why), count in found]
         return rows
 
     def __str__(self) -> str:
-        """The table: what was replaced, what was not and why, and calls that went to the original."""
+        """The table: what was replaced and how often it was called, what was not replaced and why.
+
+        Calls that went to the original in spite of the patch are lines of their own; they are among the calls above.
+        """
         return "\n".join([repr(self)[1:-1], *table(self.rows())])
 
     def _log(self) -> None:
         applied, skipped = self._logged
         self._logged = (len(self.applied), len(self.skipped))
-        for line in table(("replaced", s.name, s.seam.part, s.seam.does, 1) for s in self.applied[applied:]):
+        for line in table(Row("replaced", s.name, s.seam.part, s.seam.does) for s in self.applied[applied:]):
             logger.info(line.strip())
-        for line in table(("left", s.name, s.part, s.reason, 1) for s in self.skipped[skipped:] if not s.harmless):
+        for line in table(Row("left", s.name, s.part, s.reason) for s in self.skipped[skipped:] if not s.harmless):
             logger.warning(line.strip())
 
 
@@ -232,8 +245,9 @@ def _has(site: Site, ours: Callable) -> bool:
 def _unfit(site: Site, options: Options) -> tuple[str | None, bool]:
     """Why this stays as it is, and whether that is all right; (None, False) where it does not."""
     seam, owner, method = site.seam, site.owner, site.method
-    if seam.part not in options.parts:
-        return f"{seam.part}=False", True
+    off = [part for part in (seam.part, *sorted(seam.also)) if part not in options.parts]
+    if off:
+        return ", ".join(f"{part}=False" for part in off), True
     if method is None:
         return "there is no such method in this version", False
     if isinstance(method, classmethod) or not (
@@ -249,11 +263,12 @@ def _unfit(site: Site, options: Options) -> tuple[str | None, bool]:
         return f"this object has a {name} of its own, which ours would replace", False
     if seam.known and (found := fingerprint(method)) not in seam.known:
         return f"its source is not one that ours was written from (fingerprint {found})", False
-    return seam.refuses(owner), False
+    # instances of a class may differ: there, ours looks at each call
+    return None if isinstance(owner, type) else seam.refuses(owner), False
 
 
-def _made(site: Site, options: Options) -> Callable:
-    """Our function, under the name and signature of the original."""
+def _made(site: Site, options: Options) -> tuple[Callable, Calls]:
+    """Our function, under the name and signature of the original, and the count of its calls."""
     attribute = site.seam.attribute
     original = getattr(site.kind, attribute)
     ours = site.seam.make(original, options)
@@ -261,18 +276,9 @@ def _made(site: Site, options: Options) -> Callable:
         raise TypeError(f"make() of the seam at {site.name} returned the original method")
     if site.seam.op and has_rules(site.seam.op):
         ours = guarded(ours, original, site.seam.op, lambda owner, reason: note(owner, attribute, reason))
+    ours, calls = counted(ours)
     ours.__name__, ours.__qualname__ = attribute, getattr(original, "__qualname__", attribute)
     # callers look at the arguments by name; __wrapped__ would invite them to unwrap ours
     ours.__signature__ = inspect.signature(original)
     setattr(ours, MARK, site.seam)
-    return ours
-
-
-def table(rows: Iterable[tuple[str, str, str, str, int]]) -> Iterator[str]:
-    """Aligned lines of (what, name, part, text, count); places that differ in a number only share one."""
-    counts: Counter[tuple[str, str, str, str]] = Counter()
-    for what, name, part, text, count in rows:
-        counts[what, re.sub(r"\b\d+\b", "*", name), part, text] += count
-    width = max((len(name) for _, name, _, _ in counts), default=0)
-    for (what, name, part, text), count in counts.items():
-        yield f"  {what:<8} {count:>4} x {name:<{width}}  {part:<9}  {text}"
+    return ours, calls

@@ -3,14 +3,14 @@
 import inspect
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from d2v_fast.errors import UserError
+from d2v_fast.launch.switches import PARTS, check
 
 logger = logging.getLogger("d2v_fast.patches")
-PARTS = ("ema", "loss", "targets", "attention", "conv", "norms", "encoder", "masks", "metrics")
 MARK = "__d2v_fast__"  # functions of ours have it, and what others wrap around them by functools.wraps
 
 
@@ -26,6 +26,16 @@ class Options:
     strict: bool = False
     teacher: Any = None  # of another object than the model, where its owner keeps it apart (BEiT-style training)
 
+    @classmethod
+    def of(cls, switches: Mapping[str, Any], strict: Any, unknown: Mapping[str, Any], teacher: Any = None) -> "Options":
+        """From one switch for each part, and keywords that nobody knows.
+
+        Raises:
+            TypeError: there are such keywords, or a switch is not a bool.
+        """
+        check({**unknown, **switches, "strict": strict})
+        return cls(frozenset(part for part in PARTS if switches[part]), strict, teacher)
+
 
 @dataclass(frozen=True)
 class Seam:
@@ -37,10 +47,11 @@ class Seam:
     make: Callable[[Callable, Options], Callable]
     does: str  # what is better now, for the report
     known: frozenset[str] = frozenset()  # fingerprints of the sources that ours was written from; empty: any
-    refuses: Callable[[Any], str | None] = field(default=lambda owner: None)  # why ours does not fit this owner
+    refuses: Callable[[Any], str | None] = field(default=lambda owner: None)  # why ours does not fit this instance
     # called when the method is in place at an instance: builds what a compiler could not trace being built
     prepare: Callable[[Any], None] = field(default=lambda owner: None)
     op: str = ""  # of benchmarks/bench_*.py; at sizes where it was measured to be slower (_rules.py) upstream's runs
+    also: frozenset[str] = frozenset()  # more of PARTS that it needs: it does the work of these as well
 
 
 @dataclass(frozen=True)

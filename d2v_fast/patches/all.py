@@ -7,18 +7,23 @@ are told by the name of their class alone, in whatever module.
 
 import functools
 import importlib
+import os
 import sys
 import threading
 import weakref
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 from d2v_fast.launch.hooks import AfterImport, complete
-from d2v_fast.patches._core import Options, Patch, PatchError, Seam, Site, disabled, logger, table
+from d2v_fast.launch.switches import PARTS, from_environment
+from d2v_fast.patches._core import Options, Patch, PatchError, Seam, Site, disabled, logger
+from d2v_fast.patches._report import summary, table
 
 REGISTRY = "fairseq.models"  # has MODEL_REGISTRY and register_model
 Seams = Callable[[type], list[Seam]]
 _active: "PatchAll | None" = None
+_latest: "PatchAll | None" = None  # in force or taken back
 
 
 class PatchAll:
@@ -33,6 +38,7 @@ class PatchAll:
         self.options = options
         self._lock = threading.RLock()
         self._active = False
+        self.reverted = False
         self._seen: weakref.WeakSet[type] = weakref.WeakSet()
         self._registries: list[tuple[ModuleType, Callable, Callable]] = []  # module, our register_model, theirs
         self._endings: dict[str, list[tuple[str, str, Seams]]] = {}  # last name -> (module, class, its seams)
@@ -142,6 +148,7 @@ class PatchAll:
                     models.register_model = original
             for patch in reversed(self.patches):
                 patch.revert()
+            self.reverted = True
             if _active is self:
                 _active = None
 
@@ -151,18 +158,29 @@ class PatchAll:
     def __exit__(self, *exc: object) -> None:
         self.revert()
 
+    @property
+    def calls(self) -> int:
+        """Calls of all methods of ours in this process."""
+        return sum(patch.calls for patch in self.patches)
+
     def __str__(self) -> str:
-        """The table: what was replaced, what was not and why, and calls that went to the original."""
+        """The table: what was replaced and how often it was called, what was not replaced and why.
+
+        Calls that went to the original in spite of the patch are lines of their own; they are among the calls above.
+        """
         if self.disabled:
             return "d2v_fast: D2V_FAST_DISABLE=1, nothing was replaced"
+        title = "d2v_fast, taken back" if self.reverted else "d2v_fast"
         if not self.patches:
-            return "d2v_fast: no supported class was imported in this process (children print their own table)"
-        rows = [row for patch in self.patches for row in patch.rows()]
+            return f"{title}: no supported class was imported in this process (children print their own table)"
         replaced = sum(len(patch.applied) for patch in self.patches)
-        left = sum(len(patch.skipped) for patch in self.patches)
+        heading = summary(replaced, sum(len(patch.skipped) for patch in self.patches), self.reverted)
+        if replaced and not self.calls:
+            heading += "; nothing of ours was called in this process (children print their own table)"
+        rows = [row for patch in self.patches for row in patch.rows()]
         # stable: what was replaced in any module comes first
-        rows.sort(key=lambda row: ("replaced", "left", "upstream").index(row[0]))
-        return "\n".join([f"d2v_fast: {replaced} replaced, {left} left as they were", *table(rows)])
+        rows.sort(key=lambda row: ("replaced", "was replaced", "left", "upstream").index(row.what))
+        return "\n".join([f"{title}: {heading}", *table(rows)])
 
 
 def _known_classes(which: str) -> dict[str, dict[str, Seams]]:
@@ -171,31 +189,72 @@ def _known_classes(which: str) -> dict[str, dict[str, Seams]]:
     return {name: getattr(module, which, {}) for name, module in modules.items()}
 
 
-def patch_all(strict: bool = False) -> PatchAll:
+def patch_all(
+    *,
+    ema: bool = True,
+    loss: bool = True,
+    targets: bool = True,
+    attention: bool = True,
+    conv: bool = True,
+    norms: bool = True,
+    encoder: bool = True,
+    masks: bool = True,
+    metrics: bool = True,
+    strict: bool = False,
+    **unknown: Any,
+) -> PatchAll:
     """Put our ops into every supported class of fairseq, Transformers and BEiT-style code, imported before or after.
 
-    A second call returns the handle of the first. With ``D2V_FAST_DISABLE=1`` nothing happens, and the log says so.
+    A second call that asks for nothing else returns the handle of the first, with the switches of the first. With
+    ``D2V_FAST_DISABLE=1`` nothing happens, and the log says so.
 
     Args:
+        ema, loss, targets, attention, conv, norms, encoder, masks, metrics: False leaves this part as it is.
         strict: raise for what does not fit, from here or from the import of the module with it.
+        unknown: always an error, which names the switch that was meant.
 
     Raises:
-        PatchError: ``strict=True``, and something does not fit, or all this is in force already without it.
+        TypeError: a switch that there is not, or that is not a bool.
+        PatchError: ``strict=True``, and something does not fit; or all this is in force already with other switches.
         RuntimeError: a CUDA graph is being captured.
     """
-    global _active
+    global _active, _latest
+    switches = {"ema": ema, "loss": loss, "targets": targets, "attention": attention, "conv": conv, "norms": norms}
+    options = Options.of(switches | {"encoder": encoder, "masks": masks, "metrics": metrics}, strict, unknown)
     if _active is not None:
-        if strict and not _active.options.strict:
-            raise PatchError("patch_all() is in force without strict=True: revert it first")
-        logger.info("patch_all() is in force already")
+        _check_same(options, _active.options)
+        logger.info("patch_all() is in force already%s", _described(_active.options))
         return _active
-    handle = PatchAll(_known_classes("NAMES" if disabled() else "CLASSES"), Options(strict=strict))
+    handle = PatchAll(_known_classes("NAMES" if disabled() else "CLASSES"), options)
     if handle.disabled:
         logger.warning("D2V_FAST_DISABLE=1: all classes stay as they are")
     else:
-        _active = handle
+        _active = _latest = handle
     handle.start()
     return handle
+
+
+def patch_all_as_told() -> PatchAll:
+    """:func:`patch_all` with the switches that ``D2V_FAST_WITHOUT`` and ``D2V_FAST_STRICT`` name.
+
+    Raises:
+        UserError: these name what there is not; or as :func:`patch_all` does.
+    """
+    return patch_all(**from_environment(os.environ))
+
+
+def _check_same(wanted: Options, found: Options) -> None:
+    """Raise where a second call asks for what the first did not. A call without any switch asks for nothing."""
+    other_parts = wanted.parts not in (found.parts, frozenset(PARTS))
+    if other_parts or (wanted.strict and not found.strict):
+        asked, there = (_described(options) or " without switches" for options in (wanted, found))
+        raise PatchError(f"patch_all() is in force{there} and was called{asked}: revert it first")
+
+
+def _described(options: Options) -> str:
+    """What differs from the defaults, e.g. `` with encoder=False, strict=True``."""
+    found = [f"{part}=False" for part in PARTS if part not in options.parts] + ["strict=True"] * options.strict
+    return f" with {', '.join(found)}" if found else ""
 
 
 def look(module: ModuleType) -> None:
@@ -205,7 +264,7 @@ def look(module: ModuleType) -> None:
 
 
 def report() -> str:
-    """What :func:`patch_all` replaced so far, what it left and why, and calls that went to the original."""
-    if _active is None:
-        return "d2v_fast: D2V_FAST_DISABLE=1, nothing was replaced" if disabled() else "d2v_fast: patch_all() is off"
-    return str(_active)
+    """What :func:`patch_all` replaced so far, how often that was called, and what it left and why."""
+    if disabled() and _active is None:
+        return "d2v_fast: D2V_FAST_DISABLE=1, nothing was replaced"
+    return "d2v_fast: patch_all() is off" if _latest is None else str(_latest)

@@ -73,6 +73,6 @@ ATTENTION = Seam(
     "the best backend there is, for calls that the encoder leaves",
     known=frozenset({"eadb6eb07b09a35a", "214c4df384df602d", "c241212ae8c3d90e", "6b71952d827c3fde"})
     | {"6bc70f10ea72ce95", "3d9f8930753eb50b", "a66dde0967f64265"},
-    refuses=lambda owner: None if isinstance(owner, type) else unfit_attention(owner),
+    refuses=unfit_attention,
     op="attention",
 )

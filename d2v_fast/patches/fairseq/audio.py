@@ -200,6 +200,7 @@ FORWARD = Seam(
     _make_forward,
     "targets, loss and spreads in one op; last layers at the rows that are read; no waiting for the device",
     frozenset({"ee3f15a4dd64d1d8"}),
+    also=frozenset({"targets"}),
 )
 
 
@@ -209,11 +210,7 @@ def sites(model: nn.Module, patch: Patch, options: Options) -> list[Site]:
     for path, module in model.named_modules():
         if "Data2VecAudioModel" not in {kind.__name__ for kind in type(module).__mro__}:
             continue
-        found.append(Site(path, module, APPLY_MASK))
-        if "targets" in options.parts:
-            found.append(Site(path, module, FORWARD))
-        else:
-            patch.skip(f"{path} {type(module).__name__}.forward".strip(), "targets", "targets=False", harmless=True)
+        found += [Site(path, module, APPLY_MASK), Site(path, module, FORWARD)]
     return found
 
 

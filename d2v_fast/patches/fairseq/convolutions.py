@@ -141,7 +141,7 @@ EXTRACTOR = Seam(
     _make_extractor,
     "convolution, norm and GELU in one op each, channels last",
     known=frozenset({"778734b5d89d2e09"}),
-    refuses=lambda owner: None if isinstance(owner, type) else unfit_extractor(owner),
+    refuses=unfit_extractor,
     prepare=lambda owner: plan_of(owner, "convolutions", _Extractor),
     op="conv_encoder",
 )

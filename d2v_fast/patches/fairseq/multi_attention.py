@@ -126,7 +126,7 @@ ATTENTION = Seam(
     _make_attention,
     "best attention there is; ALiBi, where there is one, in its kernel; does not wait to see whether there is padding",
     known=frozenset({"d282e108966f6045"}),
-    refuses=lambda owner: None if isinstance(owner, type) else _unfit_attention(owner),
+    refuses=_unfit_attention,
 )
 
 
@@ -209,6 +209,6 @@ BLOCK = Seam(
     _make_block,
     "dropout, DropPath, residual and norm in one pass; bias and GELU in one",
     known=frozenset({"fc4663c756a32a08"}),
-    refuses=lambda owner: None if isinstance(owner, type) else _unfit_block(owner),
+    refuses=_unfit_block,
     op="residual_dropout_layer_norm",
 )

@@ -111,7 +111,7 @@ def _seam(known: str) -> Seam:
         _make,
         "convolutions with channels last, norm and GELU in one pass",
         known=frozenset({known}),
-        refuses=lambda owner: None if isinstance(owner, type) else _unfit_decoder(owner),
+        refuses=_unfit_decoder,
         op="pos_conv",
     )
 

@@ -252,7 +252,7 @@ ENCODER = Seam(
     _make,
     "all layers by our encoder: fused norms and GELU, one projection, best attention",
     known=frozenset({"6c94de3af82bd8c1", "91df2bfc51c8b3f4", "d66be511d42ce279"}),
-    refuses=lambda owner: None if isinstance(owner, type) else unfit_encoder(owner),
+    refuses=unfit_encoder,
     prepare=lambda owner: plan_of(owner, "encoder", _Encoder),
     op="encoder",
 )

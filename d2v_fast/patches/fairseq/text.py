@@ -178,6 +178,7 @@ FORWARD = Seam(
     _make_forward,
     "no padding, last layers at masked tokens, targets and loss in one op; waits for the device once",
     frozenset({"d3d5583578098d2a"}),
+    also=frozenset({"targets"}),
 )
 
 
@@ -187,10 +188,7 @@ def sites(model: nn.Module, patch: Patch, options: Options) -> list[Site]:
     for path, module in model.named_modules():
         if "Data2VecTextEncoder" not in {kind.__name__ for kind in type(module).__mro__}:
             continue
-        if "targets" in options.parts:
-            found.append(Site(path, module, FORWARD))
-        else:
-            patch.skip(f"{path} {type(module).__name__}.forward".strip(), "targets", "targets=False", harmless=True)
+        found.append(Site(path, module, FORWARD))
         found += _layers(f"{path}.sentence_encoder".lstrip("."), module.sentence_encoder)
         if module.ema is not None:
             found += _layers(f"{path}.ema.model".lstrip("."), module.ema.model)
