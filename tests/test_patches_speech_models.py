@@ -53,13 +53,13 @@ def test_the_report():
 
 
 REPORT = """\
-  replaced    1 x feature_extractor ConvFeatureExtractionModel.forward      conv       {conv}, channels last
-  replaced    1 x encoder TransformerEncoder.extract_features               encoder    {encoder}
-  replaced    1 x encoder.pos_conv Sequential.forward                       conv       {positions}
-  replaced    3 x encoder.layers.*.self_attn MultiheadAttention.forward     attention  {attention}
+  replaced    1 x feature_extractor ConvFeatureExtractionModel.forward      conv       {conv}  never called
+  replaced    1 x encoder TransformerEncoder.extract_features               encoder    {encoder}  never called
+  replaced    1 x encoder.pos_conv Sequential.forward                       conv       {positions}  never called
+  replaced    3 x encoder.layers.*.self_attn MultiheadAttention.forward     attention  {attention}  never called
   left        1 x feature_extractor.conv_layers.*.* Fp32GroupNorm.forward   norms      norms=False
   left        3 x encoder.layers.* TransformerSentenceEncoderLayer.forward  norms      norms=False""".format(
-    conv="convolution, norm and GELU in one op each",
+    conv="convolution, norm and GELU in one op each, channels last",
     encoder="all layers by our encoder: fused norms and GELU, one projection, best attention",
     positions="convolution, norm and GELU in one op, for calls that the encoder leaves",
     attention="the best backend there is, for calls that the encoder leaves",

@@ -95,7 +95,7 @@ def around(part: str, make: Callable, does: str, known: frozenset[str], plan: Ca
         make,
         does,
         known=known,
-        refuses=lambda owner: None if isinstance(owner, type) else plan(owner).reason,
+        refuses=lambda owner: plan(owner).reason,
         prepare=lambda owner: plan_of(owner, PLAN, plan),
     )
 

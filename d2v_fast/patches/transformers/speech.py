@@ -6,6 +6,7 @@ which are one code under three names.
 
 import inspect
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -91,56 +92,41 @@ def encoder_plan(encoder: nn.Module) -> Plan:
     return make_plan(encoder, SOURCES, build_encoder)
 
 
-def make_layer(original: Callable, options: Options) -> Callable:
-    """``forward`` of a post-norm layer: dropout, residual and norm in one pass each."""
+def make_layer(original: Callable, options: Options, *, run: Callable[..., Tensor]) -> Callable:
+    """``forward`` of a layer by ``run``, where its parts are plain and it is not to be computed again in backward."""
     as_written = inspect.unwrap(original)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         if checkpointing(self):
-            run = partial(as_written, self, attention_mask=attention_mask, **kwargs)
-            return self._gradient_checkpointing_func(run, hidden_states)
+            again = partial(as_written, self, attention_mask=attention_mask, **kwargs)
+            return self._gradient_checkpointing_func(again, hidden_states)
         if not _plain_layer(self):
             fall_back(self, "forward", "its norms or dropout are other modules, or have hooks", options)
             return as_written(self, hidden_states, attention_mask, **kwargs)
-        x, _ = self.attention(hidden_states, attention_mask=attention_mask, **kwargs)
-        norm, last = self.layer_norm, self.final_layer_norm
-        x, p = as_upstream(x, hidden_states), self.dropout.p
-        y = residual_dropout_layer_norm(
-            x, hidden_states, norm.weight, norm.bias, p=p, training=self.training, eps=norm.eps
-        )
-        x = as_upstream(self.feed_forward(y), y)
-        return residual_dropout_layer_norm(x, y, last.weight, last.bias, eps=last.eps)
+        return run(self, hidden_states, attention_mask=attention_mask, **kwargs)
 
     return forward
 
 
-def make_stable_layer(original: Callable, options: Options) -> Callable:
-    """``forward`` of a pre-norm layer: dropout, residual and second norm in one pass."""
-    as_written = inspect.unwrap(original)
+def _post_norm(self: nn.Module, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    """Dropout, residual and norm in one pass each."""
+    x, _ = self.attention(hidden_states, **kwargs)
+    norm, last = self.layer_norm, self.final_layer_norm
+    x, p = as_upstream(x, hidden_states), self.dropout.p
+    y = residual_dropout_layer_norm(x, hidden_states, norm.weight, norm.bias, p=p, training=self.training, eps=norm.eps)
+    x = as_upstream(self.feed_forward(y), y)
+    return residual_dropout_layer_norm(x, y, last.weight, last.bias, eps=last.eps)
 
-    def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        if checkpointing(self):
-            run = partial(as_written, self, attention_mask=attention_mask, **kwargs)
-            return self._gradient_checkpointing_func(run, hidden_states)
-        if not _plain_layer(self):
-            fall_back(self, "forward", "its norms or dropout are other modules, or have hooks", options)
-            return as_written(self, hidden_states, attention_mask, **kwargs)
-        x, _ = self.attention(self.layer_norm(hidden_states), attention_mask=attention_mask, **kwargs)
-        norm, p = self.final_layer_norm, self.dropout.p
-        y, h = residual_dropout_layer_norm(
-            x,
-            hidden_states,
-            norm.weight,
-            norm.bias,
-            p=p,
-            training=self.training,
-            eps=norm.eps,
-            return_residual=True,
-        )
-        h = h + self.feed_forward(y)
-        return h if self.adapter_layer is None else h + self.adapter_layer(h)
 
-    return forward
+def _pre_norm(self: nn.Module, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    """Dropout, residual and second norm in one pass."""
+    x, _ = self.attention(self.layer_norm(hidden_states), **kwargs)
+    norm, p = self.final_layer_norm, self.dropout.p
+    y, h = residual_dropout_layer_norm(
+        x, hidden_states, norm.weight, norm.bias, p=p, training=self.training, eps=norm.eps, return_residual=True
+    )
+    h = h + self.feed_forward(y)
+    return h if self.adapter_layer is None else h + self.adapter_layer(h)
 
 
 def _plain_layer(layer: nn.Module) -> bool:
@@ -167,6 +153,6 @@ def make_ffn(original: Callable, options: Options) -> Callable:
 
 
 NORMS = "dropout, residual and norm in one pass"
-LAYER_SEAM = Seam("norms", "forward", make_layer, NORMS, known=frozenset({LAYER}))
-STABLE_LAYER_SEAM = Seam("norms", "forward", make_stable_layer, NORMS, known=frozenset({STABLE_LAYER}))
+LAYER_SEAM = Seam("norms", "forward", partial(make_layer, run=_post_norm), NORMS, known=frozenset({LAYER}))
+STABLE_LAYER_SEAM = replace(LAYER_SEAM, make=partial(make_layer, run=_pre_norm), known=frozenset({STABLE_LAYER}))
 FFN_SEAM = Seam("norms", "forward", make_ffn, "bias and GELU in one pass", known=SOURCES["Wav2Vec2FeedForward"])
