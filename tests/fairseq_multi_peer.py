@@ -1,14 +1,13 @@
 """The real fairseq model of data2vec 2.0, tiny, for each kind of data."""
 
-import dataclasses
-import os
 import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
-import fairseq_peer
+import fairseq_peer  # noqa: F401  puts fairseq's folder on sys.path
 import pytest
 import timm_parts
 import torch
+from fairseq_multi_source import import_data2vec2
 from parity import assert_equal, gradients
 from torch import Tensor
 
@@ -38,23 +37,7 @@ TARGETS = {
 }
 
 
-def _import() -> ModuleType:
-    original = dataclasses.dataclass
-    data = ModuleType("examples.data2vec.data")  # its own imports are data sets of images, which need torchvision
-    data.__path__ = [os.path.join(os.path.dirname(fairseq_peer.fairseq.__file__), "examples", "data2vec", "data")]
-    sys.modules[data.__name__] = data
-    with timm_parts.installed():
-        # Python 3.11 refuses unhashable dataclass defaults
-        dataclasses.dataclass = lambda cls=None, /, **options: original(cls, **{**options, "unsafe_hash": True})
-        try:
-            from examples.data2vec.models import data2vec2
-        finally:
-            dataclasses.dataclass = original
-            del sys.modules[data.__name__]
-    return data2vec2
-
-
-data2vec2 = _import()
+data2vec2 = import_data2vec2()
 base = sys.modules["examples.data2vec.models.modalities.base"]
 modules = sys.modules["examples.data2vec.models.modalities.modules"]
 

@@ -51,7 +51,7 @@ def test_targets_switched_off_at_the_class(monkeypatch):
 def test_attention_switched_off():
     """Then upstream's own tensor goes through our blocks."""
     patch = same(peer.build("audio"), peer.batch("audio"), attention=False)
-    assert {site.seam.part for site in patch.applied} == {"loss", "targets", "norms", "conv", "ema"}
+    assert {site.seam.part for site in patch.applied} == {"loss", "targets", "norms", "conv", "ema", "masks"}
 
 
 def test_norms_switched_off():

@@ -34,11 +34,17 @@ FILES: dict[str, tuple[str, ...]] = {
     "ema": ("fairseq.modules.ema_module.EMAModule",),
     "audio": ("data2vec_audio.Data2VecAudioModel",),
     "masks": ("fairseq.models.wav2vec.wav2vec2.Wav2Vec2Model", "fairseq.models.hubert.hubert.HubertModel"),
+    "block_masks": (
+        "fairseq.data.audio.raw_audio_dataset.FileAudioDataset",
+        "fairseq.data.audio.raw_audio_dataset.BinarizedAudioDataset",
+        "data.mae_image_dataset.MaeImageDataset",
+    ),
     "text": ("data2vec_text.Data2VecTextEncoder",),
     "criterion": ("fairseq.criterions.model_criterion.ModelCriterion",),
     "multi": (
         "models.data2vec2.Data2VecMultiModel",
         "modalities.base.ModalitySpecificEncoder",
+        "modalities.images.ImageEncoder",
         "modalities.modules.AltAttention",
         "modalities.modules.AltBlock",
         "modalities.modules.Decoder1d",

@@ -8,7 +8,7 @@ Dims: B batch, T frames, C channels, M masked frames.
 """
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -34,15 +34,20 @@ def draw_spans(
     min_masks: int = 0,
     require_same_masks: bool = True,
     mask_dropout: float = 0.0,
+    add_masks: bool = False,
+    seeds: Sequence[int] | None = None,
 ) -> np.ndarray:
     """Bool mask [B, num_frames] of spans of ``length`` frames, True = masked (``compute_mask_indices``, static spans).
+
+    Rows of the same count have as many masked as the one with the fewest, or with ``add_masks`` the most. ``seeds`` [B]
+    are of the rows' generators; without them these are seeded by chance.
 
     Raises:
         ValueError: a row gets no span, or nothing of it is left unmasked; upstream refuses both as well.
     """
     starts = np.zeros((lengths.size, num_frames), bool)
     for row, frames in enumerate(lengths.tolist()):
-        rng = np.random.default_rng()
+        rng = np.random.default_rng(None if seeds is None else seeds[row])
         spans = max(min_masks, int(prob * frames / float(length) + rng.random()))
         if spans == 0:
             raise ValueError(f"mask_prob must give every row a span, got {prob} for a row of {frames} frames")
@@ -53,12 +58,14 @@ def draw_spans(
     counts = mask.sum(1)
     if (counts >= lengths).any():
         raise ValueError(f"masks must leave a frame of every row unmasked, got rows of {lengths.tolist()} frames")
-    fewest = counts.min()
+    wanted = counts.max() if add_masks else counts.min()
     for row in range(lengths.size):  # the last row's generator goes on, as upstream
-        if require_same_masks and counts[row] > fewest:
-            kept = rng.choice(np.flatnonzero(mask[row]), fewest, replace=False)
+        if require_same_masks and counts[row] > wanted:
+            kept = rng.choice(np.flatnonzero(mask[row]), wanted, replace=False)
             mask[row] = False
             mask[row, kept] = True
+        elif require_same_masks and counts[row] < wanted:  # padding as well, as upstream
+            mask[row, rng.choice(np.flatnonzero(~mask[row]), wanted - counts[row], replace=False)] = True
         if mask_dropout > 0:
             masked = np.flatnonzero(mask[row])
             holes = np.rint(len(masked) * mask_dropout).astype(int)
@@ -78,16 +85,23 @@ def _version(tensor: Tensor | np.ndarray | None) -> int | None:
 
 
 @torch.compiler.disable
-def hand_on(owner: Any, what: str, tensor: Tensor | None, value: np.ndarray) -> None:
-    """Keep with ``owner`` what ``tensor`` is on the host, for whoever gets this very tensor next."""
+def hand_on(owner: Any, what: str, tensor: Tensor | None, value: Any) -> None:
+    """Keep with ``owner`` what is known of ``tensor``, for whoever gets this very tensor next."""
     state_of(owner).cache[what] = (tensor, _version(tensor), value)
+
+
+@torch.compiler.disable
+def handed_on(owner: Any, what: str, tensor: Tensor | np.ndarray) -> Any:
+    """What was handed on with ``tensor``; None where that was another one, or it was written to since."""
+    known, version, value = state_of(owner).cache.get(what, (None, None, None))
+    return value if known is tensor and version is not None and version == _version(tensor) else None
 
 
 @torch.compiler.disable
 def on_host(owner: Any, what: str, tensor: Tensor | np.ndarray) -> np.ndarray:
     """``tensor`` on the host: what was handed on with it, or else a copy, for which a device is waited for."""
-    known, version, value = state_of(owner).cache.get(what, (None, None, None))
-    if known is tensor and version is not None and version == _version(tensor):
+    value = handed_on(owner, what, tensor)
+    if value is not None:
         return value
     return tensor if isinstance(tensor, np.ndarray) else tensor.cpu().numpy()
 

@@ -1,7 +1,7 @@
 """fairseq's data2vec 2.0 (``Data2VecMultiModel``): speech, images and text, with several masks a sample.
 
-The student's and the teacher's encoders are in ``multi_attention``, what feeds them in ``multi_context``, the decoders
-in ``multi_decoder``, the teacher's step in ``ema``. Here: targets and loss.
+The student's and the teacher's encoders are in ``multi_attention``, what feeds them in ``multi_context``, masks in
+``multi_masks``, the decoders in ``multi_decoder``, the teacher's step in ``ema``. Here: targets and loss.
 """
 
 import math
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from d2v_fast.ops import layer_targets, masked_smooth_l1
 from d2v_fast.patches._core import Options, Patch, Seam, Site, fall_back
-from d2v_fast.patches.fairseq import multi_attention, multi_context, multi_decoder, multi_forward
+from d2v_fast.patches.fairseq import multi_attention, multi_context, multi_decoder, multi_forward, multi_masks
 from d2v_fast.patches.fairseq.targets import target_norms
 
 
 def _unfit_targets(owner: nn.Module) -> str | None:
-    return None if isinstance(owner, type) else target_norms(owner.cfg)[1]
+    return target_norms(owner.cfg)[1]
 
 
 def _make_targets(original: Callable, options: Options) -> Callable:
@@ -76,7 +76,8 @@ LOSS = Seam(
 
 SEAMS: dict[str, tuple[Seam, ...]] = {
     "Data2VecMultiModel": (TARGETS, LOSS, multi_forward.FORWARD),
-    "ModalitySpecificEncoder": (multi_context.CONTEXT,),
+    "ImageEncoder": (multi_masks.MASK_IMAGES,),
+    "ModalitySpecificEncoder": (multi_context.CONTEXT, multi_masks.MASK, multi_masks.MASKINFO),
     "AltAttention": (multi_attention.ATTENTION,),
     "AltBlock": (multi_attention.BLOCK,),
     "Decoder1d": (multi_decoder.DECODER_1D,),
@@ -97,9 +98,20 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         yield from ((f"ema.model.{name}".rstrip("."), module) for name, module in teacher.named_modules())
 
 
-def _concerns(seam: Seam, model: nn.Module, module: nn.Module) -> bool:
+def _nearest(kind: type) -> list[Seam]:
+    """The seams of a class and those it inherits from; of the same method, the one of the class that has it."""
+    found: dict[str, Seam] = {}
+    for name in (base.__name__ for base in kind.__mro__):
+        for seam in SEAMS.get(name, ()):
+            found.setdefault(seam.attribute, seam)
+    return list(found.values())
+
+
+def _concerns(seam: Seam, model: nn.Module, path: str, module: nn.Module) -> bool:
     if seam is multi_context.CONTEXT:
         return multi_context.concerns(module)
+    if seam.part == "masks":
+        return not path.startswith("ema.model.")  # the teacher masks nothing
     return module is model or seam not in SEAMS["Data2VecMultiModel"]  # the teacher has neither targets nor a loss
 
 
@@ -107,15 +119,9 @@ def sites(model: nn.Module, patch: Patch, options: Options) -> list[Site]:
     """Every seam of a ``Data2VecMultiModel`` and its teacher; none of other models."""
     if "Data2VecMultiModel" not in {kind.__name__ for kind in type(model).__mro__}:
         return []
-    found = [
+    return [
         Site(path, module, seam)
         for path, module in _modules(model)
-        for name in dict.fromkeys(kind.__name__ for kind in type(module).__mro__)
-        for seam in SEAMS.get(name, ())
-        if _concerns(seam, model, module)
+        for seam in _nearest(type(module))
+        if _concerns(seam, model, path, module)
     ]
-    if "targets" not in options.parts:  # what makes them is a part of forward
-        forward = next(site for site in found if site.seam is multi_forward.FORWARD)
-        found.remove(forward)
-        patch.skip(forward.name, "targets", "targets=False", harmless=True)
-    return found

@@ -159,5 +159,5 @@ CONTEXT = Seam(
     _make,
     "ALiBi from the positions of the tokens that are left, without tensors [B, H, T, T]; positional convolutions fused",
     known=frozenset({"ba52acc2858dc1f8"}),
-    refuses=lambda owner: None if isinstance(owner, type) else _unfit(owner),
+    refuses=_unfit,
 )

@@ -20,6 +20,7 @@ from d2v_fast.patches.fairseq.collapse import check_spread
 from d2v_fast.patches.fairseq.masks import original_globals
 from d2v_fast.patches.fairseq.multi_attention import plain
 from d2v_fast.patches.fairseq.multi_decoder import trunk, unfit
+from d2v_fast.patches.fairseq.multi_masks import masked_rows
 from d2v_fast.patches.fairseq.targets import target_norms
 
 _PARTS = ("make_targets", "d2v_loss", "compute_var", "forward_decoder")  # of the forward that ours takes the place of
@@ -173,7 +174,7 @@ def _pretrain(
     x = _run(model.blocks, found, x, cfg.layerdrop if model.training else 0.0, None)
     if model.norm is not None:
         x = model.norm(x)
-    rows = info.mask.bool().flatten().nonzero().squeeze(1)  # waits for the device, once
+    rows = masked_rows(encoder, info)
     predictions = [_predictions(encoder, decoder, x, info, rows) for decoder in _decoders(model, mode)]
     with torch.no_grad():
         layers = _teacher(model, mode, inputs["features"], target, inputs["padding_mask"], found["local_features"], x)[
@@ -235,4 +236,5 @@ FORWARD = Seam(
     _make,
     "targets, loss and spreads in one op, no targets repeated for clones; projections at masked rows only",
     known=frozenset({"a9f2796eebcb4976"}),
+    also=frozenset({"targets"}),
 )
