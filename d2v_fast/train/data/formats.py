@@ -121,10 +121,10 @@ def _kind_of_file(path: Path, kinds: Mapping[str, Sequence[str]], wanted: str, w
 
 def _groups(files: list[Path], kinds: Mapping[str, Sequence[str]]) -> dict[str, list[Path]]:
     of_suffix = {suffix: kind for kind, suffixes in kinds.items() for suffix in suffixes}
-    groups: dict[str, list[Path]] = {}
+    groups: dict[str, list[Path]] = {kind: [] for kind in kinds}
     for file in files:
-        groups.setdefault(of_suffix[file.suffix.lower()], []).append(file)
-    return groups
+        groups[of_suffix[file.suffix.lower()]].append(file)
+    return {kind: group for kind, group in groups.items() if group}
 
 
 def _pattern(path: str, kinds: Mapping[str, Sequence[str]], what: str) -> Found:

@@ -1,0 +1,231 @@
+"""Parquet and Arrow files of speech, images and text, as pyarrow and Hugging Face datasets write them."""
+
+import itertools
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from data_sets import RATE, audio, clips, image, wave
+
+from d2v_fast.nn.config import Data2VecConfig, TextFrontEndConfig
+from d2v_fast.train.data import (
+    DataError,
+    ImageData,
+    ImageDataConfig,
+    SpeechData,
+    SpeechDataConfig,
+    TextData,
+    TextDataConfig,
+    batches,
+    build_data,
+    read_image,
+)
+from d2v_fast.train.errors import ConfigError
+
+pa = pytest.importorskip("pyarrow", reason="needs pyarrow (requirements/test.txt)")
+pq = pytest.importorskip("pyarrow.parquet")
+
+MODEL = Data2VecConfig.speech("base")
+IMAGES = Data2VecConfig.image("base")
+
+
+def config(path, **kwargs):
+    return SpeechDataConfig(path=str(path), **({"max_tokens": 48_000, "min_seconds": 0.5, "max_seconds": 1.2} | kwargs))
+
+
+def image_config(path, **kwargs):
+    return ImageDataConfig(path=str(path), **({"batch_size": 4, "decode_size": 24} | kwargs))
+
+
+def text_config(path, **kwargs):
+    return TextDataConfig(path=str(path), **({"batch_size": 4, "tokens_per_sample": 16} | kwargs))
+
+
+def table(items, column="audio", **others):
+    """A table with a column of the form that datasets gives to Audio and Image, and a text."""
+    values = [None if content is None else {"bytes": content, "path": f"{name}.x"} for name, content in items.items()]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    columns = {column: pa.array(values, kind), "sentence": pa.array(list(items)), **others}
+    return pa.table(columns)
+
+
+def write_arrow(path, content, stream=True):
+    with (pa.ipc.new_stream if stream else pa.ipc.new_file)(str(path), content.schema) as writer:
+        writer.write_table(content, max_chunksize=4)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Eleven clips in two parquet files of row groups of three, beside a split for tests."""
+    items = list(clips(11).items())
+    for number, part in enumerate((items[:6], items[6:])):
+        pq.write_table(table(dict(part)), tmp_path / f"train-{number:05d}-of-00002.parquet", row_group_size=3)
+    pq.write_table(table({"other": audio(50, 1.0)}), tmp_path / "test-00000-of-00001.parquet")
+    return tmp_path
+
+
+def assert_the_clips(data, count=11):
+    assert len(data.names) == count
+    for item in range(count):
+        assert np.array_equal(data._read(item), wave(item, 0.5 + 0.05 * item))
+    assert sorted(i for batch in data.plan(0) for i in batch) == list(range(count))
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_parquet(folder, tmp_path_factory, cache):
+    cache_dir = str(tmp_path_factory.mktemp("cache")) if cache else None
+    data = SpeechData(config(folder, normalize=False, cache_dir=cache_dir), MODEL, 0)
+    assert_the_clips(data)
+    assert data.names[7] == "train-00001-of-00002.parquet:1"
+    assert list(SpeechData(config(folder, split="test"), MODEL, 0).names) == ["test-00000-of-00001.parquet:0"]
+    alone = list(itertools.islice(batches(data), 2 * len(data.plan(0))))
+    for other in (batches(data, num_workers=2), batches(pickle.loads(pickle.dumps(data)))):
+        for (*place, a), (*same, b) in zip(alone, itertools.islice(other, len(alone)), strict=True):
+            assert place == same and torch.equal(a.inputs, b.inputs) and torch.equal(a.mask, b.mask)
+
+
+def test_unpacked_once(folder, tmp_path_factory, caplog):
+    cache = tmp_path_factory.mktemp("cache")
+    with caplog.at_level("INFO"):
+        first = SpeechData(config(folder, cache_dir=str(cache)), MODEL, 0)
+        assert caplog.text.count("unpacking column audio") == 2
+        second = SpeechData(config(folder, cache_dir=str(cache)), MODEL, 0)
+        assert caplog.text.count("unpacking column audio") == 2
+    assert first.fingerprint() == second.fingerprint() == SpeechData(config(folder), MODEL, 0).fingerprint()
+    assert sorted(path.suffix for path in cache.iterdir()) == [".arrow", ".arrow", ".npz"]
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_arrow(tmp_path, stream):
+    path = write_arrow(tmp_path / "data.arrow", table(clips(11)), stream)
+    assert_the_clips(SpeechData(config(path, normalize=False), MODEL, 0))
+
+
+def test_saved_by_datasets(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="needs datasets (requirements/test.txt)")
+    value = datasets.Value
+    kind = datasets.Features({"clip": {"bytes": value("binary"), "path": value("string")}, "extra": value("binary")})
+    values = [{"bytes": content, "path": None} for content in clips(11).values()]
+    saved = datasets.Dataset.from_dict({"clip": values, "extra": [b"x"] * 11}, features=kind)
+    saved = saved.cast_column("clip", datasets.Audio(RATE, decode=False))
+    saved.save_to_disk(str(tmp_path / "one"), num_shards=3)
+    saved.to_parquet(str(tmp_path / "one.parquet"))
+    splits = {"train": saved, "validation": saved.select(range(2))}
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "splits"))
+    for path in ("one", "one.parquet", "splits"):
+        assert_the_clips(SpeechData(config(tmp_path / path, normalize=False), MODEL, 0))
+    assert_the_clips(SpeechData(config(tmp_path / "splits", split="validation", normalize=False), MODEL, 0), 2)
+    with pytest.raises(DataError, match=r"holds the splits train, validation; data.split is 'test'"):
+        SpeechData(config(tmp_path / "splits", split="test"), MODEL, 0)
+
+
+def test_images(tmp_path):
+    items = {f"{i}": image(i) for i in range(7)}
+    pq.write_table(table(items, "image", label=pa.array(range(7))), tmp_path / "a.parquet")
+    data = ImageData(image_config(tmp_path), IMAGES, 0)
+    for item, content in enumerate(items.values()):
+        (tmp_path / "one.png").write_bytes(content)
+        assert np.array_equal(data._read(item), read_image(tmp_path / "one.png", 24))
+
+
+def test_plain_bytes_and_paths(tmp_path):
+    plain = pa.table({"flac": pa.array([audio(0, 1.0), None], pa.large_binary()), "n": [1, 2]})
+    data = SpeechData(config(write_arrow(tmp_path / "plain.arrow", plain), normalize=False), MODEL, 0)
+    assert np.array_equal(data._read(0), wave(0, 1.0)) and data.skipped == [("plain.arrow:1", "an empty row")]
+    (tmp_path / "there.flac").write_bytes(audio(1, 1.0))
+    rows = [{"bytes": None, "path": "there.flac"}, {"bytes": None, "path": "gone.flac"}]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    (tmp_path / "paths").mkdir()
+    pq.write_table(pa.table({"audio": pa.array(rows, kind)}), tmp_path / "paths.parquet")
+    data = SpeechData(config(tmp_path / "paths.parquet", normalize=False), MODEL, 0)
+    assert np.array_equal(data._read(0), wave(1, 1.0))
+    assert data.skipped == [("paths.parquet:1", "gone.flac: No such file or directory")]
+
+
+def test_bad_items_are_skipped_and_named(tmp_path):
+    items = {"good": audio(0, 1.0), "broken": b"fLaC", "none": None, "short": audio(1, 0.2), "empty": b""}
+    pq.write_table(table(items), tmp_path / "a.parquet")
+    data = SpeechData(config(tmp_path), MODEL, 0)
+    assert [name for name, _ in data.skipped] == [f"a.parquet:{row}" for row in (1, 2, 4, 3)]
+    pq.write_table(table({"good": image(0), "cut": image(1)[:400]}, "image"), tmp_path / "b.parquet")
+    batch = next(batches(ImageData(image_config(tmp_path / "b.parquet"), IMAGES, 0)))[2]
+    assert len(batch.inputs) == 1 and [name for name, _ in batch.skipped] == ["b.parquet:1"]
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".arrow"])
+def test_damaged_files_are_skipped_and_named(folder, suffix):
+    for path in folder.glob("test*"):
+        path.unlink()
+    if suffix == ".arrow":
+        for path in folder.glob("*.parquet"):
+            write_arrow(path.with_suffix(".arrow"), pq.read_table(path))
+            path.unlink()
+    victim = sorted(folder.iterdir())[1]
+    victim.write_bytes(victim.read_bytes()[:-2000])
+    data = SpeechData(config(folder), MODEL, 0)
+    ((name, reason),) = data.skipped
+    assert name == victim.name and "damaged or cut short" in reason and len(data.names) == 6
+    for path in folder.iterdir():
+        path.write_bytes(b"\x89PNG" * 100)
+    with pytest.raises(DataError, match=r"none of the 2 files under .* damaged or cut short"):
+        SpeechData(config(folder), MODEL, 0)
+
+
+def test_a_row_group_that_is_damaged(folder):
+    path = folder / "train-00000-of-00002.parquet"
+    group = pq.ParquetFile(path).metadata.row_group(1).column(0)
+    content = bytearray(path.read_bytes())
+    content[group.data_page_offset : group.data_page_offset + 60] = bytes(60)
+    path.write_bytes(content)
+    data = SpeechData(config(folder), MODEL, 0)
+    assert len(data.names) == 8 and [name for name, _ in data.skipped] == [f"{path.name}:{row}" for row in (3, 4, 5)]
+    assert all("row group 1 is damaged" in reason for _, reason in data.skipped)
+
+
+def test_which_column(tmp_path):
+    both = table({"a": audio(0, 1.0)}, far=pa.array([{"bytes": audio(1, 1.0), "path": ""}]))
+    path = write_arrow(tmp_path / "a.arrow", both)
+    message = r"2 columns \(audio, far\) of encoded audio .* data.column to say which. Its columns: audio: struct"
+    with pytest.raises(DataError, match=message):
+        SpeechData(config(path), MODEL, 0)
+    data = SpeechData(config(path, column="far", normalize=False), MODEL, 0)
+    assert np.array_equal(data._read(0), wave(1, 1.0))
+    features = {"info": {"features": {"audio": {"_type": "Audio"}, "far": {"_type": "Value"}}}}
+    marked = both.replace_schema_metadata({"huggingface": json.dumps(features)})
+    data = SpeechData(config(write_arrow(tmp_path / "a.arrow", marked), normalize=False), MODEL, 0)
+    assert np.array_equal(data._read(0), wave(0, 1.0))
+    with pytest.raises(DataError, match=r"no column 'sound', only audio, sentence, far"):
+        SpeechData(config(path, column="sound"), MODEL, 0)
+    with pytest.raises(DataError, match="no column of encoded audio"):
+        SpeechData(config(write_arrow(path, both.select(["sentence"]))), MODEL, 0)
+
+
+def test_text(tmp_path):
+    documents = [f"line {i} of a text" + " and more" * (i % 5) for i in range(60)]
+    model = Data2VecConfig.text("base")
+    model = type(model)(**{**vars(model), "frontend": TextFrontEndConfig(vocab_size=280, max_positions=64)})
+    (tmp_path / "plain.txt").write_text("\n".join(documents))
+    plain = TextData(text_config(tmp_path / "plain.txt"), model, 0)
+    content = pa.table({"id": range(62), "text": ["", *documents, None], "title": ["x"] * 62})
+    pq.write_table(content, tmp_path / "t.parquet", row_group_size=7)
+    write_arrow(tmp_path / "t.arrow", content)
+    for path in ("t.parquet", "t.arrow"):
+        data = build_data(text_config(tmp_path / path, cache_dir=str(tmp_path / "cache")), model, 0)
+        assert np.array_equal(data.ids, plain.ids) and data.num_documents == 60
+    with pytest.raises(DataError, match=r"several formats \(1 of files, 1 of parquet, 1 of arrow\)"):
+        build_data(text_config(tmp_path), model, 0)
+    with pytest.raises(DataError, match=r"2 columns .a, b. of text"):
+        pq.write_table(pa.table({"a": ["x"], "b": ["y"]}), tmp_path / "t.parquet")
+        build_data(text_config(tmp_path / "t.parquet"), model, 0)
+    (tmp_path / "t.parquet").write_bytes(b"PAR1")
+    with pytest.raises(DataError, match=r"none of the 1 files .* damaged or cut short"):
+        build_data(text_config(tmp_path / "t.parquet"), model, 0)
+
+
+def test_without_pyarrow(folder, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
+    with pytest.raises(ConfigError, match="needs pyarrow: pip install pyarrow"):
+        SpeechData(config(folder), MODEL, 0)
