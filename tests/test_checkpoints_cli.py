@@ -104,7 +104,9 @@ def test_convert_refuses_what_wants_to_run(command, tmp_path):
 @pytest.fixture
 def run_checkpoint(tmp_path):
     """A checkpoint of a run, as the training loop writes it."""
-    from d2v_fast.train import checkpoint
+    from run_folders import save
+
+    from d2v_fast.train.checkpoint import Progress
     from d2v_fast.train.config import TrainConfig
     from d2v_fast.train.data import TextDataConfig
 
@@ -115,10 +117,7 @@ def run_checkpoint(tmp_path):
             p.add_(1)
     optimizer = torch.optim.AdamW(model.parameters())
     run = TrainConfig(model=config, data=TextDataConfig(path="somewhere"))
-    path = checkpoint.save(
-        tmp_path, model, optimizer, checkpoint.Progress(update=3), run, {"fingerprint": "", "description": ""}
-    )
-    return path, model
+    return save(tmp_path, model, optimizer, Progress(update=3), run), model
 
 
 def test_export(command, run_checkpoint, tmp_path):

@@ -87,7 +87,8 @@ def test_resume_after_kill_is_bit_equal(text_folder, tmp_path, workers):
     command = [sys.executable, "-c", KILLED, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [p.name for p in checkpoint.checkpoints(out)] == ["checkpoint-00000010.pt", "checkpoint-00000015.pt"]
+    saved = [int(p.name.removeprefix("checkpoint-")) for p in checkpoint.checkpoints(out)]
+    assert saved in ([5, 10], [10, 15])  # that of update 15 may have been under way
     resumed = pretrain(load_config("text_demo", arguments))
     assert resumed.finished and resumed.updates == 40
     assert equal(weights(whole.checkpoint), weights(resumed.checkpoint))
@@ -171,7 +172,7 @@ def test_errors_between_updates_keep_the_state(text_folder, tmp_path, monkeypatc
     monkeypatch.setattr(loop.MetricLog, "write", broken)
     with pytest.raises(CheckpointError, match=r"cannot write to the run's folder .*No space left on device"):
         pretrain(load_config("text_demo", overrides(text_folder, out, "checkpoint_every=100")))
-    assert [p.name for p in checkpoint.checkpoints(out)] == ["checkpoint-00000006.pt"]
+    assert [p.name for p in checkpoint.checkpoints(out)] == ["checkpoint-00000006"]
 
 
 def test_failed_start_leaves_no_run(text_folder, tmp_path, monkeypatch):
@@ -202,7 +203,7 @@ def test_errors_inside_an_update_save_nothing(text_folder, tmp_path, monkeypatch
     monkeypatch.setattr(loop, "train_step", broken)
     with pytest.raises(KeyboardInterrupt):
         pretrain(load_config("text_demo", overrides(text_folder, out)))
-    assert [p.name for p in checkpoint.checkpoints(out)] == ["checkpoint-00000004.pt"]
+    assert [p.name for p in checkpoint.checkpoints(out)] == ["checkpoint-00000004"]
 
 
 def test_something_in_the_way_of_a_file(text_folder, tmp_path):
@@ -215,8 +216,8 @@ def test_something_in_the_way_of_a_file(text_folder, tmp_path):
 def test_run_folder(text_folder, tmp_path):
     out = tmp_path / "run"
     result = pretrain(load_config("text_demo", overrides(text_folder, out)))
-    assert result.checkpoint == out / "checkpoint-00000012.pt"
-    assert [p.name for p in checkpoint.checkpoints(out)] == ["checkpoint-00000008.pt", "checkpoint-00000012.pt"]
+    assert result.checkpoint == out / "checkpoint-00000012"
+    assert [p.name for p in checkpoint.checkpoints(out)] == ["checkpoint-00000008", "checkpoint-00000012"]
     for name in ("config.yaml", "metrics.jsonl", "tokenizer.json", "curves.png", "tensorboard"):
         assert (out / name).exists(), name
     rows = read_metrics(out)
@@ -231,17 +232,13 @@ def test_run_folder(text_folder, tmp_path):
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
 def test_cuda_graphs_fall_back_visibly(text_folder, tmp_path):
-    """Without a CUDA device: counted in the metrics, or refused; an older checkpoint does not know the key."""
+    """Without a CUDA device: counted in the metrics, or refused."""
     out = tmp_path / "run"
     arguments = overrides(text_folder, out, "cuda_graph=auto", "updates=4")
-    path = pretrain(load_config("text_demo", arguments)).checkpoint
+    pretrain(load_config("text_demo", arguments))
     assert [(row["graph_replays"], row["graph_fallbacks"]) for row in read_metrics(out)] == [(0, 1), (0, 3), (0, 4)]
     with pytest.raises(ConfigError, match="needs a CUDA device and accumulate = 1, got cpu and 1"):
         pretrain(load_config("text_demo", overrides(text_folder, tmp_path / "other", "cuda_graph=strict")))
-    content = torch.load(path, weights_only=True)
-    del content["config"]["cuda_graph"]
-    torch.save(content, path)
-    assert checkpoint.read(path)["config"]["cuda_graph"] == "off"
 
 
 def test_training_reduces_the_loss(text_folder, tmp_path):
@@ -256,7 +253,7 @@ def test_collapse_guard_stops_with_a_reason(text_folder, tmp_path):
     out = tmp_path / "run"
     with pytest.raises(TrainingStopped, match=r"update 9: the representations have collapsed: target_var .* below"):
         pretrain(load_config("text_demo", overrides(text_folder, out, *more)))
-    assert checkpoint.checkpoints(out)[-1].name == "checkpoint-00000009.pt"
+    assert checkpoint.checkpoints(out)[-1].name == "checkpoint-00000009"
     assert pretrain(load_config("text_demo", overrides(text_folder, out, "guards.min_target_var=0"))).finished
 
 
@@ -282,49 +279,6 @@ def test_changed_config_is_refused(text_folder, tmp_path):
         pretrain(load_config("text_demo", overrides(text_folder, out, "model.encoder.layers=2")))
     with pytest.raises(CheckpointError, match="already holds a run"):
         pretrain(load_config("text_demo", overrides(text_folder, out)), resume=False)
-
-
-def test_interrupted_write_keeps_the_previous_checkpoint(text_folder, tmp_path, monkeypatch):
-    out = tmp_path / "run"
-    first = pretrain(load_config("text_demo", overrides(text_folder, out, "stop_after=4")))
-    before = first.checkpoint.read_bytes()
-
-    def full_disk(content, file):
-        file.write(b"half a checkpoint")
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(CheckpointError, match=r"No space left on device; the last whole one is .*00000004\.pt"):
-        pretrain(load_config("text_demo", overrides(text_folder, out)))
-    assert first.checkpoint.read_bytes() == before
-    assert [p.name for p in out.glob("*checkpoint-*")] == ["checkpoint-00000004.pt"]
-
-
-def test_bad_checkpoints_are_named(tmp_path):
-    with pytest.raises(CheckpointError, match="no checkpoint at"):
-        checkpoint.read(tmp_path / "none.pt")
-    for junk in (b"", b"not a checkpoint"):
-        (tmp_path / "junk.pt").write_bytes(junk)
-        with pytest.raises(CheckpointError, match=r"junk\.pt is damaged or not a checkpoint"):
-            checkpoint.read(tmp_path / "junk.pt")
-    for content in ({"model": {}}, {"format": 1}, [1]):
-        torch.save(content, tmp_path / "other.pt")
-        with pytest.raises(CheckpointError, match="not a d2v_fast checkpoint"):
-            checkpoint.read(tmp_path / "other.pt")
-    torch.save({"format": 1, "model": torch.zeros(10_000)}, tmp_path / "flipped.pt")
-    content = bytearray((tmp_path / "flipped.pt").read_bytes())
-    content[len(content) // 2] ^= 1
-    (tmp_path / "flipped.pt").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"flipped\.pt is damaged: wrong checksum"):
-        checkpoint.read(tmp_path / "flipped.pt")
-
-
-def test_left_over_temporary_files_are_removed(text_folder, tmp_path):
-    out = tmp_path / "run"
-    out.mkdir()
-    (out / ".checkpoint-00000002.pt.x.tmp").write_bytes(b"cut off")
-    result = pretrain(load_config("text_demo", overrides(text_folder, out)))
-    assert result.finished and not list(out.glob(".*.tmp"))
 
 
 def cli(*arguments: str, **environment: str) -> subprocess.CompletedProcess:

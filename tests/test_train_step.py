@@ -4,10 +4,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from run_folders import restore, save
 from tiny import tiny_batch, tiny_config
 
 from d2v_fast.nn import Data2Vec, make_batch
-from d2v_fast.train import checkpoint, load_config
+from d2v_fast.train import load_config
 from d2v_fast.train.checkpoint import Progress
 from d2v_fast.train.optim import OptimConfig, build_optimizer
 from d2v_fast.train.step import train_step
@@ -129,7 +130,6 @@ def test_one_pass_equals_one_by_one_over_20_updates(modality):
 def test_one_path_goes_on_from_the_other(tmp_path):
     """A checkpoint of either path resumes under the other, and both then do the same."""
     config = replace(load_config("text_demo", ["data.path=x"]), model=step_model("text").config)
-    data = {"fingerprint": "x", "description": "y"}
     for first in (False, True):
         optims = {flag: OptimConfig(lr=1e-3, eps=1e-3, one_pass=flag) for flag in (first, not first)}
         model = step_model("text")
@@ -137,11 +137,11 @@ def test_one_path_goes_on_from_the_other(tmp_path):
         for update in range(3):
             train_step(model, [tiny_batch(model.config, update)], optimizer, lr=1e-3, update=update)
         saved = replace(config, optim=optims[first])
-        path = checkpoint.save(tmp_path, model, optimizer, Progress(3, 0, 3), saved, data)
+        path = save(tmp_path, model, optimizer, Progress(3, 0, 3), saved)
         other = Data2Vec(model.config).train()
         optimizer2 = build_optimizer(other, optims[not first])
         wanted = replace(config, optim=optims[not first])
-        assert checkpoint.restore(checkpoint.read(path), path, other, optimizer2, wanted, data).update == 3
+        assert restore(path, other, optimizer2, wanted).update == 3
         assert gap(model, other) == 0.0
         for update in range(3, 6):
             for m, o in ((model, optimizer), (other, optimizer2)):
@@ -172,11 +172,10 @@ def test_progress_round_trip(tmp_path):
     optimizer = build_optimizer(model, OptimConfig())
     train_step(model, [tiny_batch(model.config)], optimizer, lr=1e-3, update=0)
     config = replace(load_config("text_demo", ["data.path=x"]), model=model.config)
-    data = {"fingerprint": "x", "description": "y"}
-    path = checkpoint.save(tmp_path, model, optimizer, Progress(1, 2, 3), config, data)
+    path = save(tmp_path, model, optimizer, Progress(1, 2, 3), config)
     other = Data2Vec(model.config)
     optimizer2 = build_optimizer(other, OptimConfig())
-    assert checkpoint.restore(checkpoint.read(path), path, other, optimizer2, config, data) == Progress(1, 2, 3)
+    assert restore(path, other, optimizer2, config) == Progress(1, 2, 3)
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
     key = "exp_avg"
     assert torch.equal(optimizer.state[model.head[0].weight][key], optimizer2.state[other.head[0].weight][key])

@@ -31,6 +31,8 @@ def read_any(path: str | Path, dtype: torch.dtype | None = None) -> Loaded:
     """
     path = Path(path)
     if path.is_dir():
+        if (path / "manifest.json").exists():
+            raise CheckpointError(f"{path} is a checkpoint of a run: use d2v-fast export")
         config = read_json(path / CONFIG)
         for module, fits in ((native, native.is_native), (transformers, transformers.is_transformers)):
             if fits(config):

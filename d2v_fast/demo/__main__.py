@@ -18,6 +18,7 @@ from pathlib import Path
 from d2v_fast.demo.fetch import BUILDERS, DemoSet, FetchError
 from d2v_fast.demo.one import INTERRUPTED, add_options, load_data, run_folder
 from d2v_fast.demo.report import gain, load_run, write_report
+from d2v_fast.train.checkpoint import checkpoints
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -96,7 +97,7 @@ def run_all(names: list[str], options: argparse.Namespace) -> dict[str, int]:
 def next_steps(folder: Path, data: Path) -> str:
     """Three commands that go on from the demo, to be pasted as they are but for words in capitals."""
     name = load_run(folder).name
-    checkpoint = sorted(folder.glob("checkpoint-*.pt"))[-1]
+    checkpoint = checkpoints(folder)[-1]
     parts = [DemoSet(name, data / name).probe_part(part) for part in ("train", "test")]
     train, test = parts if parts[0].exists() else ("LABELLED_DATA", "MORE_LABELLED_DATA")
     command = Path(sys.executable).parent / "d2v-fast"

@@ -173,7 +173,7 @@ def probe_checkpoint(
     max_examples: int | None = None,
     seed: int = 0,
 ) -> ProbeResult:
-    """:func:`probe` of a run's ``checkpoint-*.pt``, on a GPU if there is one; ``seed`` makes the untrained model.
+    """:func:`probe` of a run's checkpoint, on a GPU if there is one; ``seed`` makes the untrained model.
 
     How speech and images are normalised comes from the checkpoint, a text model's tokenizer from ``tokenizer.json``
     beside it.

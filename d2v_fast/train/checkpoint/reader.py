@@ -1,0 +1,235 @@
+"""Checkpoints found, checked, restored into a run, or opened for other uses."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from d2v_fast.nn import Data2Vec
+from d2v_fast.train.checkpoint.folder import Progress, check_files, checkpoints, read_manifest
+from d2v_fast.train.checkpoint.shards import ShardReader
+from d2v_fast.train.checkpoint.single_file import fill, named_optimizer, read_single_file
+from d2v_fast.train.checkpoint.state import OPTIMIZER, model_tensors, start_optimizer
+from d2v_fast.train.config import (
+    DATA_CONFIGS,
+    RUN_KEYS,
+    TrainConfig,
+    complete_model,
+    config_to_dict,
+    differences,
+    model_config,
+)
+from d2v_fast.train.distributed import Ranks
+from d2v_fast.train.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
+
+
+def newest_valid(folder: Path, ranks: Ranks) -> Path | None:
+    """The newest checkpoint in ``folder`` that is whole, None if there are none; every rank calls this.
+
+    Rank 0 reads and checks them; it warns of each damaged one that it passes over.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none is whole; the same on every rank.
+    """
+    found, error = _newest_valid(folder) if ranks.rank == 0 else (None, None)
+    found, error = ranks.gather((found, error))[0]
+    if error is not None:
+        raise error
+    return found
+
+
+def _newest_valid(folder: Path) -> tuple[Path | None, CheckpointError | None]:
+    last = None
+    for path in reversed(checkpoints(folder)):
+        try:
+            _check(path)
+        except CheckpointError as error:
+            logger.warning("passing over the checkpoint %s: %s", path, error)
+            last = error
+        else:
+            return path, None
+    if last is None:
+        return None, None
+    return None, CheckpointError(
+        f"{folder} holds checkpoints, but none is whole ({last}). Use another out=... to start afresh."
+    )
+
+
+def _check(path: Path) -> None:
+    if path.is_dir():
+        check_files(path, read_manifest(path))
+    else:
+        read_single_file(path)
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """What a checkpoint holds for other uses than going on: settings, position and the model, on the CPU.
+
+    Returns:
+        "config", "data" (fingerprint and description), "progress" and "world_size" as plain values; "model": whole
+        tensors by their names in ``Data2Vec.state_dict``.
+
+    Raises:
+        CheckpointError: missing, damaged, or not written by d2v_fast.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return _completed(read_single_file(path), path)
+    manifest = read_manifest(path)
+    check_files(path, manifest)
+    try:
+        reader = ShardReader(path)
+        model = {
+            name: torch.empty(shape, dtype=dtype)
+            for name, (shape, dtype) in reader.tensors.items()
+            if not name.startswith(OPTIMIZER)
+        }
+        reader.fill(model)
+    except Exception as error:  # files with the right checksums that were written otherwise
+        raise _unreadable(path, error) from error
+    model |= {name: model[other] for name, other in manifest["same"].items()}
+    return _completed({**manifest, "model": model}, path)
+
+
+def load_model(path: str | Path) -> Data2Vec:
+    """The model of a checkpoint, on the CPU and in eval mode.
+
+    Raises:
+        CheckpointError: see :func:`read`.
+    """
+    content = read(path)
+    model = Data2Vec(model_config(content["config"]["model"]))
+    model.load_state_dict(content["model"])
+    return model.eval()
+
+
+def restore(
+    path: Path,
+    model: Data2Vec,
+    optimizer: torch.optim.Optimizer,
+    ranks: Ranks,
+    config: TrainConfig,
+    data: dict[str, str],
+) -> Progress:
+    """Put a checkpoint back into a run of the same configuration on the same data; return where it was.
+
+    Every rank calls this, and reads what it has of the model. Their number may differ from the one that wrote the
+    checkpoint if ``config.accumulate`` makes up for it: an update takes the same micro-batches then.
+
+    Args:
+        path: of :func:`newest_valid`, which has checked the files.
+        model: on its own, without what DDP or ``torch.compile`` put around it; sharded or not.
+        optimizer: the model's.
+        ranks: of the run.
+        config: of the run.
+        data: of :func:`describe_data`.
+
+    Raises:
+        CheckpointError: configuration, data or micro-batches of an update differ in anything that changes what is
+            computed, or the checkpoint cannot be read; on every rank, whichever found it.
+    """
+    error, progress = None, None
+    try:
+        progress = _restore(path, model, optimizer, ranks, config, data)
+    except CheckpointError as problem:
+        error = problem
+    for rank, problem in enumerate(ranks.gather(error)):
+        if problem is not None:
+            raise problem if rank == ranks.rank else CheckpointError(f"rank {rank}: {problem}")
+    return progress
+
+
+def _restore(
+    path: Path,
+    model: Data2Vec,
+    optimizer: torch.optim.Optimizer,
+    ranks: Ranks,
+    config: TrainConfig,
+    data: dict[str, str],
+) -> Progress:
+    folder = path.is_dir()
+    content = _completed(read_manifest(path) if folder else read_single_file(path), path)
+    _check_same_run(path, content, ranks, config, data)
+    state = model_tensors(model)
+    try:
+        if folder:
+            reader = ShardReader(path)
+            saved = {name: shape for name, shape in reader.tensors.items() if name.startswith(OPTIMIZER)}
+            _check_names(path, state, reader.tensors.keys() - saved.keys())
+            reader.fill(state | start_optimizer(model, optimizer, saved))
+        else:
+            whole = named_optimizer(content, model, optimizer)
+            shapes = {name: (x.shape, x.dtype) for name, x in whole.items()}
+            _check_names(path, state, content["model"].keys(), more=True)
+            fill(state | start_optimizer(model, optimizer, shapes), content["model"] | whole)
+    except CheckpointError:
+        raise
+    except Exception as error:  # whatever a file that has changed since makes the readers do
+        raise _unreadable(path, error) from error
+    model.teacher.follow_()
+    return Progress(**content["progress"])
+
+
+def _check_same_run(
+    path: Path, content: dict[str, Any], ranks: Ranks, config: TrainConfig, data: dict[str, str]
+) -> None:
+    changed = differences(content["config"], config_to_dict(config), RUN_KEYS)
+    if changed:
+        raise CheckpointError(
+            f"{path} belongs to a run with another configuration ({'; '.join(changed[:6])}). "
+            "Use the same settings to continue it, or another out=... to start afresh."
+        )
+    _check_micro_batches(path, content["world_size"], content["config"]["accumulate"], ranks, config)
+    if content["data"]["fingerprint"] != data["fingerprint"]:
+        raise CheckpointError(
+            f"the data has changed since {path} was written. Then: {content['data']['description']}. "
+            f"Now: {data['description']}. Restore it to continue the run, or use another out=... to start afresh."
+        )
+
+
+def _check_micro_batches(path: Path, world_size: int, accumulate: int, ranks: Ranks, config: TrainConfig) -> None:
+    then, now = world_size * accumulate, ranks.world_size * config.accumulate
+    if then == now:
+        return
+    wanted, rest = divmod(then, ranks.world_size)
+    remedy = f"set accumulate={wanted}" if not rest else f"use a number of ranks that divides {then}"
+    raise CheckpointError(
+        f"{path} was written by {world_size} ranks with accumulate={accumulate}, {then} micro-batches an update; "
+        f"{ranks.world_size} ranks with accumulate={config.accumulate} would take {now}. To continue it, {remedy}."
+    )
+
+
+def _check_names(path: Path, state: dict[str, Tensor], saved: Any, more: bool = False) -> None:
+    missing = sorted(state.keys() - saved)
+    unknown = [] if more else sorted(saved - state.keys())
+    if missing or unknown:
+        raise CheckpointError(f"{path} does not fit the model; missing: {missing[:3]}, unknown: {unknown[:3]}")
+
+
+def _completed(content: dict[str, Any], path: Path) -> dict[str, Any]:
+    """``content`` with the keys of the configuration that came later, which then had their defaults' effect."""
+    try:
+        model = complete_model(content["config"]["model"])
+        built = model_config(model)
+        defaults = config_to_dict(TrainConfig(model=built, data=DATA_CONFIGS[built.modality](path="unknown")))
+    except (KeyError, TypeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path} holds a configuration that this version cannot read: {reason}") from error
+    return {**content, "config": _merged(defaults, {**content["config"], "model": model})}
+
+
+def _merged(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    merged = {**defaults, **values}
+    for key, default in defaults.items():
+        if isinstance(default, dict) and isinstance(merged[key], dict):
+            merged[key] = _merged(default, merged[key])
+    return merged
+
+
+def _unreadable(path: Path, error: Exception) -> CheckpointError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return CheckpointError(f"{path} cannot be read: {reason}")
