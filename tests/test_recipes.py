@@ -5,7 +5,7 @@ import pytest
 from d2v_fast.train.config import config_to_dict, differences, load_config
 from d2v_fast.train.errors import ConfigError
 from d2v_fast.train.optim import learning_rate
-from d2v_fast.train.recipes import check_processes, describe, load_recipe, on_gpus, recipe_overrides, table
+from d2v_fast.train.recipes import check_processes, describe, gpu_counts, load_recipe, on_gpus, recipe_overrides, table
 
 DATA = "data.path=somewhere"
 PUBLISHED = ["speech_base", "speech_large", "image_base", "image_large", "text_base"]
@@ -110,6 +110,10 @@ def test_bad_arguments():
         on_gpus(published("speech_base"), 256)
     with pytest.raises(ConfigError, match=r"unknown key 'sed'"):
         load_recipe("text_base", [DATA, "sed=1"], 2)
+    assert gpu_counts("1, 2,16") == [1, 2, 16]
+    for text in ("", "2,", "two", "0", "-1", "1.5"):
+        with pytest.raises(ConfigError, match=r"--gpus must be positive numbers such as 1,2,4, got"):
+            gpu_counts(text)
     check_processes(4, 4)
     with pytest.raises(ConfigError, match=r"--gpus must be the number of processes, 1, got 4; .*--nproc_per_node=4"):
         check_processes(4, 1)

@@ -295,6 +295,18 @@ def table(preset: str, given: Sequence[str], gpus: Sequence[int], lr_rule: LrRul
     return "\n".join(lines)
 
 
+def gpu_counts(text: str) -> list[int]:
+    """The numbers in "1,2,4".
+
+    Raises:
+        ConfigError: something else than positive whole numbers.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and int(part) > 0 for part in parts):
+        raise ConfigError(f"--gpus must be positive numbers such as 1,2,4, got {text!r}")
+    return [int(part) for part in parts]
+
+
 def check_processes(gpus: int, processes: int) -> None:
     """Refuse a recipe for another number of GPUs than there are processes.
 
