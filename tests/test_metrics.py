@@ -147,6 +147,27 @@ def test_device_time():
     assert (Event.made, Event.waits) == (6, 2)  # events are used again
 
 
+def test_utilisation_is_asked_for_now_and_then():
+    """At most once a second, and after a failure never again."""
+    clock, asked = Clock(), []
+
+    def utilisation() -> float:
+        asked.append(clock.now)
+        if len(asked) == 4:
+            raise RuntimeError("no driver")
+        return 60.0 + 10 * len(asked)
+
+    meter = Meter(tiny_config("text"), CPU, clock=clock, utilisation=utilisation)
+    batch = tiny_batch(meter.config)
+    for _ in range(6):
+        update(meter, clock, [batch], wait=0.25, work=0.25, after=0.0)
+    assert asked == [100.25, 101.25, 102.25]  # when the update began
+    assert meter.record([meter.take()])["gpu_idle"] == pytest.approx(1 - (0.7 + 0.8 + 0.9) / 3)
+    for _ in range(4):
+        update(meter, clock, [batch])
+    assert len(asked) == 4 and "gpu_idle" not in meter.record([meter.take()])
+
+
 def test_combine():
     rows = [[1.0, 2.0, 3.0, 4.0], [3.0, 6.0, 1.0, 0.0]]
     assert combine(rows, ["sum", "mean", "max", "min"]) == [4.0, 4.0, 3.0, 0.0]

@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 
@@ -23,9 +24,12 @@ COLUMNS = (
     "masked",  # positions
     "audio",  # seconds of speech
     "flops",
+    "samples",  # of the GPU's utilisation
+    "utilisation",  # their sum, each in [0, 1]
     "peak_flops",  # per second, of the device; 0 if unknown
     "peak_memory",  # bytes
 )
+SAMPLE_SECONDS = 1.0  # between two questions for the GPU's utilisation, which the driver averages over about as long
 REDUCTIONS: dict[str, Callable[[Sequence[float]], float]] = {
     "sum": sum,
     "mean": lambda values: sum(values) / len(values),
@@ -65,6 +69,8 @@ class Meter:
         device: of this rank.
         clock: seconds; another one for tests.
         event: makes what marks a point of the device's work, as ``torch.cuda.Event`` does; None without CUDA.
+        utilisation: per cent of the last second or so in which the GPU ran a kernel, as ``torch.cuda.utilization`` asks
+            the driver; where that fails (nvidia-ml-py is not installed, part of a GPU), nobody asks again.
     """
 
     def __init__(
@@ -74,12 +80,15 @@ class Meter:
         *,
         clock: Callable[[], float] = time.perf_counter,
         event: Callable[[], torch.cuda.Event] | None = None,
+        utilisation: Callable[[], float] | None = None,
     ) -> None:
-        self.config, self.device, self._clock, self._event = config, device, clock, event
+        self.config, self.device, self._clock = config, device, clock
+        self._event, self._utilisation, self._asked = event, utilisation, 0.0
         peak = None
         if device.type == "cuda":
             peak = peak_tflops(torch.cuda.get_device_name(device))
-            self._event = event or (lambda: torch.cuda.Event(enable_timing=True))
+            self._event = event or partial(torch.cuda.Event, enable_timing=True)
+            self._utilisation = utilisation or partial(torch.cuda.utilization, device)
         self._peak = 1e12 * (peak or 0)
         self._free: list[torch.cuda.Event] = []  # used in the window before
         self._plans: dict[tuple[bool, bool], tuple[Plan, Plan]] = {}
@@ -107,6 +116,7 @@ class Meter:
             self._marks.append((first, self._mark()))
         self._sums["worked"] += self._clock() - begun
         self._sums["updates"] += 1
+        self._sample(begun)
 
     def add(self, batches: Sequence[Batch | None]) -> None:
         """Take in the micro-batches of an update, still on the host; None for one of which nothing could be read."""
@@ -142,6 +152,17 @@ class Meter:
         event.record()
         return event
 
+    def _sample(self, now: float) -> None:
+        """Ask for the GPU's utilisation, if it is time to."""
+        if self._utilisation is None or now - self._asked < SAMPLE_SECONDS:
+            return
+        self._asked = now
+        try:
+            self._sums["utilisation"] += self._utilisation() / 100
+            self._sums["samples"] += 1
+        except Exception:  # of several libraries, and no reason to stop
+            self._utilisation = None
+
     def take(self) -> list[float]:
         """This rank's numbers by ``COLUMNS``, and a new window. For log steps: it waits for the device."""
         if self._marks:
@@ -168,6 +189,8 @@ class Meter:
         record["host_seconds"] = sum(c["worked"]) / ranks / updates
         if self._event is not None:
             record["device_idle"] = max(0.0, 1 - sum(c["busy"]) / ranks / seconds)
+        if sum(c["samples"]) > 0:
+            record["gpu_idle"] = 1 - sum(c["utilisation"]) / sum(c["samples"])
         rates = {
             "speech": {"audio_seconds_per_s": "audio", "frames_per_s": "positions"},
             "image": {"images_per_s": "items"},

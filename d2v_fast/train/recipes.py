@@ -179,7 +179,7 @@ def _notes(published: TrainConfig, gpus: int, size: int, count: int, factor: flo
             f"NOT the published batch: {factor:.4g} times as large",
             f"learning rate by the {lr_rule} rule: times {lr_factor(factor, lr_rule):.4g}",
             f"updates, warm-up, final decay, EMA schedule: divided by {factor:.4g}, for as many {unit} in all",
-            f"EMA decays: to the power of {factor:.4g}, for the same horizon in {unit} (exact at both ends, see the docs)",
+            f"EMA decay: to the power of {factor:.4g}, for the same horizon in {unit} (exact at its ends)",
             "betas, eps, weight decay and clipping: unchanged",
         ]
     if several:
