@@ -161,7 +161,7 @@ def test_utilisation_is_asked_for_now_and_then():
     batch = tiny_batch(meter.config)
     for _ in range(6):
         update(meter, clock, [batch], wait=0.25, work=0.25, after=0.0)
-    assert asked == [100.25, 101.25, 102.25]  # when the update began
+    assert asked == [100.5, 101.5, 102.5]  # behind an update
     assert meter.record([meter.take()])["gpu_idle"] == pytest.approx(1 - (0.7 + 0.8 + 0.9) / 3)
     for _ in range(4):
         update(meter, clock, [batch])
