@@ -39,6 +39,7 @@ def upstreams(lengths, num_frames, **options):
         {"prob": 0.3, "length": 3, "mask_dropout": 0.2},
         {"prob": 0.9, "length": 4, "mask_dropout": 0.1, "require_same_masks": False},
         {"prob": 0.5, "length": 1, "min_masks": 1},
+        {"prob": 0.5, "length": 5, "min_masks": 1, "add_masks": True, "mask_dropout": 0.1},
     ],
 )
 @pytest.mark.parametrize("lengths", [[60, 60, 60], [60, 41, 23], [60]])
