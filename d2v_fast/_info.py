@@ -4,6 +4,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+from pathlib import Path
 
 OPTIONAL = ("flash-attn", "flash-attn-3", "flash-attn-4", "xformers", "apex", "transformers", "ve-fairseq")
 OPS = (
@@ -33,12 +34,28 @@ def _version(package: str) -> str:
         return "not installed"
 
 
+QUOTA = Path("/sys/fs/cgroup/cpu.max")  # of a container: microseconds of processor time in each period, or "max"
+
+
 def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Cores that this process may use."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = QUOTA.read_text(encoding="utf-8").split()
+        return max(1, min(count, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or no limit
+        return count
 
 
-def info() -> str:
-    """A report of versions, devices, the implementation behind each op, thread settings, and advice."""
+def info(run: str | os.PathLike[str] | None = None) -> str:
+    """A report of versions, devices, the implementation behind each op, thread settings, and advice.
+
+    With ``run``, the folder of a pretraining run (which needs the train extra), also where its time went, what it
+    skipped, and what to change.
+
+    Raises:
+        DataError: ``run`` is no folder of a run.
+    """
     import torch
 
     from d2v_fast import __version__
@@ -77,16 +94,34 @@ def info() -> str:
     lines += [f"              {text}" for text in _extension.describe()]
     lines += [f"attention     {text}" for text in attention_backends.report()]
     lines += [f"drop-in       {text}" for text in _versions.report()]
-    cores, threads = _cores(), torch.get_num_threads()
+    cores, threads, processes = _cores(), torch.get_num_threads(), _processes(torch)
     omp = os.environ.get("OMP_NUM_THREADS", "unset")
-    lines.append(f"threads       {cores} cores, torch uses {threads}, OMP_NUM_THREADS={omp}")
-    return "\n".join([*lines, *_advice(torch, threads, omp, INTERPRET)])
-
-
-def _advice(torch, threads: int, omp: str, interpreted: bool) -> list[str]:
-    advice = []
-    if torch.cuda.is_available() and omp == "unset" and threads > 4:
-        advice.append("advice: set OMP_NUM_THREADS=1 when training on a GPU; many CPU threads starve the data loader")
-    if interpreted:
+    lines.append(
+        f"threads       {cores} cores, {processes} processes, torch uses {threads} in each, OMP_NUM_THREADS={omp}"
+    )
+    advice = _advice(torch.cuda.is_available(), cores, threads, processes, omp)
+    if INTERPRET:
         advice.append("advice: TRITON_INTERPRET=1 is for tests; it is hundreds of times slower than the reference")
-    return advice
+    if run is not None:
+        from d2v_fast.train.doctor import examine
+
+        advice += examine(Path(run), cores)
+    return "\n".join([*lines, *advice])
+
+
+def _processes(torch) -> int:
+    """Training processes on this machine: those that torchrun started, or would start, one for each GPU."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "0")) or max(1, torch.cuda.device_count())
+
+
+def _advice(gpu: bool, cores: int, threads: int, processes: int, omp: str) -> list[str]:
+    """What to change in the settings of threads: many of them starve the data loader, and each other."""
+    each = max(1, cores // processes)
+    if gpu and omp == "unset" and threads > 4:
+        return ["advice: set OMP_NUM_THREADS=1 when training on a GPU; many CPU threads starve the data loader"]
+    if threads * processes > cores:
+        wanted = 1 if gpu else each
+        return [f"advice: {processes} x {threads} threads are more than {cores} cores: set OMP_NUM_THREADS={wanted}"]
+    if not gpu and omp != "unset" and threads < each:
+        return [f"advice: training on the CPU would use more of its cores with OMP_NUM_THREADS={each}"]
+    return []
