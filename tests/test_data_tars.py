@@ -6,6 +6,8 @@ import json
 import os
 import pickle
 import tarfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from data_sets import audio, clips, image
 from d2v_fast.nn.config import Data2VecConfig
 from d2v_fast.train.data import DataError, ImageData, ImageDataConfig, SpeechData, SpeechDataConfig, batches, read_image
 from d2v_fast.train.data.formats import expand_braces
+from d2v_fast.train.data.sources import cached
 from d2v_fast.train.errors import ConfigError
 
 MODEL = Data2VecConfig.speech("base")
@@ -112,6 +115,39 @@ def test_cache_notices_other_shards(shards, tmp_path):
     after = SpeechData(cached, MODEL, 0)
     assert "train-000001.tar/new.flac" in list(after.names) and len(after.names) < len(before.names)
     assert after.fingerprint() == SpeechData(config(shards), MODEL, 0).fingerprint() != before.fingerprint()
+
+
+def test_ranks_that_start_together_make_a_cache_once(tmp_path, caplog):
+    calls = []
+
+    def make():
+        calls.append(1)
+        time.sleep(1.3)
+        return {"x": np.arange(3)}
+
+    def ask(number):
+        return cached(str(tmp_path / "cache"), "kind", ["key"], make)["x"].tolist()
+
+    with caplog.at_level("INFO"), ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(ask, range(3))) == [[0, 1, 2]] * 3
+    assert len(calls) == 1 and "waiting for another process" in caplog.text
+
+
+def test_other_rates_channels_and_nothing_in_a_tar(tmp_path):
+    def encoded(wave, rate):
+        file = io.BytesIO()
+        soundfile.write(file, wave, rate, format="WAV")
+        return file.getvalue()
+
+    samples = {
+        "fast.wav": encoded(np.zeros(48_000), 48_000),
+        "stereo.wav": encoded(np.full((16_000, 2), (0.5, -0.25)), 16_000),
+        "zero.wav": encoded(np.zeros(0), 16_000),
+        "none.wav": b"",
+    }
+    data = SpeechData(config(write_tar(tmp_path / "x.tar", samples), normalize=False), MODEL, 0)
+    assert data.lengths.tolist() == [16_000, 16_000] and (data._read(1) == 0.125).all()
+    assert sorted(name for name, _ in data.skipped) == ["x.tar/none.wav", "x.tar/zero.wav"]
 
 
 def test_which_members_are_taken(tmp_path):

@@ -3,18 +3,23 @@
 import hashlib
 import io
 import json
+import logging
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
+from filelock import FileLock, Timeout  # torch needs it as well
 
 from d2v_fast.train.data.base import UnreadableFile
 from d2v_fast.train.data.names import Names
 from d2v_fast.train.files import replace_file
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 SLICE = re.compile(r"(.+):(\d+):(\d+)")  # archive:offset:length, in bytes, as fairseq's manifests name them
@@ -134,6 +139,29 @@ def cache_path(folder: str | Path, kind: str, key: list[Any]) -> Path:
     return Path(folder).expanduser() / f"{kind}-{digest}"
 
 
+@contextmanager
+def missing(path: Path) -> Iterator[bool]:
+    """Whether there is no file at ``path``; if so, no other process on this path gets the same answer until the end.
+
+    So of the ranks that start together one makes a cache, and the others wait for it. The lock goes with its process;
+    on a file system without locks everyone is told to make the file.
+    """
+    if path.is_file():
+        yield False
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(lock.acquire(timeout=1))
+        except Timeout:
+            logger.info("waiting for another process that makes %s", path)
+            stack.enter_context(lock)
+        except NotImplementedError:
+            logger.warning("%s is on a file system without locks: other processes may make it as well", path)
+        yield not path.is_file()
+
+
 def cached(
     folder: str | None, kind: str, key: list[Any] | None, make: Callable[[], dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
@@ -141,8 +169,9 @@ def cached(
     if folder is None or key is None:
         return make()
     path = cache_path(folder, kind, key).with_suffix(".npz")
-    if not path.is_file():
-        arrays = make()
-        replace_file(path, lambda file: np.savez(file, **arrays))
+    with missing(path) as is_missing:
+        if is_missing:
+            arrays = make()
+            replace_file(path, lambda file: np.savez(file, **arrays))
     with np.load(path) as content:
         return dict(content)

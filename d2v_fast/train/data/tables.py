@@ -17,7 +17,7 @@ import numpy as np
 
 from d2v_fast.train.data.base import UnreadableFile
 from d2v_fast.train.data.names import Names
-from d2v_fast.train.data.sources import Source, cache_path, describe_files
+from d2v_fast.train.data.sources import Source, cache_path, describe_files, missing
 from d2v_fast.train.errors import ConfigError, DataError
 from d2v_fast.train.files import replace_file
 
@@ -195,15 +195,16 @@ def _unpacked(reader: "_Parquet | _Arrow", path: str, column: str, cache_dir: st
         return path
     pa = _pyarrow()
     target = cache_path(cache_dir, "table", [FORMAT, describe_files([path]), column]).with_suffix(".arrow")
-    if not target.is_file():
-        logger.info("unpacking column %s of %s into %s", column, path, target)
 
-        def write(file: BinaryIO) -> None:
-            with pa.ipc.new_stream(file, pa.schema([reader.schema.field(column)])) as stream:
-                for values in reader.batches(column):
-                    stream.write_batch(pa.record_batch([values], names=[column]))
+    def write(file: BinaryIO) -> None:
+        with pa.ipc.new_stream(file, pa.schema([reader.schema.field(column)])) as stream:
+            for values in reader.batches(column):
+                stream.write_batch(pa.record_batch([values], names=[column]))
 
-        replace_file(target, write)
+    with missing(target) as is_missing:
+        if is_missing:
+            logger.info("unpacking column %s of %s into %s", column, path, target)
+            replace_file(target, write)
     return str(target)
 
 

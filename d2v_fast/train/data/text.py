@@ -29,7 +29,7 @@ from d2v_fast.train.data.base import (
     require,
 )
 from d2v_fast.train.data.formats import TABLES, find
-from d2v_fast.train.data.sources import cache_path
+from d2v_fast.train.data.sources import cache_path, missing
 from d2v_fast.train.data.tables import read_documents
 from d2v_fast.train.data.text_config import BOS, EOS, TextDataConfig, check_text_model
 from d2v_fast.train.data.tokenizer import as_encoder, load_tokenizer, train_tokenizer
@@ -194,11 +194,12 @@ class _Cache:
         if self.folder is None:
             return make()
         path = self._path("tokenizer", vocab_size).with_suffix(".json")
-        if path.is_file():
-            return as_encoder(Tokenizer.from_file(str(path)))
-        tokenizer = make()
-        replace_file(path, lambda file: file.write(tokenizer.to_str().encode()))
-        return tokenizer
+        with missing(path) as is_missing:
+            if not is_missing:
+                return as_encoder(Tokenizer.from_file(str(path)))
+            tokenizer = make()
+            replace_file(path, lambda file: file.write(tokenizer.to_str().encode()))
+            return tokenizer
 
     def ids(
         self, tokenizer: Tokenizer, make: Callable[[], Iterator[np.ndarray]], info: dict[str, Any]
@@ -208,10 +209,11 @@ class _Cache:
             return np.concatenate([np.zeros(0, np.uint16), *make()]), info
         path = self._path("ids", tokenizer.to_str()).with_suffix(".npy")
         described = path.with_suffix(".json")  # written last: its presence says that the ids are complete
-        if not described.is_file() or not path.is_file():
-            logger.info("tokenizing into %s", path)
-            replace_file(path, lambda file: _write_array(file, make()))
-            replace_file(described, lambda file: file.write(json.dumps(info).encode()))
+        with missing(described) as is_missing:
+            if is_missing or not path.is_file():
+                logger.info("tokenizing into %s", path)
+                replace_file(path, lambda file: _write_array(file, make()))
+                replace_file(described, lambda file: file.write(json.dumps(info).encode()))
         return np.load(path, mmap_mode="r"), json.loads(described.read_text())
 
 
