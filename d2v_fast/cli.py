@@ -1,6 +1,7 @@
 """The ``d2v-fast`` command."""
 
 import logging
+import os
 import sys
 from enum import Enum
 from pathlib import Path
@@ -23,6 +24,7 @@ class Format(str, Enum):
     beit = "beit"
 
 
+RANK = os.environ.get("RANK", "0")  # among the processes that torchrun started
 INTERRUPTED = 130  # exit code of a run that Ctrl-C ended, as shells use it
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
@@ -30,29 +32,60 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 @app.callback()
 def _setup() -> None:
     """Pretrain data2vec on speech, images or text."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    level, name = (logging.INFO, "") if RANK == "0" else (logging.WARNING, f"rank {RANK}: ")
+    logging.basicConfig(level=level, format=f"{name}%(message)s", stream=sys.stderr)
 
 
 @app.command()
 def pretrain(
     preset: Annotated[str, typer.Argument(help="a preset (speech_base, image_base, text_base, ...) or a YAML file")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. data.path=DIR")] = None,
+    gpus: Annotated[int | None, typer.Option(help="keep the preset's batch on so many GPUs")] = None,
+    lr_rule: Annotated[
+        str, typer.Option(help="sqrt or linear: the learning rate where that needs another batch")
+    ] = "sqrt",
     resume: Annotated[bool, typer.Option(help="go on from the newest checkpoint in out=...")] = True,
 ) -> None:
-    """Pretrain a model; run the same command again to continue it."""
+    """Pretrain a model; run the same command again to continue it, torchrun's in front of it included."""
     from d2v_fast.train import load_config
     from d2v_fast.train import pretrain as run
 
-    result = run(load_config(preset, overrides or []), resume=resume)
-    print(f"update {result.updates}: loss {result.first_loss:.4f} -> {result.last_loss:.4f}; saved {result.checkpoint}")
-    if not result.finished:
-        print("stopped before the end; the same command continues from there", file=sys.stderr)
+    overrides = overrides or []
+    if gpus is not None:
+        from d2v_fast.train.recipes import check_processes, describe, recipe_overrides
+
+        overrides, recipe = recipe_overrides(preset, overrides, gpus, lr_rule)
+        check_processes(gpus, int(os.environ.get("WORLD_SIZE", "1")))
+        if RANK == "0":
+            print(describe(recipe, load_config(preset, overrides)), file=sys.stderr)
+    result = run(load_config(preset, overrides), resume=resume)
+    if RANK == "0":
+        losses = f"{result.first_loss:.4f} -> {result.last_loss:.4f}"
+        print(f"update {result.updates}: loss {losses}; saved {result.checkpoint}")
+        if not result.finished:
+            print("stopped before the end; the same command continues from there", file=sys.stderr)
+    if not result.finished and not result.preempted:
         raise typer.Exit(INTERRUPTED)
 
 
 @app.command()
+def recipe(
+    preset: Annotated[str, typer.Argument(help="a preset or a YAML file")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. data.batch_size=32")
+    ] = None,
+    gpus: Annotated[str, typer.Option(help="numbers of GPUs, such as 1,2,4,8,16")] = "1,2,4,8,16",
+    lr_rule: Annotated[str, typer.Option(help="sqrt or linear: the learning rate where the batch changes")] = "sqrt",
+) -> None:
+    """How a preset runs on other numbers of GPUs: accumulation, learning rate, schedules, memory."""
+    from d2v_fast.train.recipes import gpu_counts, table
+
+    print(table(preset, overrides or [], gpu_counts(gpus), lr_rule))
+
+
+@app.command()
 def probe(
-    checkpoint: Annotated[Path, typer.Argument(help="checkpoint-*.pt of a run")],
+    checkpoint: Annotated[Path, typer.Argument(help="a checkpoint of a run: checkpoint-00100000")],
     train: Annotated[Path, typer.Option(help="labelled examples to fit on: a folder per class, or a .tsv for text")],
     test: Annotated[Path, typer.Option(help="labelled examples to score")],
     layer: Annotated[str, typer.Option(help="a layer's number, or 'average'")] = "average",
@@ -81,7 +114,7 @@ def convert(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(help="checkpoint-*.pt of a run")],
+    checkpoint: Annotated[Path, typer.Argument(help="a checkpoint of a run: checkpoint-00100000")],
     target: Annotated[Path, typer.Argument(help="the directory (native, transformers) or file to write")],
     to: Annotated[Format, typer.Option(help="the format to write")] = Format.native,
     teacher: Annotated[bool, typer.Option("--teacher", help="the averages in place of the student")] = False,
@@ -118,9 +151,11 @@ def run(
 
 
 @app.command()
-def info() -> None:
-    """Versions, devices, what each op runs on, and advice."""
-    print(report())
+def info(
+    run: Annotated[Path | None, typer.Argument(help="the folder of a run, to look at its metrics too")] = None,
+) -> None:
+    """Versions, devices, what each op runs on, and advice; for a run, what it waited for and what to change."""
+    print(report(run))
 
 
 def main() -> None:
@@ -134,4 +169,13 @@ def main() -> None:
 
         if not isinstance(error, UserError):
             raise
-        sys.exit(f"error: {error}")
+        sys.exit(_one_line(error))
+
+
+def _one_line(error: ValueError) -> str | int:
+    """What is printed of an error: on one rank only, if all have the same."""
+    from d2v_fast.train.errors import TrainingStopped
+
+    if RANK == "0":
+        return f"error: {error}"
+    return 1 if isinstance(error, TrainingStopped) else f"rank {RANK}: error: {error}"

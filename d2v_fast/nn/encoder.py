@@ -114,6 +114,8 @@ class TransformerEncoder(nn.Module):
         stream = self._run(kept, x, scope, wanted, results, states)
         if stream is not None and len(kept) < len(self.layers) and torch.is_grad_enabled():
             skipped = [p for i, layer in enumerate(self.layers) if i not in kept for p in layer.parameters()]
+            if not kept and self.relative_bias is not None:  # what layers share
+                skipped += self.relative_bias.parameters()
             stream = stream._replace(y=_ZeroGradients.apply(stream.y, *skipped))
         return stream
 

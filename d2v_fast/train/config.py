@@ -15,6 +15,7 @@ from yaml import YAMLError
 
 from d2v_fast.nn.config import Data2VecConfig
 from d2v_fast.train.data import ImageDataConfig, SpeechDataConfig, TextDataConfig
+from d2v_fast.train.distributed import DistributedConfig
 from d2v_fast.train.errors import ConfigError
 from d2v_fast.train.optim import OptimConfig, ScheduleConfig
 
@@ -32,14 +33,18 @@ RUN_KEYS = (
     "stop_after",
     "reference_gpus",
     "optim.one_pass",  # the same results up to rounding
+    "compile",
     "model.encoder.checkpointing",
     "model.encoder.attention_backend",
     "model.encoder.attention_strict",
     "data.path",  # the data themselves are compared, see checkpoint.restore
     "data.tokenizer",
     "data.cache_dir",
+    "data.format",
+    "data.max_bad_fraction",
 )
-RUN_GROUPS = ("guards.", "model.prune.")
+RUN_GROUPS = ("guards.", "log.", "distributed.", "model.prune.")
+RANK_KEYS = ("device", "workers", "data.path", "data.cache_dir")  # may differ between the ranks of a run
 COERCE = {"coerce_numbers_to_str": True}  # a folder may be called 2024
 
 
@@ -54,6 +59,14 @@ class GuardConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """Where numbers go besides metrics.jsonl and the terminal."""
+
+    tensorboard: bool = True
+    wandb_project: str = ""  # "" = not to Weights & Biases
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything that defines a run."""
 
@@ -62,13 +75,16 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     guards: GuardConfig = field(default_factory=GuardConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
     updates: int = 400_000
-    accumulate: int = 1  # micro-batches per update
+    accumulate: int = 1  # micro-batches per update of each rank
     seed: int = 1
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 autocast on CUDA, fp32 on CPU
     # Updates are replayed from CUDA graphs (train/graph.py) where possible, or "strict": always. Batches have few
     # shapes then; those of speech need a data.crop_multiple of a second or so as well. Not yet timed on a GPU.
     cuda_graph: Literal["off", "auto", "strict"] = "off"
+    compile: bool = False  # torch.compile of each layer
     reference_gpus: int = 1  # GPUs of the published recipe that this batch size is per GPU of; for information
     out: str = "runs/default"
     device: str = "auto"

@@ -96,10 +96,10 @@ class Ranks:
         if self.control is None:
             return [list(numbers)]
         own = torch.tensor(numbers, dtype=torch.float64)
-        found = own.new_empty(self.world_size * own.numel())
+        found = [torch.empty_like(own) for _ in range(self.world_size)]
         with self.waiting("the others' metrics"):
-            dist.all_gather_into_tensor(found, own, group=self.control)
-        return found.view(self.world_size, -1).tolist()
+            dist.all_gather(found, own, group=self.control)
+        return [x.tolist() for x in found]
 
     def gather(self, value: Any) -> list[Any]:
         """The ``value`` of every rank: anything that can be pickled."""
@@ -152,7 +152,7 @@ class Ranks:
 
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
-        """Around a collective of the control group: what it raises when a rank is gone or hangs becomes a UserError.
+        """Around collectives: what they raise when a rank is gone or hangs becomes a UserError.
 
         Raises:
             RankLost: another rank has ended, or did not come within the time-out.
@@ -160,6 +160,8 @@ class Ranks:
         try:
             yield
         except RuntimeError as error:
+            if not (isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL"))):
+                raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise RankLost(
                 f"rank {self.rank} waited for {what} in vain, at most {self.timeout:g} s (distributed.timeout): a rank "

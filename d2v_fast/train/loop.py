@@ -1,16 +1,10 @@
 """The training loop: data in, updates, logs, guards, checkpoints."""
 
-import hashlib
 import logging
 import math
-import os
-import resource
-import signal
-import sys
-import threading
 import time
-from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,25 +15,34 @@ from omegaconf import OmegaConf
 from d2v_fast.nn import Batch, Data2Vec
 from d2v_fast.train import checkpoint
 from d2v_fast.train.checkpoint import Progress
-from d2v_fast.train.config import TrainConfig, config_to_dict
+from d2v_fast.train.config import RANK_KEYS, TrainConfig, config_to_dict, flatten
 from d2v_fast.train.data import DataConfig, PretrainData, TextData, TextDataConfig, batches, build_data
-from d2v_fast.train.errors import CheckpointError, ConfigError, TrainingStopped
+from d2v_fast.train.data.stand_in import stand_in
+from d2v_fast.train.distributed import Ranks, describe, join
+from d2v_fast.train.errors import CheckpointError, ConfigError
 from d2v_fast.train.files import replace_file
 from d2v_fast.train.graph import CapturedStep
+from d2v_fast.train.guards import SHARED, Window, check_guards
+from d2v_fast.train.interrupt import Interrupt
 from d2v_fast.train.logging import MetricLog, plot_curves, read_metrics
+from d2v_fast.train.metrics import Meter, combine, peak_memory
 from d2v_fast.train.optim import build_optimizer, learning_rate
+from d2v_fast.train.parallel import compile_layers, parallelise
+from d2v_fast.train.seeds import layerdrop_seed, seed_micro_batch
 from d2v_fast.train.step import StepMetrics, train_step
+from d2v_fast.train.vote import Abandoned, Vote
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PretrainResult:
-    """What :func:`pretrain` leaves behind."""
+    """What :func:`pretrain` leaves behind; the same on all ranks."""
 
     checkpoint: Path
     updates: int
     finished: bool  # False when it was interrupted and can be continued
+    preempted: bool  # it was SIGTERM or SIGUSR1 that interrupted it
     first_loss: float  # of the first and the last logged update
     last_loss: float
     target_var: float  # at the last logged update
@@ -48,106 +51,11 @@ class PretrainResult:
     peak_memory: int  # bytes: of the GPU, or of this process on a CPU
 
 
-class Interrupt:
-    """Makes the first Ctrl-C or SIGTERM a request to stop after the current update; a second Ctrl-C is immediate."""
-
-    def __enter__(self) -> "Interrupt":
-        self.requested = False
-        # only the main thread may set handlers; elsewhere its owner decides
-        main = threading.current_thread() is threading.main_thread()
-        self._old = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)} if main else {}
-        for number in self._old:
-            signal.signal(number, self._request)
-        return self
-
-    def _request(self, number: int, frame: object) -> None:
-        self.requested = True
-        signal.signal(signal.SIGINT, self._old[signal.SIGINT])
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-
-class Window:
-    """The updates' metrics since the last log, left on the device; reading them is the loop's only synchronisation."""
-
-    def __init__(self) -> None:
-        self._rows: list[torch.Tensor] = []
-        self.nonfinite = 0  # length of the current run of skipped updates
-
-    def add(self, m: StepMetrics) -> None:
-        """Take in one update."""
-        self._rows.append(torch.stack([m.loss, m.target_var, m.pred_var, m.grad_norm, m.skipped]))
-
-    def read(self) -> dict[str, float]:
-        """Means over the window's updates that were not skipped (NaN if all were), and the number of skipped ones."""
-        rows = torch.stack(self._rows).tolist()
-        self._rows.clear()
-        for row in rows:
-            self.nonfinite = self.nonfinite + 1 if row[4] else 0
-        kept = [row for row in rows if not row[4]]
-        means = [sum(column) / len(kept) for column in zip(*kept, strict=True)] if kept else [float("nan")] * 5
-        names = ("loss", "target_var", "pred_var", "grad_norm")
-        return {**dict(zip(names, means[:4], strict=True)), "skipped": len(rows) - len(kept)}
-
-
-def check_guards(window: Window, record: dict[str, float], config: TrainConfig) -> None:
-    """Stop a run that cannot recover.
-
-    Raises:
-        TrainingStopped: too many updates in a row were not finite, or targets or predictions have collapsed.
-    """
-    guards, update = config.guards, record["update"]
-    if window.nonfinite > guards.max_nonfinite:
-        raise TrainingStopped(
-            f"update {update}: loss or gradient was not finite for {window.nonfinite} updates in a row "
-            f"(guards.max_nonfinite = {guards.max_nonfinite}). Lower optim.lr or set optim.clip_norm."
-        )
-    if update <= guards.after_updates:
-        return
-    for name, low in (("target_var", guards.min_target_var), ("pred_var", guards.min_pred_var)):
-        if record[name] < low:
-            raise TrainingStopped(
-                f"update {update}: the representations have collapsed: {name} {record[name]:.4f} is below "
-                f"guards.min_{name} = {low}. Lower optim.lr, raise ema.decay, or mask more."
-            )
-
-
-def resolve_device(name: str) -> torch.device:
-    """The device of a run; "auto" is CUDA if there is any.
-
-    Raises:
-        ConfigError: no such device here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device must be auto, cpu or cuda[:N], got {name!r}") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device must be auto, cpu or cuda[:N], got {name!r}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"device {name!r} was asked for, and PyTorch {torch.__version__} sees no CUDA device")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device {name!r} was asked for, and there are {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
 def resolve_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
     """``config`` with "auto" replaced by what it means on ``device``, so that a checkpoint says what was computed."""
     if config.precision != "auto":
         return config
     return replace(config, precision="bf16" if device.type == "cuda" else "fp32")
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the GPU, or of this process (without the loader's workers) on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 @contextmanager
@@ -163,14 +71,8 @@ def writing(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"cannot write to the run's folder {folder}: {error}") from error
 
 
-def seed_update(seed: int, update: int) -> None:
-    """Seed PyTorch for one update, so that a resumed run draws the same dropout, LayerDrop and augmentations."""
-    digest = hashlib.blake2b(f"{seed}/{update}".encode(), digest_size=8).digest()
-    torch.manual_seed(int.from_bytes(digest, "little") >> 1)
-
-
-def open_run(config: TrainConfig, resume: bool) -> tuple[Path, Path | None]:
-    """Make the run's folder; return it and the checkpoint to go on from, if any.
+def open_run(config: TrainConfig, resume: bool) -> Path:
+    """Make the run's folder.
 
     Raises:
         ConfigError: the folder cannot be made.
@@ -184,48 +86,52 @@ def open_run(config: TrainConfig, resume: bool) -> tuple[Path, Path | None]:
     found = checkpoint.checkpoints(folder)
     if found and not resume:
         raise CheckpointError(f"{folder} already holds a run (newest: {found[-1].name}); choose another out=...")
-    return folder, found[-1] if found else None
+    return folder
 
 
 class Trainer:
-    """One session of a run: built from a configuration, continued from the newest checkpoint in its folder."""
+    """One session of a run, on one of its ranks: built from a configuration, continued from the newest checkpoint."""
 
-    def __init__(self, config: TrainConfig, resume: bool = True) -> None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ConfigError("training on several processes is not supported yet: run without torchrun")
-        self.device = resolve_device(config.device)
+    def __init__(self, config: TrainConfig, ranks: Ranks, resume: bool = True) -> None:
+        self.ranks, self.device = ranks, ranks.device
         self.config = config = resolve_precision(config, self.device)
-        self.folder, found = open_run(config, resume)
-        self.data: PretrainData = build_data(
-            self._data_config(found), config.model, config.seed, static_shapes=config.cuda_graph != "off"
-        )
+        settings = flatten(config_to_dict(config))
+        ranks.check_same("the configuration", {k: v for k, v in settings.items() if k not in RANK_KEYS})
+        with ranks.together("opening the run"):
+            self.folder = open_run(config, resume)
+        found = checkpoint.newest_valid(self.folder, ranks)
+        with ranks.together("opening the data"):
+            self.data: PretrainData = build_data(
+                self._data_config(found), config.model, config.seed, static_shapes=config.cuda_graph != "off"
+            )
+            self.described = checkpoint.describe_data(self.data)
+        ranks.check_same("the data", self.described)
         logger.info("%s", self.data.describe())
-        self.described = checkpoint.describe_data(self.data)
-        torch.manual_seed(config.seed)
-        self.model = Data2Vec(config.model).to(self.device)
-        self.optimizer = build_optimizer(self.model, config.optim)
-        self.progress, self.saved = Progress(), -1  # saved: update of the newest checkpoint
+        with ranks.together("building the model"):
+            self._build()
+        self.progress = Progress()
         if found:
-            content = checkpoint.read(found, self.device)
-            self.progress = checkpoint.restore(content, found, self.model, self.optimizer, config, self.described)
-            self.saved = self.progress.update
+            self.progress = checkpoint.restore(found, self.model, self.optimizer, ranks, config, self.described)
             logger.info("continuing from %s (update %d)", found, self.progress.update)
-        how = {"clip_norm": config.optim.clip_norm, "autocast": config.precision == "bf16"}
-        self.captured: CapturedStep | None = None
-        if config.cuda_graph != "off":
-            strict = config.cuda_graph == "strict"
-            if strict and (self.device.type != "cuda" or config.accumulate > 1):
-                given = f"{self.device.type} and {config.accumulate}"
-                raise ConfigError(f'cuda_graph: "strict" needs a CUDA device and accumulate = 1, got {given}')
-            self.captured = CapturedStep(self.model, self.optimizer, strict=strict, **how)
-        self.step = self.captured or partial(train_step, self.model, optimizer=self.optimizer, **how)
+        self.writer = checkpoint.Writer(
+            self.folder,
+            self.model,
+            self.optimizer,
+            ranks,
+            config,
+            self.described,
+            timeout=config.distributed.timeout,
+            newest=found,
+        )
+        self.meter = Meter(config.model, self.device)
+        self.empty = stand_in(config.model)
         self.consistent = True  # False while an update is under way
-        self.skipped_files: set[str] = {name for name, _ in self.data.skipped}
-        with writing(self.folder):
-            text = OmegaConf.to_yaml(OmegaConf.create(config_to_dict(config)))
-            replace_file(self.folder / "config.yaml", lambda file: file.write(text.encode()))
-            if isinstance(self.data, TextData):
-                self.data.save_tokenizer(self.folder / "tokenizer.json")
+        self.agreed = ranks.control is None  # whether all ranks are at this place
+        self.failure: Exception | None = None  # of this rank, of which the others do not know yet
+        self.skipped_files: set[str] = set()  # by this rank; those that the scan found are the same everywhere
+        with ranks.together("writing to the run's folder"), writing(self.folder):
+            if ranks.first:
+                self._write_settings()
 
     def _data_config(self, found: Path | None) -> DataConfig:
         """The data's configuration; a continued text run keeps the tokenizer that it was started with."""
@@ -234,16 +140,47 @@ class Trainer:
             return replace(data, tokenizer=str(tokenizer))
         return data
 
-    def _micro_batches(self) -> Generator[tuple[int, int, Batch]]:
+    def _build(self) -> None:
+        config, ranks, bf16 = self.config, self.ranks, self.config.precision == "bf16"
+        if config.cuda_graph == "strict" and (self.device.type != "cuda" or config.accumulate > 1):
+            given = f"{self.device.type} and {config.accumulate}"
+            raise ConfigError(f'cuda_graph: "strict" needs a CUDA device and accumulate = 1, got {given}')
+        if config.cuda_graph != "off" and ranks.mode != "none":
+            raise ConfigError(f"cuda_graph must be off with distributed.mode={ranks.mode}, got {config.cuda_graph!r}")
+        torch.manual_seed(config.seed)
+        self.model = Data2Vec(config.model).to(self.device)
+        if config.compile:
+            compile_layers(self.model)
+        parallel = parallelise(
+            self.model, ranks, accumulate=config.accumulate, shard_size=config.distributed.shard_size, bf16=bf16
+        )
+        self.optimizer = build_optimizer(self.model, config.optim)
+        how = {"clip_norm": config.optim.clip_norm, "autocast": bf16}
+        self.captured: CapturedStep | None = None
+        if config.cuda_graph != "off":
+            self.captured = CapturedStep(self.model, self.optimizer, strict=config.cuda_graph == "strict", **how)
+        self.step = self.captured or partial(train_step, self.model, optimizer=self.optimizer, parallel=parallel, **how)
+
+    def _write_settings(self) -> None:
+        text = OmegaConf.to_yaml(OmegaConf.create(config_to_dict(self.config)))
+        replace_file(self.folder / "config.yaml", lambda file: file.write(text.encode()))
+        if isinstance(self.data, TextData):
+            self.data.save_tokenizer(self.folder / "tokenizer.json")
+
+    def _micro_batches(self) -> Iterator[tuple[int, int, Batch | None]]:
         loader = batches(
             self.data,
             epoch=self.progress.epoch,
             index=self.progress.index,
             num_workers=self.config.workers,
             pin_memory=self.device.type == "cuda",
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            keep_empty=True,
         )
         for epoch, index, batch in loader:
-            self.skipped_files.update(name for name, _ in batch.skipped)
+            if batch is not None:
+                self.skipped_files.update(name for name, _ in batch.skipped)
             yield epoch, index, batch
 
     def run(self) -> PretrainResult:
@@ -252,68 +189,159 @@ class Trainer:
         first = self.progress.update
         last = min(config.updates, first + config.stop_after) if config.stop_after else config.updates
         stream = self._micro_batches()
-        try:
-            with (
-                writing(self.folder),
-                closing(MetricLog(self.folder, config.updates, first)) as log,
-                Interrupt() as interrupt,
-            ):
-                self._updates(log, last, interrupt, stream)
-        finally:
-            stream.close()  # ends the loader's workers
-            if self.consistent and self.progress.update > 0:  # a failed start leaves no run behind
-                self.save()
-        self.save()
-        with writing(self.folder):
-            plot_curves(self.folder)
-        path = checkpoint.checkpoint_path(self.folder, self.progress.update)
-        return self._result(path, time.monotonic() - start)
+        with Interrupt() as interrupt:
+            try:
+                with self._open_log(first) as log:
+                    self._updates(log, last, interrupt, stream)
+                with self.ranks.together("the last log"):
+                    if self.failure is not None:
+                        raise self.failure
+                self.agreed = True
+            finally:
+                stream.close()  # ends the loader's workers
+                # not if others may be elsewhere, as a save is made together; nor after a start that failed
+                if self.consistent and self.agreed and self.progress.update > 0:
+                    self._save()
+                self.writer.close()
+            self._save()
+        with self.ranks.together("drawing the curves"), writing(self.folder):
+            if self.ranks.first:
+                plot_curves(self.folder)
+        return self.ranks.gather(self._result(interrupt, time.monotonic() - start) if self.ranks.first else None)[0]
 
-    def _updates(self, log: MetricLog, last: int, interrupt: Interrupt, stream: Iterator) -> None:
-        config, window = self.config, Window()
-        mark, waited, since = time.monotonic(), 0.0, 0
-        while self.progress.update < last and not interrupt.requested:
-            update, before = self.progress.update, time.monotonic()
-            group = [next(stream) for _ in range(config.accumulate)]
-            waited += time.monotonic() - before
-            seed_update(config.seed, update)
-            lr = learning_rate(update, config.updates, config.optim, config.schedule)
-            self.consistent = False
-            micro_batches = [self.data.augment(batch.to(self.device)) for _, _, batch in group]
-            metrics = self.step(micro_batches, lr=lr, update=update)
-            self.progress = Progress(update + 1, group[-1][0], group[-1][1] + 1)
+    def _save(self) -> None:
+        """Save, unless that is done, and wait for it."""
+        self.writer.save(self.progress)
+        self.writer.wait()
+
+    @contextmanager
+    def _open_log(self, first: int) -> Iterator[MetricLog | None]:
+        """The log of rank 0; None on other ranks."""
+        config, log = self.config, None
+        with self.ranks.together("opening the log"), writing(self.folder):
+            if self.ranks.first:
+                log = MetricLog(
+                    self.folder,
+                    config.updates,
+                    first,
+                    tensorboard=config.log.tensorboard,
+                    wandb_project=config.log.wandb_project,
+                    settings=config_to_dict(config),
+                )
+        with writing(self.folder), nullcontext() if log is None else closing(log):
+            yield log
+
+    def _updates(self, log: MetricLog | None, last: int, interrupt: Interrupt, stream: Iterator) -> None:
+        config, window, stop = self.config, Window(), False
+        while self.progress.update < last and not stop:
+            with self.meter.waiting():
+                group = self._next(stream)
+            micro_batches = [self.empty if batch is None else batch for _, _, batch in group]
+            self.meter.add([batch for _, _, batch in group])
+            vote = Vote(self.ranks, micro_batches, interrupt, self.failure is not None)
+            try:
+                with self.meter.working():
+                    metrics, lr = self._update(micro_batches, vote)
+            except Abandoned:
+                self.consistent = True
+                self._raise_failure(vote)
+                self.progress = Progress(self.progress.update, group[-1][0], group[-1][1] + 1)
+                continue
+            update = self.progress.update + 1
+            self.progress = Progress(update, group[-1][0], group[-1][1] + 1)
             self.consistent = True
             window.add(metrics)
-            since += 1
-            log.advance(update + 1)
-            if (update + 1) % config.log_every == 0 or update + 1 == last or update == 0:
-                record = {"update": update + 1, **window.read(), "lr": lr, "ema_decay": metrics.ema_decay}
-                elapsed = time.monotonic() - mark
-                record |= {"masked": metrics.num_masked, "seconds_per_update": elapsed / since}
-                record |= {"data_wait": waited / elapsed, "epoch": self.progress.epoch}
-                record |= {"skipped_files": len(self.skipped_files)}
-                if self.captured is not None:
-                    record |= {"graph_replays": self.captured.replays, "graph_fallbacks": self.captured.fallbacks}
-                mark, waited, since = time.monotonic(), 0.0, 0
+            # alone, a signal that came during the update counts at once
+            stop = vote.stop or (self.ranks.control is None and interrupt.requested)
+            if log is not None:
+                log.advance(update)
+            if update % config.log_every == 0 or update in (1, last):
+                self._log(log, window, {"lr": lr, "ema_decay": metrics.ema_decay, "masked": metrics.num_masked})
+            if update % config.checkpoint_every == 0:
+                self.writer.save(self.progress)
+
+    def _next(self, stream: Iterator) -> list[tuple[int, int, Batch | None]]:
+        """This rank's micro-batches of an update; empty ones where they cannot be had any more."""
+        with self._announced():
+            return [next(stream) for _ in range(self.config.accumulate)]
+        return [(0, 0, None)] * self.config.accumulate
+
+    @contextmanager
+    def _announced(self) -> Iterator[None]:
+        """Keep an error that only this rank meets until the next vote, after which all ranks end in order."""
+        try:
+            yield
+        except Exception as error:
+            if self.ranks.control is None:
+                raise
+            self.failure = error
+
+    def _raise_failure(self, vote: Vote) -> None:
+        """After a vote: the error of this rank, or TrainingStopped for that of another one; nothing if none failed."""
+        if not vote.failed:
+            return
+        failures = self.ranks.gather(None if self.failure is None else describe(self.failure))
+        self.agreed = True
+        if self.failure is not None:
+            raise self.failure
+        self.ranks.raise_first(f"update {self.progress.update + 1}", failures)
+
+    def _update(self, micro_batches: list[Batch], vote: Vote) -> tuple[StepMetrics, float]:
+        """Make the next update with these micro-batches; its metrics and learning rate.
+
+        Raises:
+            Abandoned: it was not made, and nothing has changed.
+            RankLost: another rank has ended or hangs.
+        """
+        config, update = self.config, self.progress.update
+        lr = learning_rate(update, config.updates, config.optim, config.schedule)
+        self.model.encoder.layerdrop_seed = layerdrop_seed(config.seed, update)
+        self.consistent = False
+        how = {}
+        if self.ranks.control is None:
+            vote.counts()
+        else:
+            how["counts"] = vote.counts
+        on_device = [batch.to(self.device) for batch in micro_batches]
+        with self.ranks.waiting("gradients or parameters"):
+            return self.step(on_device, lr=lr, update=update, prepare=self._prepare, **how), lr
+
+    def _prepare(self, index: int, batch: Batch) -> Batch:
+        seed_micro_batch(self.config.seed, self.progress.update, index * self.ranks.world_size + self.ranks.rank)
+        return self.data.augment(batch)
+
+    def _log(self, log: MetricLog | None, window: Window, record: dict[str, float]) -> None:
+        """Write down the window; all ranks' numbers are exchanged at once.
+
+        Raises:
+            TrainingStopped: see :func:`check_guards`.
+        """
+        own, rates = [*window.take(), len(self.skipped_files)], self.meter.take()
+        rows = self.ranks.exchange([*own, *rates])
+        shared = combine([row[: len(own)] for row in rows], [*SHARED.values(), "sum"])
+        record = {"update": self.progress.update, **dict(zip(SHARED, shared, strict=False)), **record}
+        record |= self.meter.record([row[len(own) :] for row in rows])
+        record |= {"epoch": self.progress.epoch, "skipped_files": int(shared[-1]) + len(self.data.skipped)}
+        if self.captured is not None:
+            record |= {"graph_replays": self.captured.replays, "graph_fallbacks": self.captured.fallbacks}
+        with self._announced(), writing(self.folder):
+            if log is not None:
                 log.write(record)
-                check_guards(window, record, config)
-            if (update + 1) % config.checkpoint_every == 0:
-                self.save()
+        try:
+            check_guards(window, record, self.config)
+        except Exception:
+            self.agreed = True
+            raise
 
-    def save(self) -> None:
-        """Write a checkpoint of the current state, unless there is one, and remove those that are no longer kept."""
-        if self.progress.update != self.saved:
-            checkpoint.save(self.folder, self.model, self.optimizer, self.progress, self.config, self.described)
-            self.saved = self.progress.update
-            checkpoint.prune(self.folder, self.config.keep_checkpoints)
-
-    def _result(self, path: Path, seconds: float) -> PretrainResult:
+    def _result(self, interrupt: Interrupt, seconds: float) -> PretrainResult:
         nothing = {"loss": math.nan, "target_var": math.nan, "pred_var": math.nan}
         rows = read_metrics(self.folder) or [nothing]
+        finished = self.progress.update >= self.config.updates
         return PretrainResult(
-            checkpoint=path,
+            checkpoint=checkpoint.checkpoints(self.folder)[-1],
             updates=self.progress.update,
-            finished=self.progress.update >= self.config.updates,
+            finished=finished,
+            preempted=interrupt.preempted and not finished,
             first_loss=rows[0]["loss"],
             last_loss=rows[-1]["loss"],
             target_var=rows[-1]["target_var"],
@@ -326,7 +354,10 @@ class Trainer:
 def pretrain(config: TrainConfig, *, resume: bool = True) -> PretrainResult:
     """Pretrain a data2vec model as ``config`` says; goes on from the newest checkpoint in ``config.out``.
 
+    On several processes, which torchrun starts, all call it with the same ``config``.
+
     Raises:
-        UserError: ConfigError, DataError, CheckpointError or TrainingStopped (``train/errors.py``).
+        UserError: ConfigError, DataError, CheckpointError, TrainingStopped or RankLost (``train/errors.py``).
     """
-    return Trainer(config, resume).run()
+    with join(config.distributed, config.device) as ranks:
+        return Trainer(config, ranks, resume).run()

@@ -1,5 +1,7 @@
 """A model on several ranks: replicas (DDP), shards (FSDP2), or replicas of shards (HSDP). docs/distributed.md."""
 
+import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,6 +18,10 @@ from d2v_fast.ops.data2vec_loss import LossOutput
 from d2v_fast.train.distributed import Ranks
 from d2v_fast.train.errors import ConfigError
 
+# ranks have the same buffers, which never change; torch 2.13 has another name for it
+_NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+_KEEP_BUFFERS = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
+
 
 @dataclass(frozen=True, eq=False)
 class Parallel:
@@ -27,11 +33,13 @@ class Parallel:
     shards: dist.ProcessGroup | None = None  # ranks that share one copy of the parameters; None: each has all of them
 
 
-def parallelise(model: Data2Vec, ranks: Ranks, *, shard_size: int = 0, bf16: bool = False) -> Parallel:
+def parallelise(
+    model: Data2Vec, ranks: Ranks, *, accumulate: int = 1, shard_size: int = 0, bf16: bool = False
+) -> Parallel:
     """Spread ``model``, the same on all ranks, as ``ranks.mode`` says. Build the optimizer afterwards.
 
     With "fsdp2" and "hsdp" its parameters become DTensors, those of the teacher as well, and ``bf16`` has layers
-    gathered in bfloat16; run it under autocast to bfloat16 then.
+    gathered in bfloat16; run it under autocast to bfloat16 then. ``accumulate`` micro-batches are an update.
 
     Raises:
         ConfigError: ``shard_size`` does not divide the number of ranks.
@@ -39,11 +47,11 @@ def parallelise(model: Data2Vec, ranks: Ranks, *, shard_size: int = 0, bf16: boo
     if ranks.mode == "none":
         return Parallel(model)
     if ranks.mode == "ddp":
-        return replicate(model, ranks)
+        return replicate(model, ranks, accumulate)
     return shard(model, _mesh(ranks, shard_size), bf16)
 
 
-def replicate(model: Data2Vec, ranks: Ranks) -> Parallel:
+def replicate(model: Data2Vec, ranks: Ranks, accumulate: int) -> Parallel:
     """DDP: each rank has the whole model, and gradients are averaged in backward.
 
     Parameters that LayerDrop skips have gradients of 0, so that nothing has to look for parameters without one.
@@ -54,9 +62,10 @@ def replicate(model: Data2Vec, ranks: Ranks) -> Parallel:
     wrapped = DistributedDataParallel(
         model,
         device_ids=[ranks.device] if ranks.device.type == "cuda" else None,
-        broadcast_buffers=False,
+        **_KEEP_BUFFERS,
         gradient_as_bucket_view=True,
-        static_graph=model.config.encoder.layerdrop == 0,
+        # DDP fails if the first backward of a static graph does not communicate
+        static_graph=model.config.encoder.layerdrop == 0 and accumulate == 1,
     )
     return Parallel(wrapped, ranks.world_size, lambda last: nullcontext() if last else wrapped.no_sync())
 
@@ -72,6 +81,8 @@ def shard(model: Data2Vec, mesh: DeviceMesh, bf16: bool) -> Parallel:
         mesh: of one dimension "shard", or of two, "replicate" and "shard".
         bf16: gather layers in bfloat16. Gradients are summed in float32.
     """
+    # a warning for code that writes into what a layer returned
+    warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view", category=UserWarning)
     # inputs are cast by autocast, where it casts: the residual stream stays in float32
     whole = MixedPrecisionPolicy(cast_forward_inputs=False)
     layers = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False) if bf16 else whole
