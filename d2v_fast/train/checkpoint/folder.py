@@ -142,6 +142,8 @@ def check_files(path: Path, manifest: dict[str, Any]) -> None:
     expected = manifest["files"]
     if unknown := sorted({p.name for p in path.glob(f"*{SUFFIX}")} - expected.keys()):
         raise CheckpointError(f"{path} is damaged: {unknown[0]} is not in {MANIFEST}")
+    if strange := [name for name in expected if Path(name).name != name]:
+        raise CheckpointError(f"{path} is damaged: {strange[0]!r} is no name of a file in it")
     try:
         sizes = {name: (path / name).stat().st_size for name in expected}  # all before any is read
         for name, file in expected.items():
