@@ -1,7 +1,9 @@
 """Recipes on other numbers of GPUs: what stays exactly as published, and what the formulas make of the rest."""
 
 import pytest
+from typer.testing import CliRunner
 
+from d2v_fast.cli import app
 from d2v_fast.train.config import config_to_dict, differences, load_config
 from d2v_fast.train.errors import ConfigError
 from d2v_fast.train.optim import learning_rate
@@ -130,7 +132,7 @@ def test_words():
         "  time: no measurement of this model on any GPU",
     ):
         assert line in text.splitlines()
-    assert "computed, without activations" in text
+    assert "one copy on each GPU: 1.76 GiB (parameters 0.32 GiB," in text and "computed, without activations" in text
 
 
 def test_table_needs_no_data():
@@ -139,3 +141,14 @@ def test_table_needs_no_data():
     assert lines[1].split()[:5] == ["1", "16", "3800000", "60800000", "published"]
     assert lines[2].split()[:5] == ["16", "1", "3800000", "60800000", "published"]
     assert lines[-1] == "time: no measurement of this model on any GPU"
+
+
+def test_commands(tmp_path, monkeypatch):
+    """The table, and a run that is refused before anything is made: one process is not two."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    shown = CliRunner().invoke(app, ["recipe", "text_base", "data.batch_size=8", "--gpus", "2,16"])
+    assert shown.exit_code == 0 and [line.split()[1] for line in shown.stdout.splitlines()[1:3]] == ["16", "2"]
+    arguments = ["pretrain", "text_base", "data.path=x", f"out={tmp_path / 'run'}", "--gpus", "2"]
+    error = CliRunner().invoke(app, arguments).exception
+    assert isinstance(error, ConfigError) and "--gpus must be the number of processes" in str(error)
+    assert not (tmp_path / "run").exists()

@@ -239,9 +239,14 @@ def _memory_lines(config: TrainConfig, gpus: int) -> list[str]:
     lines = []
     for mode, shards in (("one copy on each GPU", 1), (f"in {gpus} shards (fsdp2)", gpus))[: 1 + (gpus > 1)]:
         m = state_memory(config.model, shards, bf16=config.precision != "fp32")
-        parts = ", ".join(f"{name} {value / 2**30:.2f}" for name, value in vars(m).items() if value)
-        lines.append(f"memory, {mode}: {m.total / 2**30:.2f} GiB ({parts}); computed, without activations")
+        parts = ", ".join(f"{name} {_size(value)}" for name, value in vars(m).items() if value)
+        lines.append(f"memory, {mode}: {_size(m.total)} ({parts}); computed, without activations")
     return lines
+
+
+def _size(count: int) -> str:
+    """Bytes in words."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**27 else f"{count / 2**20:.2f} MiB"
 
 
 def _time_lines(config: TrainConfig, recipe: Recipe) -> list[str]:
@@ -265,7 +270,9 @@ def table(preset: str, given: Sequence[str], gpus: Sequence[int], lr_rule: LrRul
     Raises:
         ConfigError: see :func:`recipe_overrides`.
     """
-    rows = [("GPUs", "accumulate", "per GPU", "update", "batch", "lr", "updates", "warm-up", "EMA decay", "GiB", "GiB")]
+    rows = [
+        ("GPUs", "accumulate", "per GPU", "update", "batch", "lr", "updates", "warm-up", "EMA decay", "GiB", "fsdp2")
+    ]
     given = [PLACEHOLDER, *given]
     recipes = [load_recipe(preset, given, count, lr_rule) for count in gpus]
     for config, recipe in recipes:
@@ -287,10 +294,11 @@ def table(preset: str, given: Sequence[str], gpus: Sequence[int], lr_rule: LrRul
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
     unit = recipes[0][1].unit
-    lines.append(f"per GPU: {unit} of a micro-batch; update: {unit} of all GPUs; the first GiB are of parameters,")
-    lines.append(
-        "gradients, moments and averages with a copy on each GPU, the second in as many shards as there are GPUs"
-    )
+    lines += [
+        f"per GPU: {unit} of a micro-batch; update: {unit} of all GPUs",
+        "GiB: parameters, gradients, moments and averages, computed, without activations; a copy on each GPU, and",
+        "in as many shards as there are GPUs (fsdp2)",
+    ]
     lines += dict.fromkeys(line for config, recipe in recipes for line in _time_lines(config, recipe))
     return "\n".join(lines)
 
