@@ -64,7 +64,7 @@ def pretrain(
         print(f"update {result.updates}: loss {losses}; saved {result.checkpoint}")
         if not result.finished:
             print("stopped before the end; the same command continues from there", file=sys.stderr)
-    if not result.finished and not result.preempted:
+    if result.interrupted:
         raise typer.Exit(INTERRUPTED)
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from d2v_fast.demo.fetch import BUILDERS, DemoSet, fetch
 from d2v_fast.demo.report import RunSummary, gain, save_run
 from d2v_fast.train import PretrainResult, TrainConfig, load_config, load_model, pretrain
+from d2v_fast.train.distributed import resolve_device
 from d2v_fast.train.errors import UserError
 from d2v_fast.train.logging import read_metrics
-from d2v_fast.train.loop import resolve_device
 from d2v_fast.train.probe import ProbeResult, probe_checkpoint
 
 PROBE_SECONDS = 2.0  # from the middle of a clip

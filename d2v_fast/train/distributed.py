@@ -111,8 +111,10 @@ class Ranks:
         return found
 
     @contextmanager
-    def together(self, doing: str) -> Iterator[None]:
+    def together(self, doing: str, patience: float = 0.0) -> Iterator[None]:
         """Around what every rank does: if it fails on one, it fails on all.
+
+        ``patience``: seconds, more than ``timeout``, that it may take some ranks longer than others.
 
         Raises:
             TrainingStopped: it failed on another rank, whose own error says why.
@@ -122,6 +124,9 @@ class Ranks:
             yield
         except Exception as error:
             failure = error
+        if self.control is not None and patience > 0:
+            with self.waiting(doing):
+                dist.monitored_barrier(self.control, timeout=timedelta(seconds=max(patience, self.timeout)))
         found = self.gather(None if failure is None else describe(failure))
         if failure is not None:
             raise failure

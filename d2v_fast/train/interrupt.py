@@ -9,12 +9,12 @@ PREEMPTIONS = [signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") 
 class Interrupt:
     """Makes the first Ctrl-C, SIGTERM or SIGUSR1 a request to stop after the current update.
 
-    A second Ctrl-C is immediate. ``requested`` and ``preempted`` say whether anything has come, and whether it came
-    from a scheduler.
+    A second Ctrl-C is immediate. ``requested`` and ``by_user`` say whether anything has come, and whether it was Ctrl-C
+    (on several ranks: on any of them, once they have told each other).
     """
 
     def __enter__(self) -> "Interrupt":
-        self.requested = self.preempted = False
+        self.requested = self.by_user = False
         # only the main thread may set handlers; elsewhere its owner decides
         main = threading.current_thread() is threading.main_thread()
         self._old = {s: signal.getsignal(s) for s in (signal.SIGINT, *PREEMPTIONS)} if main else {}
@@ -23,7 +23,7 @@ class Interrupt:
         return self
 
     def _request(self, number: int, frame: object) -> None:
-        self.requested, self.preempted = True, self.preempted or number in PREEMPTIONS
+        self.requested, self.by_user = True, self.by_user or number == signal.SIGINT
         signal.signal(signal.SIGINT, self._old[signal.SIGINT])
 
     def __exit__(self, *exc: object) -> None:

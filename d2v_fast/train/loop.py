@@ -34,6 +34,8 @@ from d2v_fast.train.vote import Abandoned, Vote
 
 logger = logging.getLogger(__name__)
 
+PATIENCE = 6 * 3600.0  # seconds that the ranks wait for the one that scans, tokenizes or unpacks the data
+
 
 @dataclass(frozen=True)
 class PretrainResult:
@@ -41,8 +43,8 @@ class PretrainResult:
 
     checkpoint: Path
     updates: int
-    finished: bool  # False when it was interrupted and can be continued
-    preempted: bool  # it was SIGTERM or SIGUSR1 that interrupted it
+    finished: bool  # False when it was stopped and can be continued
+    interrupted: bool  # by Ctrl-C
     first_loss: float  # of the first and the last logged update
     last_loss: float
     target_var: float  # at the last logged update
@@ -100,7 +102,7 @@ class Trainer:
         with ranks.together("opening the run"):
             self.folder = open_run(config, resume)
         found = checkpoint.newest_valid(self.folder, ranks)
-        with ranks.together("opening the data"):
+        with ranks.together("opening the data", PATIENCE):
             self.data: PretrainData = build_data(
                 self._data_config(found), config.model, config.seed, static_shapes=config.cuda_graph != "off"
             )
@@ -341,7 +343,7 @@ class Trainer:
             checkpoint=checkpoint.checkpoints(self.folder)[-1],
             updates=self.progress.update,
             finished=finished,
-            preempted=interrupt.preempted and not finished,
+            interrupted=interrupt.by_user and not finished,
             first_loss=rows[0]["loss"],
             last_loss=rows[-1]["loss"],
             target_var=rows[-1]["target_var"],

@@ -20,8 +20,8 @@ class Vote:
     """
 
     def __init__(self, ranks: Ranks, batches: Sequence[Batch], interrupt: Interrupt, failed: bool) -> None:
-        stops = [interrupt.requested and not interrupt.preempted, interrupt.preempted]
-        self._pending = ranks.sum([*Counts.of(batches), *map(int, stops), int(failed)])
+        flags = (interrupt.requested, interrupt.by_user, failed)
+        self._pending = ranks.sum([*Counts.of(batches), *map(int, flags)])
         self._interrupt = interrupt
         self.failed = self.stop = False
 
@@ -31,9 +31,9 @@ class Vote:
         Raises:
             Abandoned: a rank has failed, or there is no micro-batch at all.
         """
-        masked, micro_batches, interrupted, preempted, failed = self._pending.read()
-        self.failed, self.stop = failed > 0, interrupted + preempted > 0
-        self._interrupt.preempted |= preempted > 0
+        masked, micro_batches, stops, by_user, failed = self._pending.read()
+        self.failed, self.stop = failed > 0, stops > 0
+        self._interrupt.by_user |= by_user > 0
         if self.failed or micro_batches == 0:
             raise Abandoned
         return Counts(masked, micro_batches)
