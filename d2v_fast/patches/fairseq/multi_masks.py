@@ -1,10 +1,10 @@
 """Masks of fairseq's data2vec 2.0: ``compute_mask`` and ``make_maskinfo`` of its encoders.
 
 The same random numbers as upstream's, so the same masks, and its order of the visible tokens. Upstream waits for the
-device twice a row where it draws spans, and wherever it cuts off the visible tokens. Masks drawn here are known on the
-host, which waits for a padding mask and for the samples' numbers at most (upstream's seeds). Masks that come with the
-batch are read once; :func:`masked_rows` gives the loss what was learned then. On one core at base sizes, without the
-waits, upstream's time over ours is 3 to 5 forward and 2 to 3 backward: visible tokens are picked by rows.
+device up to twice a row where it draws spans, and wherever it cuts off the visible tokens. Masks drawn here are known
+on the host, which waits for a padding mask and for the samples' numbers at most (upstream's seeds). Masks that come
+with the batch are read once; :func:`masked_rows` gives the loss what was learned then. On one core at base sizes,
+without the waits, upstream's time over ours is 3 to 5 forward and 2 to 3 backward: visible tokens are picked by rows.
 
 Dims: B samples or clones of them, T tokens, V tokens that are left, N masked tokens, C channels.
 """
