@@ -64,6 +64,13 @@ def step_tflop(config: Data2VecConfig, batch: Batch) -> float:
     return total / 1e12
 
 
+def units(config: Data2VecConfig, batch: Batch) -> float:
+    """Seconds of audio, images or tokens of a batch; ``train/predict.py`` reads how many of them a second takes."""
+    if config.modality == "image":
+        return batch.inputs.shape[0]
+    return batch.inputs.numel() / (config.frontend.sample_rate if config.modality == "speech" else 1)
+
+
 def launches(call: Callable[[], object]) -> int:
     """Kernels and copies that a call puts on the device."""
     torch.cuda.synchronize()
@@ -98,6 +105,9 @@ def measure(
         rows[name] |= {
             "ms": 1e3 * seconds,
             "samples_per_s": batch.inputs.shape[0] / seconds,
+            "units_per_s": units(config, batch) / seconds,
+            "layers": config.encoder.layers,
+            "dim": config.encoder.dim,
             "percent_of_matmul": 100 * step_tflop(config, batch) / seconds / peak,
             "host_ms": host_us(call, 5) / 1e3,
             "launches": launches(call),

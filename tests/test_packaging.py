@@ -98,7 +98,18 @@ def test_wheel_contents_and_metadata(wheel):
     assert not [n for n in names if n.endswith(".so") or "emulator" in n]
     assert not [n for n in names if n.startswith(("kernels/", "tests/", "benchmarks/"))]
     assert "Requires-Python: >=3.10" in metadata and "License-Expression: MIT" in metadata
-    for extra in ("train", "test", "bench", "checkpoints", "transformers", "fairseq", "flash", "xformers"):
+    for extra in (
+        "train",
+        "tables",
+        "test",
+        "bench",
+        "dropin",
+        "checkpoints",
+        "transformers",
+        "fairseq",
+        "flash",
+        "xformers",
+    ):
         assert f"Provides-Extra: {extra}" in metadata
     core = [line for line in metadata.splitlines() if line.startswith("Requires-Dist") and "extra ==" not in line]
     assert sorted(line.split()[1].split(">")[0].rstrip(";") for line in core) == ["numpy", "torch", "triton"]
