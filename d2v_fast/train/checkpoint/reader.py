@@ -12,6 +12,7 @@ from d2v_fast.train.checkpoint.folder import Progress, check_files, checkpoints,
 from d2v_fast.train.checkpoint.shards import ShardReader
 from d2v_fast.train.checkpoint.single_file import fill, named_optimizer, read_single_file
 from d2v_fast.train.checkpoint.state import OPTIMIZER, model_tensors, start_optimizer
+from d2v_fast.train.checkpoint.together import raise_first, reason
 from d2v_fast.train.config import (
     DATA_CONFIGS,
     RUN_KEYS,
@@ -137,9 +138,7 @@ def restore(
         progress = _restore(path, model, optimizer, ranks, config, data)
     except CheckpointError as problem:
         error = problem
-    for rank, problem in enumerate(ranks.gather(error)):
-        if problem is not None:
-            raise problem if rank == ranks.rank else CheckpointError(f"rank {rank}: {problem}")
+    raise_first(ranks.gather(error))
     return progress
 
 
@@ -217,8 +216,7 @@ def _completed(content: dict[str, Any], path: Path) -> dict[str, Any]:
         built = model_config(model)
         defaults = config_to_dict(TrainConfig(model=built, data=DATA_CONFIGS[built.modality](path="unknown")))
     except (KeyError, TypeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} holds a configuration that this version cannot read: {reason}") from error
+        raise CheckpointError(f"{path} holds a configuration that this version cannot read: {reason(error)}") from error
     return {**content, "config": _merged(defaults, {**content["config"], "model": model})}
 
 
@@ -231,5 +229,4 @@ def _merged(defaults: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _unreadable(path: Path, error: Exception) -> CheckpointError:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    return CheckpointError(f"{path} cannot be read: {reason}")
+    return CheckpointError(f"{path} cannot be read: {reason(error)}")

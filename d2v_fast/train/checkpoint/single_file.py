@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from d2v_fast.nn import Data2Vec
 from d2v_fast.train.checkpoint.state import OPTIMIZER
+from d2v_fast.train.checkpoint.together import reason
 from d2v_fast.train.errors import CheckpointError
 
 FORMAT = 1
@@ -29,8 +30,7 @@ def read_single_file(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise CheckpointError(f"no checkpoint at {path}") from None
     except Exception as error:  # whatever a damaged file makes the readers do
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path} is damaged or not a checkpoint: {reason}") from error
+        raise CheckpointError(f"{path} is damaged or not a checkpoint: {reason(error)}") from error
     if broken is not None:
         raise CheckpointError(f"{path} is damaged: wrong checksum of {broken}")
     if not isinstance(content, dict) or content.get("format") != FORMAT or not content.keys() >= KEYS:

@@ -21,7 +21,6 @@ from d2v_fast.train.checkpoint.folder import (
     discard,
     partial_path,
     prune,
-    remove,
     remove_partial,
     sync_folder,
     update_of,
@@ -29,6 +28,7 @@ from d2v_fast.train.checkpoint.folder import (
 )
 from d2v_fast.train.checkpoint.shards import ShardWriter
 from d2v_fast.train.checkpoint.state import model_tensors, optimizer_tensors, same_tensors
+from d2v_fast.train.checkpoint.together import raise_first, reason
 from d2v_fast.train.config import TrainConfig, config_to_dict
 from d2v_fast.train.data import PretrainData
 from d2v_fast.train.distributed import Ranks
@@ -60,7 +60,8 @@ class Writer:
         ranks: of the run.
         config: of the run.
         data: of :func:`describe_data`.
-        timeout: seconds that rank 0 waits for the others' files.
+        timeout: seconds after which all ranks have given up a save: on the other ranks' files after half of them, on
+            a disk that does not answer after three quarters.
         newest: the checkpoint that the run goes on from, if any.
     """
 
@@ -81,8 +82,7 @@ class Writer:
         self._saved = -1 if newest is None else update_of(newest)  # the last update that was saved, or is being
         self._thread: threading.Thread | None = None
         self._error: CheckpointError | None = None
-        if ranks.rank == 0:
-            remove_partial(folder)
+        self._clean()
 
     def save(self, progress: Progress) -> None:
         """Begin to save the state after ``progress.update`` updates; every rank calls this after the same update.
@@ -120,29 +120,36 @@ class Writer:
         self._raise(self._ranks.gather(self._error))
 
     def close(self) -> None:
-        """Let this rank's thread end its work; its error is logged. For the end of a run that failed."""
+        """Let this rank's thread end its work, and log its error. For the end of a run that failed."""
         self._join()
         if self._error is not None:
             logger.error("%s", self._error)
+            self._clean()
+
+    def _clean(self) -> None:
+        """Remove what a failed save has left. No thread writes there any more, or it is of no use."""
+        if self._ranks.rank == 0:
+            remove_partial(self._folder)
 
     def _join(self) -> None:
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(0.75 * self._timeout)
+            if self._thread.is_alive():
+                self._error = self._failed(self._saved, f"not done in {0.75 * self._timeout:g} s (distributed.timeout)")
             self._thread = None
 
     def _raise(self, errors: list[CheckpointError | None]) -> None:
-        failed = {rank: error for rank, error in enumerate(errors) if error is not None}
-        if failed:
+        if any(error is not None for error in errors):
             self._error = None  # it is told once
             self._saved = -1
-            rank, error = next(iter(failed.items()))
-            raise CheckpointError(str(error) if len(errors) == 1 else f"rank {rank}: {error}")
+            self._clean()
+        raise_first(errors)
 
     def _make(self, partial: Path, update: int) -> None:
         try:
             partial.mkdir()
         except OSError as error:
-            self._error = self._failed(update, error)
+            self._error = self._failed(update, reason(error))
 
     def _work(self, partial: Path, shards: ShardWriter, progress: Progress, same: dict[str, str]) -> None:
         """In the thread: this rank's files, and on rank 0 the rest."""
@@ -153,11 +160,9 @@ class Writer:
             if rank == 0:
                 self._finish(partial, progress, same)
         except Exception as error:  # disk full, no permission, a lost mount: whatever the writers raise
-            self._error = self._failed(progress.update, error)
-            if rank == 0:
-                remove(partial)
-            else:
-                self._tell_error(partial)
+            self._error = self._failed(progress.update, reason(error))
+            if rank != 0:
+                self._tell_error(partial, reason(error))
 
     def _finish(self, partial: Path, progress: Progress, same: dict[str, str]) -> None:
         content = {
@@ -184,8 +189,8 @@ class Writer:
 
         Nothing here depends on the clocks of others.
         """
-        files, waiting = {}, list(range(self._ranks.world_size))
-        deadline = time.monotonic() + self._timeout
+        files, waiting, seconds = {}, list(range(self._ranks.world_size)), self._timeout / 2
+        deadline = time.monotonic() + seconds
         while True:
             for rank in list(waiting):
                 note = _note(partial, rank)
@@ -201,19 +206,18 @@ class Writer:
             if time.monotonic() > deadline:
                 raise CheckpointError(
                     f"rank {', '.join(map(str, waiting[:8]))} of {self._ranks.world_size} did not write its part "
-                    f"within {self._timeout:g} s (distributed.timeout): it hangs, or does not see this folder"
+                    f"within {seconds:g} s (half of distributed.timeout): it hangs, or does not see this folder"
                 )
             time.sleep(POLL_SECONDS)
 
-    def _failed(self, update: int, error: Exception) -> CheckpointError:
+    def _failed(self, update: int, reason: str) -> CheckpointError:
         whole = [path for path in checkpoints(self._folder) if update_of(path) < update]
         kept = f"the last whole one is {whole[-1]}" if whole else "there is no earlier one"
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         return CheckpointError(f"could not write {checkpoint_path(self._folder, update)}: {reason}; {kept}")
 
-    def _tell_error(self, partial: Path) -> None:
+    def _tell_error(self, partial: Path, reason: str) -> None:
         try:
-            _tell(partial, self._ranks.rank, {"error": str(self._error)})
+            _tell(partial, self._ranks.rank, {"error": reason})
         except OSError:  # then rank 0 waits until its time is up
             logger.error("%s", self._error)
 
