@@ -1,4 +1,4 @@
-"""Run by torchrun: updates of a tiny model on several ranks against the same updates of one process.
+"""Run by torchrun: updates of a tiny model on several ranks against the same updates of one process, and their traffic.
 
 Every rank computes the reference itself, from the micro-batches of all ranks put together. Results go to a JSON file.
 """
@@ -10,6 +10,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from distributed_traffic import Traffic
 from tiny import NO_DROPOUT, tiny_batch, tiny_config
 from torch.distributed.tensor import DTensor
 
@@ -24,8 +25,8 @@ SIZE = 2  # rows of a micro-batch
 
 
 def model_of(case: dict) -> Data2Vec:
-    config = tiny_config(case["modality"], **{**NO_DROPOUT, "layerdrop": case.get("layerdrop", 0.0)})
-    config = replace(config, encoder=replace(config.encoder, checkpointing=case.get("checkpointing", "none")))
+    encoder = {**NO_DROPOUT, "layerdrop": case.get("layerdrop", 0.0), **case.get("encoder", {})}
+    config = tiny_config(case["modality"], **encoder)
     if case["modality"] == "text":
         config = replace(config, frontend=replace(config.frontend, dropout=0.0))
     if not case.get("token_weighted", True):
@@ -98,6 +99,30 @@ def compare(case: dict, ranks: Ranks) -> dict:
     return found
 
 
+def traffic(case: dict, ranks: Ranks) -> dict:
+    """Collectives and bytes of an update, of them the teacher's, and bytes of parameters by where they are."""
+    model, bf16 = model_of(case), case.get("bf16", False)
+    nbytes = {"student": 0, "student layers": 0, "teacher": 0, "teacher layers": 0, "teacher frontend": 0}
+    for name, p in model.named_parameters():
+        part = "teacher" if name.startswith("teacher.") else "student"
+        for key in (part, f"{part} layers" if "encoder.layers" in name else "", f"{part} frontend"):
+            if key in nbytes and (not key.endswith("frontend") or "module.frontend" in name):
+                nbytes[key] += p.nbytes
+    parallel = parallelise(model, ranks, accumulate=case["accumulate"], bf16=bf16)
+    optimizer = build_optimizer(model, OptimConfig(lr=1e-3))
+    for update in range(4):  # DDP settles in the first three
+        batches = [tiny_batch(model.config, 10 * update + m, size=2) for m in range(case["accumulate"])]
+        with Traffic() as whole_update:
+            metrics = train_step(
+                model, batches, optimizer, lr=1e-3, update=update, clip_norm=0.5, autocast=bf16, parallel=parallel
+            )
+    with Traffic() as averages:
+        model.teacher.update_(update + 1, again=True)
+    own = [metrics.loss.item(), metrics.grad_norm.item()]
+    counted = {"calls": whole_update.calls, "nbytes": whole_update.nbytes, "averages": averages.calls}
+    return {"parameters": nbytes, "metrics": own, **counted}
+
+
 def main() -> None:
     cases, target = json.loads(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
@@ -107,7 +132,7 @@ def main() -> None:
     found = {}
     for name, case in cases.items():
         ranks = Ranks(rank, size, rank, size, torch.device("cpu"), case["mode"], 60.0, control)
-        found[name] = compare(case, ranks)
+        found[name] = (traffic if case.get("traffic") else compare)(case, ranks)
     if rank == 0:
         with open(target, "w", encoding="utf-8") as file:
             json.dump(found, file)
