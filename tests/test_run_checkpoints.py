@@ -497,6 +497,38 @@ def test_kill_9_in_a_save(tmp_path):
         assert run.restore(found).update == update
 
 
+# Trains, and asks itself to end while a save is under way, as a scheduler would.
+ENDED = """
+import os, signal, sys, time
+from d2v_fast.train import load_config, pretrain
+from d2v_fast.train.checkpoint import shards
+real = shards.ShardWriter.write
+def write(self, partial):
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(1)
+    return real(self, partial)
+shards.ShardWriter.write = write
+result = pretrain(load_config("text_demo", sys.argv[1:]))
+print(result.checkpoint.name, result.updates, result.finished)
+"""
+
+
+def test_sigterm_in_a_save(tmp_path):
+    """The save is finished, the state at the end is saved as well, and nothing is left beside them."""
+    (tmp_path / "a.txt").write_text("one two three four five\n" * 400)
+    out = tmp_path / "run"
+    small = ["updates=100000", "checkpoint_every=3", "workers=0", "device=cpu", "log_every=1000", "data.batch_size=4"]
+    small += ["model.frontend.vocab_size=270", "model.encoder.dim=32", "model.encoder.ffn_dim=48"]
+    small += ["model.encoder.heads=2", "model.encoder.layers=2", "model.targets.top_k=2"]
+    command = [sys.executable, "-c", ENDED, f"data.path={tmp_path / 'a.txt'}", f"out={out}", *small]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr
+    name, updates, finished = done.stdout.splitlines()[-1].split()
+    assert int(updates) > 3 and finished == "False"
+    assert names(out) == ["checkpoint-00000003", name] and name == f"checkpoint-{int(updates):08d}"
+    assert hidden(out) == [] and checkpoint.newest_valid(out, ALONE) == out / name
+
+
 def test_another_run_is_refused(trained, tmp_path):
     path = trained.save(tmp_path)
     run = Run()

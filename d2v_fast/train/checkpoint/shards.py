@@ -7,6 +7,7 @@ are called one by one and not through ``dcp.async_save``: that talks to the othe
 
 from pathlib import Path
 
+import safetensors.torch  # noqa: F401  what writes the files; a run without it should not get as far as its first save
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import (
