@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from d2v_fast.ops._lists import local_shard
 
-FILE_BYTES = 1 << 30  # of whole tensors in a file; writing one takes twice its share of host memory for a while
+FILE_BYTES = 1 << 30  # of whole tensors in a file; while it is written, its size again in host memory
 
 
 class _HostPlanner(DefaultSavePlanner):
