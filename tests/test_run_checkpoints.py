@@ -7,6 +7,7 @@ import logging
 import os
 import resource
 import shutil
+import stat
 import subprocess
 import sys
 import threading
@@ -400,6 +401,26 @@ def test_a_disk_that_does_not_answer(trained, tmp_path, monkeypatch):
         with pytest.raises(CheckpointError, match=r"-00000002: not done in 0\.15 s \(distributed\.timeout\)"):
             writer.wait()
     thread.join()
+
+
+def test_folders_that_cannot_be_synced(trained, tmp_path, monkeypatch):
+    """Some network file systems refuse that; an error of the disk is one."""
+    real = os.fsync
+
+    def refuse(number):
+        def fsync(handle):
+            if stat.S_ISDIR(os.fstat(handle).st_mode):
+                raise OSError(number, os.strerror(number))
+            real(handle)
+
+        return fsync
+
+    monkeypatch.setattr(os, "fsync", refuse(errno.EINVAL))
+    trained.save(tmp_path, 1)
+    monkeypatch.setattr(os, "fsync", refuse(errno.EIO))
+    with pytest.raises(CheckpointError, match=r"-00000002: .*Input/output error"):
+        trained.save(tmp_path, 2)
+    assert names(tmp_path) == ["checkpoint-00000001"]
 
 
 def test_a_folder_that_cannot_be_written(trained, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """What a checkpoint is on disk: names, manifest, checksums, and which ones stay."""
 
+import errno
 import hashlib
 import json
 import logging
@@ -158,9 +159,16 @@ def check_files(path: Path, manifest: dict[str, Any]) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Let the names in a folder reach the disk as well."""
+    """Let the names in a folder reach the disk as well, where the file system can do that.
+
+    Raises:
+        OSError: the disk failed.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # what some network file systems say of any folder
+            raise
     finally:
         os.close(handle)

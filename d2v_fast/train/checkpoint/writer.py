@@ -210,14 +210,14 @@ class Writer:
                 )
             time.sleep(POLL_SECONDS)
 
-    def _failed(self, update: int, reason: str) -> CheckpointError:
+    def _failed(self, update: int, why: str) -> CheckpointError:
         whole = [path for path in checkpoints(self._folder) if update_of(path) < update]
         kept = f"the last whole one is {whole[-1]}" if whole else "there is no earlier one"
-        return CheckpointError(f"could not write {checkpoint_path(self._folder, update)}: {reason}; {kept}")
+        return CheckpointError(f"could not write {checkpoint_path(self._folder, update)}: {why}; {kept}")
 
-    def _tell_error(self, partial: Path, reason: str) -> None:
+    def _tell_error(self, partial: Path, why: str) -> None:
         try:
-            _tell(partial, self._ranks.rank, {"error": reason})
+            _tell(partial, self._ranks.rank, {"error": why})
         except OSError:  # then rank 0 waits until its time is up
             logger.error("%s", self._error)
 
