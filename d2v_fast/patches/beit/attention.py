@@ -188,11 +188,11 @@ def make_mlp(original: Callable, options: Options) -> Callable:
 
 
 def _refuses_attention(owner: Any) -> str | None:
-    return None if isinstance(owner, type) else attention_plan(owner, type(owner).forward).reason()
+    return attention_plan(owner, type(owner).forward).reason()
 
 
 def _refuses_mlp(owner: Any) -> str | None:
-    return None if isinstance(owner, type) else mlp_plan(owner, type(owner).forward).reason()
+    return mlp_plan(owner, type(owner).forward).reason()
 
 
 def _prepare_attention(owner: nn.Module) -> None:

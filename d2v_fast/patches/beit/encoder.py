@@ -352,14 +352,10 @@ def _try_features(
 
 
 def _refuses_forward(owner: Any) -> str | None:
-    if isinstance(owner, type):
-        return None
     return Plan(owner, partial(_try_forward, original=type(owner).forward)).reason(owner)
 
 
 def _refuses_features(owner: Any) -> str | None:
-    if isinstance(owner, type):
-        return None
     return Plan(owner, partial(_try_features, original=type(owner).forward_features)).reason(owner)
 
 
