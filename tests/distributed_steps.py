@@ -108,7 +108,8 @@ def traffic(case: dict, ranks: Ranks) -> dict:
         for key in (part, f"{part} layers" if "encoder.layers" in name else "", f"{part} frontend"):
             if key in nbytes and (not key.endswith("frontend") or "module.frontend" in name):
                 nbytes[key] += p.nbytes
-    parallel = parallelise(model, ranks, accumulate=case["accumulate"], bf16=bf16)
+    shard_size = case.get("shard_size", 0)
+    parallel = parallelise(model, ranks, accumulate=case["accumulate"], shard_size=shard_size, bf16=bf16)
     optimizer = build_optimizer(model, OptimConfig(lr=1e-3))
     for update in range(4):  # DDP settles in the first three
         batches = [tiny_batch(model.config, 10 * update + m, size=2) for m in range(case["accumulate"])]

@@ -57,8 +57,8 @@ def overrides(folder: Path, out: str, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def four(folder):
-    """On four ranks: a whole run, and the first updates of another one, in shards."""
-    first = overrides(folder, "parts", "stop_after=3", "distributed.mode=fsdp2")
+    """On four ranks: a whole run, and the first updates of another one, as two replicas of two shards."""
+    first = overrides(folder, "parts", "stop_after=3", "distributed.mode=hsdp", "distributed.shard_size=2")
     return launch(
         "distributed_runs.py",
         {"whole": {"overrides": overrides(folder, "whole")}, "first": {"overrides": first}},
@@ -119,7 +119,7 @@ def test_ranks_agree(four, two):
 
 
 def test_four_two_and_one_rank_equal_an_uninterrupted_run(folder, four, two):
-    """Sharded over four, replicated on two, alone: same data, masks, dropout and layers; the logs as well."""
+    """Sharded and replicated on four, replicated on two, alone: same data, masks, dropout and layers; the logs as well."""
     assert [r["updates"] for r in (four["first"][0], two["second"][0])] == [3, 6]
     result = pretrain(load_config("text_demo", overrides(folder, "parts", "accumulate=4")))
     assert result.finished

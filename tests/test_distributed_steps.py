@@ -52,6 +52,7 @@ TRAFFIC = {
         ("text", "fsdp2", 3),
     )
 }
+TRAFFIC["replicas"] = {"traffic": True, "modality": "text", "mode": "hsdp", "accumulate": 2, "shard_size": 1}
 TRAFFIC["bfloat16"] = {"traffic": True, "modality": "text", "mode": "fsdp2", "accumulate": 1, "bf16": True}
 
 
@@ -78,6 +79,9 @@ def test_traffic_of_an_update(found, name):
     assert got["averages"] == {}
     if case["mode"] == "ddp":
         assert nbytes == {"allreduce_": size["student"]} and calls == {"allreduce_": 1}  # one bucket of 25 MiB
+        return
+    if case["mode"] == "hsdp":  # a shard is the whole here
+        assert nbytes == {"allreduce_": size["student"] + 8} and calls == {"allreduce_": 4 + 1}
         return
     shared = size["teacher frontend"] if case["modality"] == "text" else 0  # the student's own, see EMATeacher.skip
     narrow = 2 if case.get("bf16") else 1
