@@ -14,7 +14,7 @@ from distributed_traffic import Traffic
 from tiny import NO_DROPOUT, tiny_batch, tiny_config
 from torch.distributed.tensor import DTensor
 
-from d2v_fast.nn import Data2Vec, make_batch
+from d2v_fast.nn import Batch, Data2Vec, make_batch
 from d2v_fast.train.distributed import Ranks
 from d2v_fast.train.optim import OptimConfig, build_optimizer
 from d2v_fast.train.parallel import parallelise
@@ -66,6 +66,11 @@ def updates(case: dict, ranks: Ranks, batches_of) -> tuple[dict[str, torch.Tenso
     return state_of(model), rows
 
 
+def merged(batches: list[Batch]) -> Batch:
+    inputs, masks = (torch.cat([getattr(b, name) for b in batches]) for name in ("inputs", "mask"))
+    return make_batch(inputs, masks.numpy())
+
+
 def compare(case: dict, ranks: Ranks) -> dict:
     """Largest relative differences: of student, averages, and the logged loss and gradient norm."""
     accumulate = case.get("accumulate", 1)
@@ -76,16 +81,17 @@ def compare(case: dict, ranks: Ranks) -> dict:
     def mine(config, update):
         return [micro_batch(config, update, m * ranks.world_size + ranks.rank) for m in range(accumulate)]
 
-    def all_in_one(config, update):
+    def together(config, update):
+        """The ranks' micro-batches as one, or one for each turn where the teacher steps in between."""
         batches = [micro_batch(config, update, number) for number in range(ranks.world_size * accumulate)]
         if not case.get("token_weighted", True):
             return batches
-        inputs, masks = (torch.cat([getattr(b, name) for b in batches]) for name in ("inputs", "mask"))
-        return [make_batch(inputs, masks.numpy())]
+        size = ranks.world_size if case.get("per") == "micro_batch" else len(batches)
+        return [merged(batches[first : first + size]) for first in range(0, len(batches), size)]
 
     start = state_of(model_of(case))
     got, got_rows = updates(case, ranks, mine)
-    want, want_rows = updates(case, Ranks.alone(), all_in_one)
+    want, want_rows = updates(case, Ranks.alone(), together)
     found = {}
     for part in ("student", "teacher"):
         names = [name for name in want if name.startswith("teacher.") == (part == "teacher")]

@@ -25,7 +25,12 @@ for mode in ("ddp", "fsdp2"):
             "token_weighted": False,
             "accumulate": 2,
         },
-        f"teacher steps each micro-batch {mode}": {"modality": "text", "mode": mode, "per": "micro_batch"},
+        f"teacher steps each micro-batch {mode}": {
+            "modality": "text",
+            "mode": mode,
+            "per": "micro_batch",
+            "accumulate": 2,
+        },
     }
 for checkpointing in ("full", "selective"):
     for modality in ("speech", "image"):
