@@ -24,7 +24,7 @@ RATES = [float(np.float32(x)) for x in (1e-3, 5e-4, 2e-3, 0.0, 1e-3, 7e-4, 1e-4,
 
 def record(body):
     """Stands in for the capture of a graph: a replay runs ``body`` again."""
-    result = torch.zeros(5)
+    result = torch.zeros(6)
     return lambda: result.copy_(body()), result
 
 
@@ -245,7 +245,7 @@ def test_host_work_of_a_replay(modality):
     """Few calls, none that waits for the device, and less than 2 ms: also with as many parameters as a base model."""
 
     def empty(body):
-        return lambda: None, torch.zeros(5)
+        return lambda: None, torch.zeros(6)
 
     model, _, _, step = trained(modality, True, record=empty, encoder={"layers": 12}, updates=WARM_UP + 2)
     batch = static_batch(model.config, 0)

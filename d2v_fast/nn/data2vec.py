@@ -7,6 +7,7 @@ N packed rows.
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from d2v_fast.nn.batch import Batch
@@ -19,6 +20,25 @@ from d2v_fast.nn.rows import Rows, student_rows, teacher_rows, uses_time
 from d2v_fast.nn.sequences import Sequences
 from d2v_fast.nn.teacher import EMATeacher
 from d2v_fast.ops import LossOutput, data2vec_loss
+
+SPREAD_ROWS = 2048  # at most, of which feature_spread is taken
+
+
+@torch.no_grad()
+def feature_spread(x: Tensor, positions: Tensor) -> Tensor:
+    """How much features x [..., C] at ``positions`` [M], negative ones ignored, differ from each other: [] fp32.
+
+    As of targets and predictions the mean over channels of the standard deviation, but of positions normalised over
+    their channels first, as features have any scale: at most 1, and 0 if all are the same. So it shows convolutions
+    that collapse while loss and targets look well (facebookresearch/fairseq#5239).
+    """
+    sample = positions[:: max(1, -(-positions.shape[0] // SPREAD_ROWS))]
+    counts = (sample >= 0).float()[:, None]
+    weight = counts / counts.sum().clamp(min=1)
+    rows = x.flatten(0, -2).index_select(0, sample.clamp(min=0)).float()
+    rows = F.layer_norm(rows, rows.shape[-1:])
+    mean = (weight * rows).sum(0)  # no matrix product: autocast would take it in bfloat16
+    return (weight * (rows - mean).square()).sum(0).sqrt().mean()
 
 
 class Data2Vec(Interchange, nn.Module):
@@ -57,7 +77,7 @@ class Data2Vec(Interchange, nn.Module):
         ).x
         pred = self.head(student.at_masked(x))  # [M, C]
         targets, loss = self.config.targets, self.config.loss
-        total, target_var, pred_var, _ = data2vec_loss(
+        output = data2vec_loss(
             pred,
             results,
             positions,
@@ -67,7 +87,9 @@ class Data2Vec(Interchange, nn.Module):
             scale=loss.scale_for(pred.shape[1]),
             lengths=batch.lengths if targets.padding_aware and uses_time(targets) else None,
         )
-        return LossOutput(total, target_var, pred_var, batch.num_masked)  # without what fills up a fixed number
+        features = feature_spread(teacher_input, teacher.positions).to(output.loss.dtype)
+        # num_masked is without what fills up a fixed number
+        return output._replace(num_masked=batch.num_masked, feature_var=features)
 
     def _inputs(self, batch: Batch, student: Rows, teacher: Rows) -> tuple[Tensor, Tensor]:
         """What the encoders of student and teacher read; the teacher's has no gradient."""

@@ -29,6 +29,7 @@ class LossOutput(NamedTuple):
     target_var: Tensor  # [] fp32, mean over channels of the targets' standard deviation (fairseq's name and formula)
     pred_var: Tensor  # [] fp32, the same of the predictions
     num_masked: int  # N of this batch, with the rows that are ignored
+    feature_var: Tensor | None = None  # [] fp32, of what the teacher's encoder reads there; from a model only
 
 
 def data2vec_loss_ref(

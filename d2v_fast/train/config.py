@@ -50,12 +50,25 @@ COERCE = {"coerce_numbers_to_str": True}  # a folder may be called 2024
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """When to stop a run that has gone wrong."""
+    """When to warn of a run that goes wrong, and when to stop it (docs/reliability.md)."""
 
     min_target_var: float = 0.1  # collapse: standard deviation of the targets below this (0 = never)
     min_pred_var: float = 0.01  # the same for the predictions
-    after_updates: int = 5000  # the two above are only looked at from here on
+    min_feature_var: float = 0.01  # the same for what the encoder reads, positions being normalised
+    after_updates: int = 5000  # the three above are only looked at from here on
+    warn_target_var: float = 0.2  # a warning below this, from the start on (0 = never)
+    warn_pred_var: float = 0.05  # from after_updates on: at the start of good runs it falls and rises again
+    warn_feature_var: float = 0.05  # from the start on
     max_nonfinite: int = 20  # consecutive updates skipped because loss or gradient is not finite
+    spike_deviations: float = 6.0  # a loss so many standard deviations above the mean is noted (0 = never)
+    spike_window: int = 1000  # losses that mean and deviation are taken of
+
+    def __post_init__(self) -> None:
+        for name in ("spike_deviations", "max_nonfinite", "after_updates"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"guards.{name} must be at least 0, got {getattr(self, name)}")
+        if self.spike_window < 1:
+            raise ValueError(f"guards.spike_window must be at least 1, got {self.spike_window}")
 
 
 @dataclass(frozen=True, kw_only=True)

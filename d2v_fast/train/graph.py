@@ -139,7 +139,7 @@ class CapturedStep:
     def _capture(self, batch: Batch, update: int) -> "_Graph":
         graph = _Graph(batch)
 
-        def body() -> Tensor:  # [5], the metrics
+        def body() -> Tensor:  # [6], the metrics
             with static_settings(self.optimizer, graph.lr):
                 output = backward(forward(self.model, graph.batch, self.autocast), graph.weight, 1.0)
                 grad_norm, skipped = apply(self.model, self.optimizer, update + 1, self.clip_norm, graph.decay)
@@ -200,7 +200,7 @@ class _Graph:
         self.decay = torch.zeros((), dtype=torch.float64, device=device)
         self.weight = torch.zeros((), dtype=torch.float32, device=device)
         self.replay: Replay
-        self.metrics: Tensor  # [5]
+        self.metrics: Tensor  # [6]
 
 
 @contextmanager

@@ -158,7 +158,11 @@ class Wandb:
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Records of ``metrics.jsonl`` in ``folder``; a line cut off by a crash is left out."""
-    path = folder / "metrics.jsonl"
+    return read_records(folder / "metrics.jsonl")
+
+
+def read_records(path: Path) -> list[dict[str, Any]]:
+    """The JSON values of a file, one a line, up to one that a crash has cut off; none if there is no such file."""
     rows = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         try:

@@ -22,15 +22,17 @@ from d2v_fast.train.distributed import Ranks, describe, join
 from d2v_fast.train.errors import CheckpointError, ConfigError
 from d2v_fast.train.files import replace_file
 from d2v_fast.train.graph import CapturedStep
-from d2v_fast.train.guards import SHARED, Window, check_guards
+from d2v_fast.train.guards import SHARED, Guards, Window
 from d2v_fast.train.interrupt import Interrupt
 from d2v_fast.train.logging import MetricLog, plot_curves, read_metrics
 from d2v_fast.train.metrics import Meter, combine, peak_memory
 from d2v_fast.train.optim import build_optimizer, learning_rate
 from d2v_fast.train.parallel import compile_layers, parallelise
 from d2v_fast.train.seeds import layerdrop_seed, seed_micro_batch
+from d2v_fast.train.spikes import SpikeLog
 from d2v_fast.train.step import StepMetrics, train_step
 from d2v_fast.train.vote import Abandoned, Vote
+from d2v_fast.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -126,6 +128,9 @@ class Trainer:
             newest=found,
         )
         self.meter = Meter(config.model, self.device)
+        self.guards, self.watchdog = Guards(config.guards), Watchdog(ranks)
+        self.spikes: SpikeLog | None = None  # of rank 0
+        self.optimizer.register_step_pre_hook(lambda *_: self.watchdog.at("optimizer"))
         self.empty = stand_in(config.model)
         self.consistent = True  # False while an update is under way
         self.agreed = ranks.control is None  # whether all ranks are at this place
@@ -134,6 +139,9 @@ class Trainer:
         with ranks.together("writing to the run's folder"), writing(self.folder):
             if ranks.first:
                 self._write_settings()
+                self.spikes = SpikeLog(
+                    self.folder, self.data, config.guards, ranks.world_size, config.accumulate, self.progress.update
+                )
 
     def _data_config(self, found: Path | None) -> DataConfig:
         """The data's configuration; a continued text run keeps the tokenizer that it was started with."""
@@ -191,7 +199,7 @@ class Trainer:
         first = self.progress.update
         last = min(config.updates, first + config.stop_after) if config.stop_after else config.updates
         stream = self._micro_batches()
-        with Interrupt() as interrupt:
+        with self.watchdog, Interrupt() as interrupt:
             try:
                 with self._open_log(first) as log:
                     self._updates(log, last, interrupt, stream)
@@ -200,6 +208,7 @@ class Trainer:
                         raise self.failure
                 self.agreed = True
             finally:
+                self.watchdog.at("ending")
                 stream.close()  # ends the loader's workers
                 # not if others may be elsewhere, as a save is made together; nor after a start that failed
                 if self.consistent and self.agreed and self.progress.update > 0:
@@ -213,7 +222,9 @@ class Trainer:
 
     def _save(self) -> None:
         """Save, unless that is done, and wait for it."""
+        self.watchdog.at("saving a checkpoint")
         self.writer.save(self.progress)
+        self.watchdog.at("waiting for the checkpoint to be written")
         self.writer.wait()
 
     @contextmanager
@@ -236,10 +247,13 @@ class Trainer:
     def _updates(self, log: MetricLog | None, last: int, interrupt: Interrupt, stream: Iterator) -> None:
         config, window, stop = self.config, Window(), False
         while self.progress.update < last and not stop:
+            before = self.progress
+            self.watchdog.at("loading data", before.update + 1)
             with self.meter.waiting():
                 group = self._next(stream)
             micro_batches = [self.empty if batch is None else batch for _, _, batch in group]
             self.meter.add([batch for _, _, batch in group])
+            self.watchdog.at("forward and backward")
             vote = Vote(self.ranks, micro_batches, interrupt, self.failure is not None)
             try:
                 with self.meter.working():
@@ -252,7 +266,7 @@ class Trainer:
             update = self.progress.update + 1
             self.progress = Progress(update, group[-1][0], group[-1][1] + 1)
             self.consistent = True
-            window.add(metrics)
+            window.add(before, metrics)
             # alone, a signal that came during the update counts at once
             stop = vote.stop or (self.ranks.control is None and interrupt.requested)
             if log is not None:
@@ -260,6 +274,7 @@ class Trainer:
             if update % config.log_every == 0 or update in (1, last):
                 self._log(log, window, {"lr": lr, "ema_decay": metrics.ema_decay, "masked": metrics.num_masked})
             if update % config.checkpoint_every == 0:
+                self.watchdog.at("saving a checkpoint")
                 self.writer.save(self.progress)
 
     def _next(self, stream: Iterator) -> list[tuple[int, int, Batch | None]]:
@@ -316,21 +331,26 @@ class Trainer:
         """Write down the window; all ranks' numbers are exchanged at once.
 
         Raises:
-            TrainingStopped: see :func:`check_guards`.
+            TrainingStopped: see :meth:`Guards.check`.
         """
+        self.watchdog.at("logging")
         own, rates = [*window.take(), len(self.skipped_files)], self.meter.take()
-        rows = self.ranks.exchange([*own, *rates])
-        shared = combine([row[: len(own)] for row in rows], [*SHARED.values(), "sum"])
+        rows = self.ranks.exchange([*own, *rates, *(one.loss for one in window.taken)])
+        first, last = len(own), len(own) + len(rates)
+        shared = combine([row[:first] for row in rows], [*SHARED.values(), "sum"])
         record = {"update": self.progress.update, **dict(zip(SHARED, shared, strict=False)), **record}
-        record |= self.meter.record([row[len(own) :] for row in rows])
+        record |= self.meter.record([row[first:last] for row in rows])
         record |= {"epoch": self.progress.epoch, "skipped_files": int(shared[-1]) + len(self.data.skipped)}
         if self.captured is not None:
             record |= {"graph_replays": self.captured.replays, "graph_fallbacks": self.captured.fallbacks}
         with self._announced(), writing(self.folder):
             if log is not None:
                 log.write(record)
+                self.spikes.note(
+                    window.taken, [sum(parts) for parts in zip(*[row[last:] for row in rows], strict=True)]
+                )
         try:
-            check_guards(window, record, self.config)
+            self.guards.check(record, window.nonfinite)
         except Exception:
             self.agreed = True
             raise

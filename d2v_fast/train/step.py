@@ -18,12 +18,13 @@ from d2v_fast.train.parallel import Parallel
 class StepMetrics(NamedTuple):
     """What an update leaves behind; the tensors are 0-d and stay on the device.
 
-    With several ranks the first three are this rank's part: their sum over the ranks is the update's.
+    With several ranks the first four are this rank's part: their sum over the ranks is the update's.
     """
 
     loss: Tensor  # per masked position (or mean of the micro-batches' means)
     target_var: Tensor
     pred_var: Tensor
+    feature_var: Tensor  # of what the encoder reads
     grad_norm: Tensor  # before clipping
     skipped: Tensor  # 1.0 if the update was skipped because the gradient is not finite
     ema_decay: float
@@ -83,9 +84,8 @@ def train_step(
     for group in optimizer.param_groups:
         group["lr"] = lr
     grad_norm, skipped = apply(model, optimizer, update + 1, clip_norm, shards=parallel.shards)
-    loss, target_var, pred_var = torch.stack(outputs).sum(0)
     decay = config.ema.decay_at(update + 1)
-    return StepMetrics(loss, target_var, pred_var, grad_norm, skipped, decay, max(1, total.masked))
+    return StepMetrics(*torch.stack(outputs).sum(0), grad_norm, skipped, decay, max(1, total.masked))
 
 
 def forward(model: Callable[[Batch], LossOutput], batch: Batch, autocast: bool) -> LossOutput:
@@ -95,13 +95,14 @@ def forward(model: Callable[[Batch], LossOutput], batch: Batch, autocast: bool) 
 
 
 def backward(output: LossOutput, weight: float | Tensor, part: float, world_size: int = 1) -> Tensor:
-    """Add the gradient of ``weight`` times the loss; that, and ``part`` of the spreads, as [3].
+    """Add the gradient of ``weight`` times the loss; that, and ``part`` of the spreads, as [4].
 
     Gradients are averaged over ``world_size`` ranks; what is returned is not.
     """
     loss = output.loss * weight
     (loss if world_size == 1 else loss * world_size).backward()
-    return torch.stack([loss.detach(), output.target_var * part, output.pred_var * part])
+    spreads = torch.stack([output.target_var, output.pred_var, output.feature_var])
+    return torch.cat([loss.detach()[None], spreads * part])
 
 
 def apply(

@@ -148,21 +148,26 @@ class _Specs:
         self.ends: deque[tuple[int, int]] = deque()
 
     def __iter__(self) -> Iterator[Spec]:
-        everything = self._all()
+        everything = specs(self.data, self.epoch, self.index)
         while True:
             one_round = list(itertools.islice(everything, self.world_size))
             self.ends.append(one_round[-1][:2])
             yield one_round[self.rank]
 
-    def _all(self) -> Iterator[Spec]:
-        epoch, start = self.epoch, self.index
-        while True:
-            plan = self.data.plan(epoch)
-            if not plan:
-                raise DataError(f"epoch {epoch} has no batches: {self.data.describe()}")
-            for index in range(start, len(plan)):
-                yield epoch, index, plan[index]
-            epoch, start = epoch + 1, 0
+
+def specs(data: PretrainData, epoch: int, index: int) -> Iterator[Spec]:
+    """The batches of all ranks from batch ``index`` of ``epoch`` on, without end: (epoch, index, items).
+
+    Raises:
+        DataError: an epoch has no batches.
+    """
+    while True:
+        plan = data.plan(epoch)
+        if not plan:
+            raise DataError(f"epoch {epoch} has no batches: {data.describe()}")
+        for number in range(index, len(plan)):
+            yield epoch, number, plan[number]
+        epoch, index = epoch + 1, 0
 
 
 def batches(

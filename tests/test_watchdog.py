@@ -1,0 +1,88 @@
+"""A process that hangs ends itself, says where it was, and takes its children along; one that is stopped does not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+# argv: what to do. The watchdog of rank 3 of 4 has 1.5 s
+SCRIPT = """
+import multiprocessing, os, signal, sys, threading, time
+from dataclasses import replace
+from d2v_fast.train.distributed import Ranks
+from d2v_fast.train.watchdog import Watchdog
+
+ranks = replace(Ranks.alone(), rank=3, world_size=4, timeout=1.5)
+
+def the_place_that_hangs():
+    threading.Event().wait(60)
+
+def working(seconds):
+    with Watchdog(ranks) as watchdog:
+        for update in range(10):
+            watchdog.at("loading data", update)
+            time.sleep(seconds / 20)
+            watchdog.at("forward and backward")
+            time.sleep(seconds / 20)
+
+if sys.argv[1] == "hang":
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
+    child.start()
+    print(child.pid, flush=True)
+    with Watchdog(ranks) as watchdog:
+        watchdog.at("loading data", 17)
+        watchdog.at("optimizer")
+        the_place_that_hangs()
+else:
+    working(4)
+    print("worked", threading.active_count(), flush=True)
+    with Watchdog(ranks) as watchdog:
+        watchdog.at("logging", 1)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        print("woke up", flush=True)
+    time.sleep(2)
+    print("left alone", flush=True)
+"""
+
+
+def alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat", encoding="ascii") as file:
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_process_that_hangs():
+    command = [sys.executable, "-c", SCRIPT, "hang"]
+    start = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 124, done.stderr
+    assert time.monotonic() - start < 60
+    assert (
+        "error: rank 3 of 4 hangs: no progress for 1.5 s (distributed.timeout) in update 17, optimizer. It ends now; "
+        "the same command continues from the newest checkpoint. If it was only slow, raise distributed.timeout."
+    ) in done.stderr
+    assert "in the_place_that_hangs" in done.stderr
+    assert not alive(int(done.stdout))
+
+
+def test_a_process_that_gets_on_or_was_stopped():
+    """Longer than its time in all, and then stopped from outside for longer than that."""
+    child = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, "work"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert child.stdout.readline() == "worked 1\n"
+        while True:
+            pid, status = os.waitpid(child.pid, os.WUNTRACED | os.WNOHANG)
+            if pid and os.WIFSTOPPED(status):
+                break
+            time.sleep(0.05)
+        time.sleep(3)
+        os.kill(child.pid, signal.SIGCONT)
+        out, err = child.communicate(timeout=60)
+    finally:
+        child.kill()
+    assert out == "woke up\nleft alone\n" and child.returncode == 0, err
