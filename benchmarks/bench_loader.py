@@ -5,8 +5,8 @@ python benchmarks/bench_loader.py --batches 10000    # the same, then so many ba
 
 The clips are generated: noise shaped like speech in spectrum, syllables and pauses, 2 to 16 s long, so that FLAC
 compresses them about as it does speech (the printed bits a sample; LibriSpeech has about 7). One thread; time is the
-processor's, so that other work on the machine changes it little. Memory is that of the process and its worker together,
-pages that both use counted once (proportional set size).
+processor's, so that other work on the machine changes it little. Memory is what the process and its worker hold that is
+no file, pages that both have counted once (Pss_Anon of Linux).
 """
 
 import argparse
@@ -96,15 +96,23 @@ def times_real_time(data: PretrainData, rounds: int = 3) -> float:
 
 
 def memory(data: PretrainData, count: int, workers: int) -> list[tuple[int, int]]:
-    """Memory of this process and its workers in bytes, shared pages once, after each tenth of ``count`` batches."""
+    """Memory of this process and its workers in bytes, shared pages once, after each tenth of ``count`` batches.
+
+    Pages of files (libraries) are left out: what they count for depends on the other programs that have them.
+    """
     stream: Iterator = batches(data, num_workers=workers)
     process, sizes = psutil.Process(), []
     for number in range(1, count + 1):
         next(stream)
         if number % (count // 10) == 0:
-            used = [one.memory_full_info().pss for one in (process, *process.children(recursive=True))]
-            sizes.append((number, sum(used)))
+            sizes.append((number, sum(anonymous(one.pid) for one in (process, *process.children(recursive=True)))))
     return sizes
+
+
+def anonymous(pid: int) -> int:
+    """Bytes of a process that are no file, its share of those that it has in common with others."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("Pss_Anon:"))
 
 
 def main() -> None:
