@@ -87,6 +87,18 @@ def test_parquet(folder, tmp_path_factory, cache):
             assert place == same and torch.equal(a.inputs, b.inputs) and torch.equal(a.mask, b.mask)
 
 
+@pytest.mark.parametrize("cache", [False, True])
+def test_few_files_are_open(folder, tmp_path_factory, monkeypatch, cache):
+    monkeypatch.setattr("d2v_fast.train.data.tables.OPEN_FILES", 1)
+    cache_dir = str(tmp_path_factory.mktemp("cache")) if cache else None
+    data = SpeechData(config(folder, normalize=False, cache_dir=cache_dir), MODEL, 0)
+    opened = []
+    for item in (0, 10, 1, 9):
+        assert np.array_equal(data._read(item), wave(item, 0.5 + 0.05 * item))
+        opened += data.source._open
+    assert opened == [0, 1, 0, 1]
+
+
 def test_unpacked_once(folder, tmp_path_factory, caplog):
     cache = tmp_path_factory.mktemp("cache")
     with caplog.at_level("INFO"):

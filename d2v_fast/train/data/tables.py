@@ -24,6 +24,7 @@ from d2v_fast.train.files import replace_file
 logger = logging.getLogger(__name__)
 
 FORMAT = 1  # raise when the unpacked form changes
+OPEN_FILES = 128  # in each process; systems allow 1024 at least
 BATCH_ROWS = 64  # rows in a batch of an unpacked file
 
 
@@ -64,9 +65,7 @@ class Tables(Source):
         """See :meth:`Source.open`."""
         file = int(np.searchsorted(self.ends, item, side="right"))
         row = item - (int(self.ends[file - 1]) if file else 0)
-        if file not in self._open:
-            self._open[file] = _reader(self.files[file])
-        value = self._open[file].value(self.column, row)
+        value = self._reader(file).value(self.column, row)
         path = None
         if value is not None and hasattr(value, "keys"):  # a struct
             path = value["path"].as_py() if "path" in value else None
@@ -79,6 +78,14 @@ class Tables(Source):
             return open(self.folder / path, "rb", buffering=0)
         except OSError as error:
             raise UnreadableFile(self.names[item], f"{path}: {error.strerror}") from error
+
+    def _reader(self, file: int) -> "_Parquet | _Arrow":
+        """The reader of a file, of those that were used last."""
+        reader = self._open.pop(file, None) or _reader(self.files[file])
+        if len(self._open) >= OPEN_FILES:
+            del self._open[next(iter(self._open))]  # the one that was used longest ago
+        self._open[file] = reader
+        return reader
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_open": {}}  # files are opened where they are read
