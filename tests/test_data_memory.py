@@ -18,7 +18,7 @@ from d2v_fast.train.data.packing import packed_batches
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
-import bench_loader
+import cpu_loader
 
 MODEL = Data2VecConfig.speech("base")
 
@@ -62,10 +62,10 @@ def test_the_benchmark(tmp_path):
     """The loader benchmark runs, and its rate is far above what is asked for."""
     clips_folder = tmp_path / "clips"
     clips_folder.mkdir()
-    assert 3 < bench_loader.write_clips(clips_folder, 12, longest=4.0) < 12  # bits a sample: neither silence nor noise
+    assert 3 < cpu_loader.write_clips(clips_folder, 12, longest=4.0) < 12  # bits a sample: neither silence nor noise
     data = build_data(SpeechDataConfig(path=str(clips_folder)), MODEL, 0)
-    assert bench_loader.times_real_time(data) > bench_loader.LEAST
-    (first, before), *_, (last, after) = bench_loader.memory(data, 40, workers=1)
+    assert cpu_loader.times_real_time(data) > cpu_loader.LEAST
+    (first, before), *_, (last, after) = cpu_loader.memory(data, 40, workers=1)
     assert (first, last) == (4, 40) and min(before, after) > 2**20
 
 

@@ -1,7 +1,7 @@
 """The speech loader on a CPU: seconds of audio for each second of processor time, and memory over many batches.
 
-python benchmarks/bench_loader.py                    # decoding, normalising, cropping, masks; 16 kHz FLAC
-python benchmarks/bench_loader.py --batches 10000    # the same, then so many batches with and without a worker
+python benchmarks/cpu_loader.py                    # decoding, normalising, cropping, masks; 16 kHz FLAC
+python benchmarks/cpu_loader.py --batches 10000    # the same, then so many batches with and without a worker
 
 The clips are generated: noise shaped like speech in spectrum, syllables and pauses, 2 to 16 s long, so that FLAC
 compresses them about as it does speech (the printed bits a sample; LibriSpeech has about 7). One thread; time is the
