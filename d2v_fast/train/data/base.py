@@ -10,6 +10,7 @@ import itertools
 import logging
 import os
 import signal
+import threading
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -238,6 +239,29 @@ def _unchanged(loaded: _Loaded) -> _Loaded:
     return loaded
 
 
+def _loaded(loader: DataLoader) -> Iterator[_Loaded]:
+    """What the loader gives.
+
+    Raises:
+        DataError: one of its workers has died.
+    """
+    handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    try:
+        iterator = iter(loader)
+        if handler is not None and threading.current_thread() is threading.main_thread():
+            # PyTorch's would raise its error wherever the main thread is when a worker dies, in the middle of an update
+            # as well. It is seen without that, when the next batch is asked for.
+            signal.signal(signal.SIGCHLD, handler)
+        yield from iterator
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError(
+            f"a worker of the data loader has ended ({str(error).strip()}), often for lack of memory: lower workers or "
+            f"the batch if the system's log says so. The same command continues the run."
+        ) from error
+
+
 def _readable(
     data: PretrainData, loader: DataLoader, ends: deque[tuple[int, int]], start: tuple[int, int]
 ) -> Iterator[tuple[int, int, Batch | None]]:
@@ -251,7 +275,7 @@ def _readable(
     # the epoch whose batches are being counted; one that was entered in the middle is not judged, nor is one of which
     # other ranks had all batches
     current, count, tried = start[0], int(start[1] > 0), False
-    for loaded in loader:
+    for loaded in _loaded(loader):
         if loaded.epoch != current:
             if count == 0 and tried:
                 name, reason = pending[-1] if pending else ("?", "unknown")
