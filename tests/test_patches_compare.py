@@ -276,6 +276,31 @@ def test_a_patch_that_computed_nothing_shows_nothing(with_seams):
     assert not patches.compare(toy.Toy(), X).both_upstream
 
 
+@pytest.mark.parametrize("whole", [1, 0])
+def test_parts_left_to_upstream_are_no_calls_left(with_seams, whole):
+    """As many reasons as calls, or more, though ours computed some."""
+
+    def partly(original, options):
+        def forward(self, x, scale=1.0):
+            for reason in ("the draws", "the norm"):
+                fall_back(self, "forward", reason, options, whole=False)
+            return original(self, x, scale) * 1.001
+
+        return forward
+
+    def leave(original, options):
+        def forward(self, x, scale=1.0):
+            fall_back(self, "forward", "for the test", options)
+            return original(self, x, scale)
+
+        return forward
+
+    with_seams(**{"layers.0": seam("forward", partly), "layers.1": seam("forward", leave if whole else partly)})
+    found = patches.compare(toy.Toy(), X)
+    assert (found.patch.calls, found.patch.calls_left) == (2, whole)
+    assert not found.both_upstream and "every call" not in str(found) and found.first().name == "layers.0"
+
+
 def test_no_module_that_both_called(with_seams):
     """No success: nothing inside was looked at."""
 

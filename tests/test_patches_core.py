@@ -19,7 +19,7 @@ import toy_patches as toy
 from torch import nn
 
 import d2v_fast.patches as patches
-from d2v_fast.patches._core import STATE, Options, Patch, PatchError, Seam, Site, State, is_ours, state_of
+from d2v_fast.patches._core import STATE, Options, Patch, PatchError, Seam, Site, State, fall_back, is_ours, state_of
 from d2v_fast.patches._fingerprint import fingerprint
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
@@ -298,6 +298,43 @@ def test_fallbacks_are_counted_and_logged_once(model, caplog):
     patched(model, strict=True)
     with pytest.raises(PatchError, match=r"strict=True: Layer\.forward would run as upstream wrote it: a single row"):
         model(X[:1])
+
+
+@pytest.mark.parametrize("at_class", [False, True])
+def test_parts_of_calls_are_told_from_whole_calls(caplog, at_class):
+    def make(original, options):
+        def forward(self, x, scale=1.0):
+            fall_back(self, "forward", "the draws", options, whole=False)
+            if len(x) == 1:
+                fall_back(self, "forward", "a single row", options)
+                return original(self, x, scale)
+            return original(self, x, scale) * 2
+
+        return forward
+
+    kind = type("Layer", (toy.Layer,), {})
+    layer = kind()
+    seam = Seam("norms", "forward", make, "for the test")
+    patch = Patch("toy").apply([Site("", kind if at_class else layer, seam)], Options())
+    for each in (layer, layer if at_class else copy.deepcopy(layer)):
+        each(X[:1]), each(X)
+    for _ in range(2):
+        draws, row = ("Layer.forward", "the draws"), ("Layer.forward", "a single row")
+        assert patch.fallbacks() == {draws: 4, row: 2} and patch.partial_fallbacks() == {draws: 4}
+        assert (patch.calls, patch.calls_left) == (4, 2)
+        lines = [" ".join(line.split()) for line in str(patch).splitlines()[2:]]
+        expected = ["2 x Layer.forward of calls a single row", "4 x Layer.forward in part the draws"]
+        assert lines == [f"upstream {line}" for line in expected]
+        patch.revert()
+    told = [r.message for r in caplog.records if r.levelno == logging.WARNING]
+    runs = ("runs in part as upstream wrote it: the draws", "runs as upstream wrote it: a single row")
+    assert told == [f"Layer.forward {how}" for how in runs]
+    message = r"strict=True: Layer\.forward would run in part as upstream wrote it: the draws"
+    with (
+        Patch("toy").apply([Site("", layer, seam)], Options(strict=True)),
+        pytest.raises(PatchError, match=message),
+    ):
+        layer(X)
 
 
 def test_calls_are_counted_wherever_they_come_from(model):

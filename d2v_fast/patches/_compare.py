@@ -64,7 +64,7 @@ class Comparison:
             return "nothing was replaced"
         if self.patch.calls == 0:
             return "nothing that was replaced was called"
-        if self.patch.calls <= sum(self.patch.fallbacks().values()):
+        if self.patch.calls <= self.patch.calls_left:
             return "every call went to the original method"
         return None
 

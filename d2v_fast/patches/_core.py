@@ -8,7 +8,7 @@ authors wrote them.
 import inspect
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -33,12 +33,12 @@ from d2v_fast.patches._state import (
     STATE,
     State,
     fall_back,
-    fallbacks_at,
     foreign_plumbing,
     forget,
     note,
     put,
     state_of,
+    states_at,
     take_off,
     tell_again,
 )
@@ -71,7 +71,7 @@ class Patch:
         self.applied: list[Site] = []
         self.skipped: list[Skipped] = []
         self.reverted = False
-        self._past: Counter[tuple[str, str]] = Counter()  # fallbacks until it was reverted
+        self._past: tuple[Counter, Counter] = Counter(), Counter()  # fallbacks until it was reverted, partial ones
         self._calls: list[Calls] = []  # of each that was applied
         self._undo: list[tuple[Site, Callable, Any]] = []  # where, ours, what the __dict__ of a class had there
         self._copies: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # id -> a copy of an owner
@@ -158,7 +158,7 @@ class Patch:
         self.check_revert()
         if not self.reverted and any(s.reason == REPLACED for s in self.skipped):
             logger.warning("%s: what an earlier patch replaced stays; its own handle takes it back", self.title)
-        self._past = self.fallbacks()
+        self._past = self.fallbacks(), self.partial_fallbacks()
         self._put_back(0)
         self._copies.clear()
         self.reverted = True
@@ -191,20 +191,31 @@ class Patch:
         self.revert()
 
     def fallbacks(self) -> Counter[tuple[str, str]]:
-        """(``Class.method``, reason) -> calls that went to the original method in spite of the patch."""
+        """(``Class.method``, reason) -> calls that went to the original method, or in part, in spite of the patch."""
+        return self._past[0] + _named((kind, state.fallbacks) for kind, state in self._states())
+
+    def partial_fallbacks(self) -> Counter[tuple[str, str]]:
+        """Those of :meth:`fallbacks` that were only a part of their call; ours computed the rest."""
+        return self._past[1] + _named((kind, state.partial) for kind, state in self._states())
+
+    def _states(self) -> Iterator[tuple[type, State]]:
+        """What knows the fallbacks of these swaps, and the class of whose calls they are."""
         owners = {id(site.owner): site.owner for site, _, _ in self._undo}
-        found = self._past + fallbacks_at(tuple(owner for owner in owners.values() if isinstance(owner, type)))
+        yield from states_at(tuple(owner for owner in owners.values() if isinstance(owner, type)))
         for owner in (*owners.values(), *self._copies.values()):
             state = owner.__dict__.get(STATE)
             if isinstance(state, State):
-                for (method, reason), count in state.fallbacks.items():
-                    found[f"{type(owner).__name__}.{method}", reason] += count
-        return found
+                yield type(owner), state
 
     @property
     def calls(self) -> int:
         """Calls of all methods of ours, those among them that went to the original included."""
         return sum(calls.count for calls in self._calls)
+
+    @property
+    def calls_left(self) -> int:
+        """Those of :attr:`calls` that went to the original as a whole."""
+        return self.fallbacks().total() - self.partial_fallbacks().total()
 
     def __repr__(self) -> str:
         title = f"{self.title}, taken back" if self.reverted else self.title
@@ -216,14 +227,17 @@ class Patch:
         both = zip(self.applied, self._calls, strict=True)
         rows = [Row(replaced, s.name, s.seam.part, s.seam.does, calls=calls.count) for s, calls in both]
         rows += [Row("left", s.name, s.part, s.reason) for s in self.skipped]
-        found = sorted(self.fallbacks().items())
-        rows += [Row("upstream", name, "of calls", why, count) for (name, why), count in found]
+        partial = self.partial_fallbacks()
+        for (name, why), count in sorted(self.fallbacks().items()):
+            part = "in part" if (name, why) in partial else "of calls"
+            rows.append(Row("upstream", name, part, why, count))
         return rows
 
     def __str__(self) -> str:
         """The table: what was replaced and how often it was called, what was not replaced and why.
 
-        Calls that went to the original in spite of the patch are lines of their own; they are among the calls above.
+        Calls that went to the original, or in part, in spite of the patch are lines of their own; they are among the
+        calls above.
         """
         return "\n".join([repr(self)[1:-1], *table(self.rows())])
 
@@ -234,6 +248,15 @@ class Patch:
             logger.info(line.strip())
         for line in table(Row("left", s.name, s.part, s.reason) for s in self.skipped[skipped:] if not s.harmless):
             logger.warning(line.strip())
+
+
+def _named(counts: Iterable[tuple[type, Counter]]) -> Counter[tuple[str, str]]:
+    """(``Class.method``, reason) -> calls, of (method, reason) -> calls of each class."""
+    found: Counter[tuple[str, str]] = Counter()
+    for kind, each in counts:
+        for (method, reason), count in each.items():
+            found[f"{kind.__name__}.{method}", reason] += count
+    return found
 
 
 def _has(site: Site, ours: Callable) -> bool:

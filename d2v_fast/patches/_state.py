@@ -20,7 +20,7 @@ from d2v_fast.patches._seams import MARK, Options, PatchError, is_ours, logger
 STATE = "_d2v_fast"
 _functions: weakref.WeakSet = weakref.WeakSet()  # all of ours that are methods of instances
 _stateful: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # id -> what has a state by its class only
-_at_classes: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # class -> (method, reason) -> calls
+_at_classes: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # class -> State of calls in its instances
 _told: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # class -> (method, reason) that the log has
 _copies_as_upstream = False
 
@@ -31,6 +31,7 @@ class State:
     def __init__(self, owner: Any = None) -> None:
         self.cache: dict[str, Any] = {}  # built at the first call: plans, modules of ours around their parameters
         self.fallbacks: Counter[tuple[str, str]] = Counter()  # (method, reason) -> calls left to the original
+        self.partial: Counter[tuple[str, str]] = Counter()  # those among them of which ours computed the rest
         self.patches: weakref.WeakSet = weakref.WeakSet()  # those that have methods in the owner's __dict__
         self._owner = None if owner is None else weakref.ref(owner)
 
@@ -63,29 +64,38 @@ def _register(owner: Any) -> None:
     _stateful[id(owner)] = owner
 
 
-def fall_back(owner: Any, method: str, reason: str, options: Options) -> None:
+def fall_back(owner: Any, method: str, reason: str, options: Options, *, whole: bool = True) -> None:
     """Note that this call goes to the original ``method``; the first time for a reason, say so.
 
     Where a compiler traces the call, it is noted once a trace.
+
+    Args:
+        whole: False where ours computes the rest of the call; a whole call is noted once.
 
     Raises:
         PatchError: with ``strict=True``.
     """
     if options.strict:
-        raise PatchError(f"strict=True: {type(owner).__name__}.{method} would run as upstream wrote it: {reason}")
-    note(owner, method, reason)
+        how = "run" if whole else "run in part"
+        raise PatchError(f"strict=True: {type(owner).__name__}.{method} would {how} as upstream wrote it: {reason}")
+    note(owner, method, reason, whole)
 
 
-def note(owner: Any, method: str, reason: str) -> None:
+def note(owner: Any, method: str, reason: str, whole: bool = True) -> None:
     """As :func:`fall_back`, where upstream's code is the better one."""
     kind, key = type(owner), (method, reason)
-    state_of(owner).fallbacks[key] += 1
+    states = [state_of(owner)]
     if not is_ours(owner.__dict__.get(method)):
-        _at_classes.setdefault(kind, Counter())[key] += 1
+        states.append(_at_classes.setdefault(kind, State()))
+    for state in states:
+        state.fallbacks[key] += 1
+        if not whole:
+            state.partial[key] += 1
     told = _told.setdefault(kind, set())
     if key not in told:
         told.add(key)
-        logger.warning("%s.%s runs as upstream wrote it: %s", kind.__name__, method, reason)
+        runs = "runs" if whole else "runs in part"
+        logger.warning("%s.%s %s as upstream wrote it: %s", kind.__name__, method, runs, reason)
 
 
 # What torch.compiler.assume_constant_result does, less the import of the compiler: these run while a call is traced,
@@ -94,14 +104,9 @@ for _function in (_register, note):
     _function._dynamo_marked_constant = True
 
 
-def fallbacks_at(classes: tuple[type, ...]) -> Counter[tuple[str, str]]:
-    """(``Class.method``, reason) -> calls left to the original by methods in these classes."""
-    found: Counter[tuple[str, str]] = Counter()
-    for kind, counts in list(_at_classes.items()):
-        if issubclass(kind, classes):
-            for (method, reason), count in counts.items():
-                found[f"{kind.__name__}.{method}", reason] += count
-    return found
+def states_at(classes: tuple[type, ...]) -> list[tuple[type, State]]:
+    """What methods in these classes left to the original, by the class of the instance."""
+    return [(kind, state) for kind, state in list(_at_classes.items()) if issubclass(kind, classes)]
 
 
 def forget(classes: tuple[type, ...]) -> None:
@@ -244,7 +249,7 @@ def _replicate(self: nn.Module) -> nn.Module:
     if not upstream.methods:  # somebody wrapped ours: it is his wrapper that replicas get
         return replica
     own = upstream.put_into(replica)
-    own.patches, own.fallbacks = state.patches, state.fallbacks
+    own.patches, own.fallbacks, own.partial = state.patches, state.fallbacks, state.partial
     return replica
 
 

@@ -97,7 +97,7 @@ def _stack(model: Any, role: str, theirs: nn.Module, options: Options) -> TextSt
     if found is None:
         found = text_stack(model, role, theirs)
     if isinstance(found, str):
-        fall_back(model, "forward", f"the {role}'s encoder: {found}", options)
+        fall_back(model, "forward", f"the {role}'s encoder: {found}", options, whole=False)
         return None
     return found
 
