@@ -82,6 +82,8 @@ CASES = {
     "spans, most": ("audio", SPANS | {"add_masks": True}, {"padding": PADDING}),
     "spans, seeds without numbers": ("audio", SPANS, {"seeds": SEEDS._replace(ids=None)}),
     "spans, any share": ("audio", SPANS | {"mask_prob_min": 0.2}, {}),
+    "spans, no share below zero": ("audio", SPANS | {"mask_prob_min": -0.5}, {}),
+    "spans, one a row at least": ("audio", {"mask_prob": 0.01, "mask_length": 3}, {}),
     "spans, some kept": ("audio", SPANS | {"keep_masked_pct": 0.3}, {}),
     "spans, noise": ("audio", SPANS | {"encoder_zero_mask": False, "mask_noise_std": 0.5}, {}),
     "squares": ("image", {"mask_length": 3, "mask_prob": 0.7, "inverse_mask": True, "mask_prob_adjust": 0.1}, {}),
@@ -111,6 +113,56 @@ def test_given(kind, dtype, monkeypatch):
         info = same_masks(theirs, ours, monkeypatch, given=given)
         assert info.ids_keep.shape == (4, 16, 32)
     assert not done.fallbacks()
+
+
+@pytest.mark.parametrize("shape", [(4, 30), (3, 36), (3, 30)])
+@pytest.mark.parametrize("kind", ["text", "image"])
+def test_given_of_another_shape(kind, shape):
+    """Of fewer rows or tokens than x: what upstream's gather makes of them."""
+    theirs, ours, done = encoders(kind, mask_length=3)
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)).argsort(1) < 20
+    x = torch.randn(4, 36, 32)
+    want, got = (encoder.make_maskinfo(x, mask) for encoder in (theirs, ours))
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    assert [why for _, why in done.fallbacks()] == ["masks are not of as many rows and tokens as x"]
+
+
+@pytest.mark.parametrize("shape", [(6, 17), (4, 20), (4, 17)])
+@pytest.mark.parametrize("masks", [True, False])
+def test_whole_call_with_masks_of_another_shape(masks, shape):
+    """Never a loss of other tokens: an error, as with upstream."""
+    model, batch = peer.build("text"), peer.batch("text")
+    batch["precomputed_mask"] = batch["precomputed_mask"][: shape[0], : shape[1]].contiguous()
+    batch["precomputed_mask"][:] = torch.arange(shape[1]) < 8
+    with pytest.raises(IndexError, match="shape of the mask"):
+        model(**batch)
+    patch(model, masks=masks)
+    expected = r"precomputed_mask must be .*samples \* clone_batch, tokens\] = \[6, 20\], got "
+    with pytest.raises(ValueError, match=expected + rf"\[{shape[0]}, {shape[1]}\]"):
+        model(**batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.float32, torch.bfloat16])
+def test_padding_of_other_dtypes(dtype, monkeypatch):
+    """What text and encoders of one's own pass on as it came."""
+    theirs, ours, done = encoders("text", **SPANS)
+    want = same_masks(theirs, ours, monkeypatch, padding=PADDING, seeds=SEEDS)
+    got = same_masks(theirs, ours, monkeypatch, padding=PADDING.to(dtype), seeds=SEEDS)
+    assert torch.equal(got.mask, want.mask)
+    assert not done.fallbacks()
+
+
+def test_squares_for_a_shape(monkeypatch):
+    """Drawn for ``shape``, whatever x is."""
+    theirs, ours, _ = encoders("image", mask_length=3, mask_prob=0.6)
+    found = []
+    for encoder in (theirs, ours):
+        torch.manual_seed(0)
+        found.append(encoder.compute_mask(torch.zeros(1, 4, 8), None, None, apply=False, shape=(5, 49, 32))[1])
+    want, got = found
+    assert got.x_unmasked is want.x_unmasked is None
+    assert got.mask.shape == (5, 49)
+    assert all(torch.equal(a, b) for a, b in zip(got[1:], want[1:], strict=True))
 
 
 def test_without_tokens():

@@ -130,7 +130,9 @@ def frame_lengths(owner: Any, padding_mask: Tensor | None, shape: tuple[int, int
     """Frames [B] of every row of a batch [B, T] that ``padding_mask`` leaves."""
     if padding_mask is None:
         return np.full(shape[0], shape[1])
-    return (~on_host(owner, "padding", padding_mask)).sum(1)
+    if padding_mask.dtype != torch.bool:
+        padding_mask = padding_mask.long()  # as upstream counts them
+    return shape[1] - on_host(owner, "padding", padding_mask).sum(1)
 
 
 def _drawn_upstream(owner: Any, upstreams: Callable) -> str | None:

@@ -158,6 +158,13 @@ def _report(model: Any, result: dict[str, Any], info: Any, mode: str, outs: list
     result["ema_decay"] = model.ema.get_decay() * 1000
 
 
+def _check(info: Any, rows: int, tokens: int) -> None:
+    """The masked rows are counted through all masks, so one of another shape would take other tokens."""
+    if info.mask.shape != (rows, tokens):
+        expected = f"[samples * clone_batch, tokens] = [{rows}, {tokens}]"
+        raise ValueError(f"precomputed_mask must be {expected}, got {list(info.mask.shape)}")
+
+
 def _pretrain(
     model: Any,
     mode: str,
@@ -169,6 +176,7 @@ def _pretrain(
     cfg, encoder = model.cfg, model.modality_encoders[mode]
     found = encoder(**inputs, mask=True, remove_masked=True, clone_batch=cfg.clone_batch)
     x, info = found["x"], found["encoder_mask"]
+    _check(info, len(found["local_features"]) * cfg.clone_batch, found["local_features"].shape[1])
     if model.dropout_input is not None:
         x = model.dropout_input(x)
     x = _run(model.blocks, found, x, cfg.layerdrop if model.training else 0.0, None)

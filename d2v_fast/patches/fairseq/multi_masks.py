@@ -78,7 +78,11 @@ def _make_maskinfo(original: Callable, options: Options) -> Callable:
 
     def make_maskinfo(self, x, mask, shape=None):
         """x [B, T, C], or ``shape`` instead, and mask [B, T], 1 or True = masked -> upstream's MaskInfo."""
-        _, num_tokens, dim = x.shape if shape is None else shape
+        rows, num_tokens, dim = x.shape if shape is None else shape
+        if mask.shape != (rows, num_tokens):
+            reason = "masks are not of as many rows and tokens as x"
+            fall_back(self, "make_maskinfo", reason, options)
+            return original(self, x, mask, shape)
         given, mask = mask, mask.to(torch.uint8)
         kept = num_tokens - _read(self, given, mask)
         if self.modality_cfg.keep_masked_pct > 0:
