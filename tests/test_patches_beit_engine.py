@@ -113,6 +113,9 @@ def test_engine_functions():
     assert relative(beit_targets(results, mask, target_layers=[1, 2]), want) <= TOLERANCE
     assert relative(beit_targets(results, mask.long(), target_layers=[-2, -1]), want) <= TOLERANCE
     assert beit_targets(results).shape == (3, 36, 32)
+    assert relative(beit_targets(torch.stack(results), mask, target_layers=[1, 2]), want) <= TOLERANCE
+    with pytest.raises(ValueError, match=r"layer_results must be \[L, B, P, C\] if stacked, got \(3, 36, 32\)"):
+        beit_targets(results[0])
     prediction = torch.randn_like(want).requires_grad_()
     loss = beit_loss(prediction, want)
     loss.backward()

@@ -9,7 +9,7 @@ from d2v_fast.ops._lists import tensor_list
 
 
 def beit_targets(
-    layer_results: Sequence[Tensor],  # of all layers, [B, P, C] without the class token
+    layer_results: Sequence[Tensor] | Tensor,  # of all layers, [B, P, C] without the class token, or [L, B, P, C]
     mask: Tensor | None = None,  # [B, P] or [B, h, w] bool or integers, nonzero = masked
     *,
     target_layers: Sequence[int] | None = None,
@@ -19,7 +19,7 @@ def beit_targets(
     """Average of normalised teacher outputs: float32 [M, C] at the masked patches, [B, P, C] without a mask.
 
     Args:
-        layer_results: what the teacher gave, the same shape from every layer.
+        layer_results: what the teacher gave, the same shape from every layer; or a tensor of L layers, stacked.
         mask: finding its M patches waits for the device, as indexing by it does.
         target_layers: which of them, counted from 0; by default all.
         norm: of each layer, over channels ("layer"), or "instance", "batch", "none".
@@ -29,6 +29,10 @@ def beit_targets(
         ValueError: shapes that do not fit, no such layer, or an unknown norm.
         TypeError: something that is no tensor.
     """
+    if isinstance(layer_results, Tensor):
+        if layer_results.ndim != 4:
+            raise ValueError(f"layer_results must be [L, B, P, C] if stacked, got {tuple(layer_results.shape)}")
+        layer_results = layer_results.unbind()
     results = tensor_list("layer_results", layer_results)
     if target_layers is not None:
         wrong = [index for index in target_layers if not -len(results) <= index < len(results)]
