@@ -105,6 +105,10 @@ def bad_items(modality):
         (TypeError, f"{numbers} NoneType", [{name: None}]),
         (TypeError, f"{numbers} list: expected sequence of length 1", [{name: [[1], [1, 2]]}]),
     ]
+    for dtype in (torch.bool, torch.int16, torch.uint8, torch.float64, torch.complex64):
+        found = str(dtype).removeprefix("torch.")
+        known = "int64 or int32" if modality == "text" else "float32, float16 or bfloat16"
+        yield TypeError, rf"items\[1\]\['{name}'\] must be {known}, got {found}$", [rows[0], {name: x[0].to(dtype)}]
     ones = torch.ones(size)
     if modality == "image":
         yield ValueError, "items must have no 'attention_mask', got one: images", [rows[0], rows[1] | {MASK: ones}]

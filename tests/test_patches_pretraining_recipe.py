@@ -67,6 +67,7 @@ def test_bad_recipes():
         (TypeError, "ema must be EMAConfig or a mapping of its fields, got float", {"ema": 0.999}),
         (TypeError, "mask must be TokenSpanMask or a mapping of its fields, got BlockMask", {"mask": BlockMask()}),
         (TypeError, "head_layers must be int, got str", {"head_layers": "2"}),
+        (TypeError, "head_layers must be int, got bool", {"head_layers": True}),
         (ValueError, r"ema.decay and end_decay must be in \[0, 1\], got 2 and", {"ema": {"decay": 2}}),
         (ValueError, "targets.norm must be one of", {"targets": {"norm": "other"}}),
         (TypeError, "config must be a Data2VecConfig, got dict", {"config": {"ema": {}}}),

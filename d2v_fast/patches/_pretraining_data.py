@@ -11,6 +11,8 @@ from d2v_fast.nn import Batch, Data2VecConfig, make_batch
 
 INPUTS = {"speech": "input_values", "text": "input_ids", "image": "pixel_values"}
 ATTENTION_MASK = "attention_mask"
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+DTYPES = {"speech": FLOATS, "text": (torch.int64, torch.int32), "image": FLOATS}
 
 
 def build_batch(
@@ -74,7 +76,8 @@ class Data2VecCollator:
     """Items of a data set to ``{"batch": Batch}``, padded, with masks drawn and all positions known on the host.
 
     An item is a mapping with ``input_values`` [S] float, ``input_ids`` [T] integers or ``pixel_values`` [C, H, W] float
-    (a tensor, an array or a list), whatever else it has. Waveforms and tokens may come padded, all with an
+    (a tensor, an array or a list), whatever else it has. Floats are float32, float16 or bfloat16, not the float64 of
+    many readers of files; integers are int64 or int32. Waveforms and tokens may come padded, all with an
     ``attention_mask`` of the same length: ones, then zeros. An item that is not as that is an error which says which
     one, and what it has. Masks come from PyTorch's generator of the process: workers of a ``DataLoader`` draw different
     ones. Loaders are ahead of the model, and workers get new seeds: a run of ``Trainer`` that resumes from a checkpoint
@@ -89,7 +92,7 @@ class Data2VecCollator:
         """Batch of ``items``.
 
         Raises:
-            TypeError: an item that is no mapping, or whose values are no numbers.
+            TypeError: an item that is no mapping, or whose values are no numbers or of another dtype.
             ValueError: no items, one without the inputs, or with inputs or an ``attention_mask`` of a wrong shape;
                 and as :func:`build_batch`.
         """
@@ -128,6 +131,7 @@ def _row(recipe: Data2VecConfig, where: str, item: Mapping[str, Any], masked: bo
         expected = (sizes.channels, sizes.image_size, sizes.image_size)
         if shape != expected:
             raise ValueError(f"{where}[{name!r}] must be {expected}, got {shape}")
+        _check_dtype(recipe, where, row)
         return row
     if row.ndim != 1:
         dim = "S" if recipe.modality == "speech" else "T"
@@ -142,7 +146,16 @@ def _row(recipe: Data2VecConfig, where: str, item: Mapping[str, Any], masked: bo
     least, unit = (recipe.frontend.min_samples, "samples") if recipe.modality == "speech" else (1, "token")
     if len(row) < least:
         raise ValueError(f"{where}[{name!r}] must have at least {least} {unit} without padding, got {len(row)}")
+    _check_dtype(recipe, where, row)
     return row
+
+
+def _check_dtype(recipe: Data2VecConfig, where: str, row: Tensor) -> None:
+    known = DTYPES[recipe.modality]
+    if row.dtype not in known:
+        *first, last = (str(dtype).removeprefix("torch.") for dtype in known)
+        found = str(row.dtype).removeprefix("torch.")
+        raise TypeError(f"{where}[{INPUTS[recipe.modality]!r}] must be {', '.join(first)} or {last}, got {found}")
 
 
 def _numbers(where: str, item: Mapping[str, Any], name: str, why: str = "") -> Tensor:

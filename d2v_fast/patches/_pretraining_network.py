@@ -106,7 +106,7 @@ def _part(recipe: Data2VecConfig, name: str, value: Any) -> Any:
         if unknown:
             raise TypeError(f"{name} must have fields of {', '.join(known)}, got {', '.join(map(repr, unknown))}")
         return replace(before, **value)
-    if not isinstance(value, type(before)):
+    if not isinstance(value, type(before)) or isinstance(value, bool) != isinstance(before, bool):
         also = " or a mapping of its fields" if has_fields else ""
         raise TypeError(f"{name} must be {type(before).__name__}{also}, got {type(value).__name__}")
     return value
