@@ -265,6 +265,43 @@ def test_whole_call(kind):
     assert not done.fallbacks()
 
 
+def single(ours, monkeypatch):
+    """Whether ours drew the masks of single tokens, by what it knows of them."""
+    _, info = masked(ours, monkeypatch)
+    return multi_masks.handed_on(ours, "rows", info.mask) is not None
+
+
+def test_single_patches_of_images(monkeypatch):
+    """Upstream's method leaves them to the class that it inherits from, which a patch of a model does not replace."""
+    theirs, ours, done = encoders("image", mask_length=1, mask_prob=0.7)
+    done.revert()
+    with Patch("strict").apply(sites(ours), Options(strict=True)):
+        same_masks(theirs, ours, monkeypatch)
+        assert single(ours, monkeypatch)
+    base, image = peer.base.ModalitySpecificEncoder, type(ours)
+    seams = [Site("", base, multi_masks.MASK), Site("", image, multi_masks.MASK_IMAGES)]
+    with Patch("classes").apply(seams, Options()) as done:
+        assert single(ours, monkeypatch)
+        assert done.calls == 2
+        assert not done.fallbacks()
+
+
+def test_single_patches_by_other_code(monkeypatch):
+    theirs, ours, done = encoders("image", mask_length=1, mask_prob=0.7)
+    base, calls = peer.base.ModalitySpecificEncoder, []
+    real = base.compute_mask
+
+    def compute_mask(self, *args):
+        calls.append(type(self).__name__)
+        return real(self, *args)
+
+    monkeypatch.setattr(base, "compute_mask", compute_mask)
+    same_masks(theirs, ours, monkeypatch)
+    assert calls == ["ImageEncoder"] * 6
+    reason = "masks of single tokens are drawn by a compute_mask that ours was not written from"
+    assert [why for _, why in done.fallbacks()] == [reason]
+
+
 def test_switched_off():
     model = peer.build("image")
     done = patch(model, masks=False)

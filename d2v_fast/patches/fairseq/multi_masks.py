@@ -10,6 +10,7 @@ Dims: B samples or clones of them, T tokens, V tokens that are left, N masked to
 """
 
 import importlib
+import inspect
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from d2v_fast.patches._core import Options, Seam, fall_back
+from d2v_fast.patches._core import Options, Seam, fall_back, is_ours
 from d2v_fast.patches._fingerprint import fingerprint
 from d2v_fast.patches.fairseq.block_masks import draw_squares, draws_as_known
 from d2v_fast.patches.fairseq.masks import (
@@ -191,11 +192,28 @@ def _draws_squares() -> bool:
     return draws_as_known(vars(importlib.import_module("fairseq.data.data_utils")), "compute_block_mask_2d")
 
 
+@torch.compiler.disable
+def _single(self: nn.Module, original: Callable, options: Options) -> Callable | None:
+    """Ours of the method that ImageEncoder's calls for single tokens; None where ``original`` is to call it."""
+    kind = inspect.getclosurevars(inspect.unwrap(original)).nonlocals["__class__"]  # of its super()
+    inherited = super(kind, self).compute_mask.__func__
+    if is_ours(inherited):
+        return None
+    if _source(inherited) not in MASK.known:
+        reason = "masks of single tokens are drawn by a compute_mask that ours was not written from"
+        fall_back(self, "compute_mask", reason, options)
+        return None
+    return _make(inherited, options)
+
+
 def _make_images(original: Callable, options: Options) -> Callable:
     def compute_mask(self, x, padding_mask, mask_seed, apply, shape=None, precomputed_mask=None):
-        """As the method of the other encoders, with masks of squares; of single tokens by the other encoders' own."""
+        """As the method of the other encoders, which does the masks of single tokens; here, of squares."""
         mask = precomputed_mask
         if self.modality_cfg.mask_length <= 1:
+            single = _single(self, original, options)
+            if single is not None:
+                return single(self, x, padding_mask, mask_seed, apply, mask)
             return original(self, x, padding_mask, mask_seed, apply, shape, mask)
         if mask is None:
             if not _draws_squares():
