@@ -82,6 +82,37 @@ def test_devices_of_ranks(monkeypatch):
         resolve_device("auto", 2)
 
 
+def test_ranks_with_gpus_meet_over_nccl_and_talk_over_gloo(monkeypatch):
+    """What is asked of PyTorch, without a GPU; after an error NCCL is not waited for."""
+    for name, value in {**TORCHRUN, "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    calls = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.update(device=device))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **how: calls.update(backend=backend, **how))
+    monkeypatch.setattr(dist, "new_group", lambda **how: how)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: calls.update(destroyed=True))
+    with pytest.raises(KeyError), join(DistributedConfig(timeout=90)) as ranks:
+        assert ranks.mode == "ddp" and (ranks.rank, ranks.world_size) == (3, 8)
+        assert ranks.control["backend"] == "gloo" and ranks.control["timeout"].total_seconds() == 90
+        raise KeyError
+    cuda = torch.device("cuda", 0)
+    assert (calls["backend"], calls["device"], calls["device_id"], ranks.device) == ("nccl", cuda, cuda, cuda)
+    assert calls["timeout"].total_seconds() == 90 and "destroyed" not in calls
+    with join(DistributedConfig()):
+        pass
+    assert calls["destroyed"]
+
+    def nobody_there(*args, **kwargs):
+        raise dist.DistNetworkError("connection refused")
+
+    monkeypatch.setattr(dist, "init_process_group", nobody_there)
+    match = "rank 3 of 8 did not meet the others at node0:29500 within 600 s .*connection refused"
+    with pytest.raises(ConfigError, match=match), join(DistributedConfig()):
+        pass
+
+
 def test_one_rank_alone():
     ranks = Ranks.alone()
     assert ranks.sum([1, 2]).read() == [1, 2] and ranks.exchange([0.5]) == [[0.5]] and ranks.gather("x") == ["x"]

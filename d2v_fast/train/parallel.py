@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from d2v_fast.nn import Batch, Data2Vec
@@ -81,6 +80,8 @@ def shard(model: Data2Vec, mesh: DeviceMesh, bf16: bool) -> Parallel:
         mesh: of one dimension "shard", or of two, "replicate" and "shard".
         bf16: gather layers in bfloat16. Gradients are summed in float32.
     """
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard  # takes seconds
+
     # a warning for code that writes into what a layer returned
     warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module .* returned a view", category=UserWarning)
     # inputs are cast by autocast, where it casts: the residual stream stays in float32
