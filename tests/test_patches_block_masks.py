@@ -3,6 +3,10 @@
 import importlib
 import os
 import sys
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import wraps
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -171,6 +175,93 @@ def test_other_functions_that_draw_are_called(tmp_path, monkeypatch):
         "its masks are drawn by a compute_block_mask_1d that ours was not written from"
     ]
     assert dataset[0]["precomputed_mask"] is mask
+
+
+class Mine(FileAudioDataset):
+    """Keeps things with itself while it reads, and cannot be copied."""
+
+    opened = closed = read = 0
+    handle = None
+
+    def postprocess(self, feats, rate):
+        if self.handle is None:
+            self.handle, Mine.opened = object(), Mine.opened + 1
+        self.read += 1
+        return super().postprocess(feats, rate)
+
+    def __reduce_ex__(self, protocol):
+        raise TypeError("has a handle")
+
+    def __del__(self):
+        Mine.closed += 1
+
+
+def patched():
+    return Patch("class").apply([Site("", FileAudioDataset, s) for s in block_masks.seams(FileAudioDataset)], Options())
+
+
+def test_items_are_read_by_the_data_set_itself(tmp_path, monkeypatch):
+    monkeypatch.setattr(Mine, "opened", 0)
+    monkeypatch.setattr(Mine, "closed", 0)
+    dataset = speech(Mine, tmp_path)
+    with patched() as done:
+        items = [dataset[0] for _ in range(5)]
+        assert not done.fallbacks()
+        assert done.calls == 5
+    assert items[0]["precomputed_mask"].shape == (3, 400)
+    assert dataset.read == 5
+    assert dataset._features_size_map == {2000: 400}
+    assert (Mine.opened, Mine.closed) == (1, 0)
+
+
+def test_threads_share_the_data_set(tmp_path):
+    """Two that read at once; upstream's functions stay for whoever else calls them."""
+    dataset, inside, found = speech(FileAudioDataset, tmp_path), threading.Barrier(2, timeout=20), []
+
+    def postprocess(feats, rate):
+        inside.wait()
+        found.append(raw_audio_dataset.compute_block_mask_1d)
+        inside.wait()
+        return feats
+
+    dataset.postprocess = postprocess
+    with patched() as done, ThreadPoolExecutor(2) as pool:
+        items = list(pool.map(dataset.__getitem__, [0, 0]))
+        assert not done.fallbacks()
+    assert all(item["precomputed_mask"].shape == (3, 400) for item in items)
+    assert found == [data_utils.compute_block_mask_1d] * 2
+
+
+def test_names_of_the_module_are_those_of_now(tmp_path, monkeypatch):
+    """What somebody puts into upstream's module after the patch is called; a warning that it gave is not repeated."""
+    dataset, paths = speech(FileAudioDataset, tmp_path), []
+
+    def parse_path(path):
+        warnings.warn("old paths", UserWarning, stacklevel=2)
+        paths.append(path)
+        return path, []
+
+    with patched(), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("default")
+        monkeypatch.setattr(raw_audio_dataset, "parse_path", parse_path)
+        for _ in range(3):
+            dataset[0]
+    assert len(paths) == 3
+    assert len(told) == 1
+
+
+def test_a_method_that_somebody_wrapped_is_called(tmp_path, monkeypatch):
+    real, calls = FileAudioDataset.__getitem__, []
+
+    @wraps(real)
+    def counting(self, index):
+        calls.append(index)
+        return real(self, index)
+
+    monkeypatch.setattr(FileAudioDataset, "__getitem__", counting)
+    fallbacks = same_item(speech(FileAudioDataset, tmp_path))
+    assert calls == [0, 0]
+    assert [why for _, why in fallbacks] == ["somebody wrapped the method that ours calls with other masks"]
 
 
 def test_strict(tmp_path):

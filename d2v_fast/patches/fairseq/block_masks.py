@@ -9,9 +9,10 @@ masks of 14 x 14 patches and 4 for 64 of them; most of what is left is the noise
 Dims: B masks, L positions.
 """
 
-import copy
+import inspect
 from collections.abc import Callable, Mapping
 from functools import cache, partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -117,8 +118,10 @@ def _equalize(mask: Tensor, wanted: int) -> None:
     mask[rows] = (found - changed).abs_()
 
 
-def _unfit(dataset: Any, names: Mapping[str, Any], name: str) -> str | None:
+def _unfit(dataset: Any, original: Callable, names: Mapping[str, Any], name: str) -> str | None:
     """Why upstream's function of this name draws the masks of this data set, or None."""
+    if inspect.unwrap(original) is not original:
+        return "somebody wrapped the method that ours calls with other masks"
     if not draws_as_known(names, name):
         return f"its masks are drawn by a {name} that ours was not written from"
     if dataset.expand_adjacent or dataset.non_overlapping:
@@ -126,33 +129,38 @@ def _unfit(dataset: Any, names: Mapping[str, Any], name: str) -> str | None:
     return None
 
 
+def _as_upstream(draw: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``draw`` with the arguments of upstream's; of those left out, none has another value where ours draws."""
+
+    def compute_block_mask(*, shape, require_same_masks, expand_adjcent=False, non_overlapping=False, **how):
+        return draw(shape, **how)
+
+    return compute_block_mask
+
+
+DRAWS = {
+    "compute_block_mask_1d": _as_upstream(draw_blocks),
+    "compute_block_mask_2d": _as_upstream(draw_squares),
+}
+
+
 def _make(original: Callable, options: Options, *, grid: bool) -> Callable:
     names = original_globals(original)
+    warned: dict[str, Any] = {}  # which warnings this module gave already
 
     def __getitem__(self, index):
         """The item with upstream's masks [clone_batch, L] as its ``precomputed_mask``."""
         if not self.is_compute_mask:
             return original(self, index)
-        squares = grid and self.mask_length > 1
-        reason = _unfit(self, names, "compute_block_mask_2d" if squares else "compute_block_mask_1d")
+        squares = grid and self.mask_length != 1
+        reason = _unfit(self, original, names, "compute_block_mask_2d" if squares else "compute_block_mask_1d")
         if reason is not None:
             fall_back(self, "__getitem__", reason, options)
             return original(self, index)
-        without = copy.copy(self)
-        without.is_compute_mask = False
-        item = original(without, index)
-        num_positions = self.patches if grid else self._get_mask_indices_dims(item["source"].size(-1))
-        # upstream leaves masks of single patches without dropout
-        dropout = 0.0 if grid and not squares else self.mask_dropout
-        item["precomputed_mask"] = (draw_squares if squares else draw_blocks)(
-            (self.clone_batch, num_positions),
-            self.mask_prob,
-            self.mask_length,
-            self.mask_prob_adjust,
-            self.inverse_mask,
-            dropout,
-        )
-        return item
+        # upstream's own code on the data set itself, which finds our functions where it looks for its own; whoever
+        # else uses its module, in this thread or another, finds upstream's
+        seen = {"__warningregistry__": warned} | names | DRAWS
+        return FunctionType(original.__code__, seen)(self, index)
 
     return __getitem__
 
