@@ -13,6 +13,7 @@ import torch
 from d2v_fast.patches.all import patch_all_as_told, report
 
 handle = patch_all_as_told()
+_reporter = os.environ.get("D2V_FAST_REPORT")  # the process of the command, whatever that does to its environment
 _calls_before = 0  # of the process that this one was forked from
 
 
@@ -20,8 +21,8 @@ def _rank() -> int:
     """This process among those that train together; 0 where it is alone, or nobody says."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank()
-    if "RANK" in os.environ:
-        return int(os.environ["RANK"])
+    if (rank := os.environ.get("RANK", "")).isdecimal():
+        return int(rank)
     process = multiprocessing.current_process()
     target, arguments = getattr(process, "_target", None), getattr(process, "_args", ())
     if getattr(target, "__module__", "") == "torch.multiprocessing.spawn" and len(arguments) > 1:
@@ -36,8 +37,7 @@ def _print_report() -> None:
     was called in it. Workers of data loaders are silent.
     """
     if multiprocessing.parent_process() is None:
-        command = os.environ["D2V_FAST_REPORT"] == str(os.getpid())
-        wanted = command or (os.environ.get("RANK", "0") == "0" and bool(handle.patches))
+        wanted = _reporter == str(os.getpid()) or (_rank() == 0 and bool(handle.patches))
     else:
         loads_data = torch.utils.data.get_worker_info() is not None
         wanted = handle.calls > _calls_before and not loads_data and _rank() == 0
@@ -52,6 +52,6 @@ def _at_the_end(_: object = None) -> None:
     util.Finalize(None, _print_report, exitpriority=0)
 
 
-if "D2V_FAST_REPORT" in os.environ:
+if _reporter is not None:
     _at_the_end()
     util.register_after_fork(handle, _at_the_end)  # forked children forget what was registered

@@ -136,10 +136,10 @@ def export(
 def run(
     context: typer.Context,
     without: Annotated[
-        str | None,
+        list[str] | None,
         typer.Option(
             metavar="PART,...",
-            help="parts to leave: ema, loss, targets, attention, conv, norms, encoder, masks, metrics",
+            help="parts to leave, may be repeated: ema, loss, targets, attention, conv, norms, encoder, masks, metrics",
         ),
     ] = None,
     strict: Annotated[bool, typer.Option("--strict", help="an error instead of leaving anything else")] = False,
@@ -147,7 +147,7 @@ def run(
     """Run a training command of fairseq, Transformers or BEiT with our ops in it: a script, x.py or -m module."""
     from d2v_fast.launch import launch
 
-    launch(context.args, without, strict)
+    launch(context.args, ",".join(without) if without else None, strict)
 
 
 @app.command()

@@ -97,7 +97,8 @@ def test_switches_of_the_command_line(script):
     theirs = ("--strict", "--without", "ema")
     found = "['--strict', '--without', 'ema']"
     assert run(path, *theirs)[0] == f"{found} 9 [] False\n"
-    assert run("--without", "encoder,masks", "--strict", path, *theirs)[0] == f"{found} 7 ['encoder', 'masks'] True\n"
+    ours = ("--without", "encoder,loss", "--without", "masks", "--strict")
+    assert run(*ours, path, *theirs)[0] == f"{found} 6 ['encoder', 'masks'] True\n"
 
 
 @pytest.mark.parametrize(
@@ -202,6 +203,18 @@ def test_disabled(script):
     assert out == "True\nTrue\n" and "D2V_FAST_DISABLE=1" in err
 
 
+def test_disabled_wins_over_bad_switches(script):
+    path = script("import torch, d2v_fast.auto; print(d2v_fast.auto.handle.disabled)")
+    out, err = run(path, D2V_FAST_DISABLE="1", D2V_FAST_WITHOUT="encodr", D2V_FAST_STRICT="yes")
+    assert out == "True\n" and "D2V_FAST_DISABLE=1" in err and "Traceback" not in err
+
+
+def test_a_script_that_cleans_its_environment(script):
+    """It prints its table as ever."""
+    err = run(script("import os, torch; os.environ.clear()"))[1]
+    assert err.strip() == "d2v_fast: no supported class was imported in this process (children print their own table)"
+
+
 def test_module_that_imports_torch_first(script, tmp_path):
     """It is found before torch is there, and complete afterwards."""
     (tmp_path / "modeling_first.py").write_text("import torch\nclass Model:\n    def forward(self): return 1\n")
@@ -238,12 +251,14 @@ def test_who_reports(monkeypatch, capsys):
     me, other = str(os.getpid()), "1"
     for command, rank, patches, expected in (
         (me, None, [], True),
+        (me, "1", [], True),
         (other, None, [], False),
         (other, None, ["one"], True),
         (other, "0", ["one"], True),
         (other, "1", ["one"], False),
+        (other, "none", ["one"], True),
     ):
-        monkeypatch.setenv("D2V_FAST_REPORT", command)
+        monkeypatch.setattr(auto, "_reporter", command)
         monkeypatch.delenv("RANK", raising=False)
         if rank is not None:
             monkeypatch.setenv("RANK", rank)
@@ -324,6 +339,9 @@ def test_who_is_first(monkeypatch):
     )
     monkeypatch.setattr(multiprocessing, "current_process", lambda: process)
     assert auto._rank() == 3
+    for no_number in ("", "none", "-1"):
+        monkeypatch.setenv("RANK", no_number)
+        assert auto._rank() == 3
     monkeypatch.setenv("RANK", "2")
     assert auto._rank() == 2
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)

@@ -12,6 +12,7 @@ from d2v_fast.errors import UserError
 PARTS = ("ema", "loss", "targets", "attention", "conv", "norms", "encoder", "masks", "metrics")
 WITHOUT = "D2V_FAST_WITHOUT"  # parts that stay as they are, with commas between
 STRICT = "D2V_FAST_STRICT"  # 1: an error instead of leaving anything
+DISABLE = "D2V_FAST_DISABLE"  # 1: nothing is replaced, whatever the others say
 
 
 def check(switches: Mapping[str, Any]) -> None:
@@ -43,9 +44,13 @@ def parse(names: str, source: str) -> list[str]:
 def from_environment(environment: Mapping[str, str]) -> dict[str, bool]:
     """Arguments of :func:`d2v_fast.patch_all`, as ``D2V_FAST_WITHOUT`` and ``D2V_FAST_STRICT`` say.
 
+    With ``D2V_FAST_DISABLE=1`` these are not read.
+
     Raises:
         UserError: a name that there is not, or another value than 1 or 0.
     """
+    if environment.get(DISABLE, "") == "1":
+        return {}
     switches = dict.fromkeys(parse(environment.get(WITHOUT, ""), WITHOUT), False)
     strict = environment.get(STRICT, "")
     if strict not in ("", "0", "1"):
