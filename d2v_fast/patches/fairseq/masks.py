@@ -117,7 +117,7 @@ def _drawn(
         lengths = frame_lengths(owner, padding_mask, shape)
         mask = draw_spans(lengths, shape[1], prob=owner.mask_prob, length=owner.mask_length, **how)
     else:
-        fall_back(owner, "apply_mask", reason, options)
+        fall_back(owner, "apply_mask", reason, options, whole=False)
         spans = (owner.mask_prob, owner.mask_length, owner.mask_selection, owner.mask_other)
         how = {**how, "no_overlap": owner.no_mask_overlap, "min_space": owner.mask_min_space}
         mask = upstreams(shape, padding_mask, *spans, **how)
