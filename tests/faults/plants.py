@@ -38,6 +38,12 @@ def _before(owner: object, name: str, call: int, action) -> None:
     setattr(owner, name, wrapped)
 
 
+def _wait_for(path: str) -> None:
+    """A checkpoint, which a thread of rank 0 is writing."""
+    while path and not os.path.exists(path):
+        time.sleep(0.01)
+
+
 def _die(*args, **kwargs) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -47,9 +53,14 @@ def _hang(*args, **kwargs) -> None:
         threading.Event().wait(3600)
 
 
-def kill_in_step(call: int) -> None:
+def kill_in_step(call: int, after: str) -> None:
     """Between forward and backward of an update."""
-    _before(step, "backward", call, _die)
+
+    def action(*args) -> None:
+        _wait_for(after)
+        _die()
+
+    _before(step, "backward", call, action)
 
 
 def kill_in_save(call: int) -> None:
@@ -62,8 +73,12 @@ def kill_in_save(call: int) -> None:
     _before(shards.ShardWriter, "write", call, action)
 
 
-def hang_in_step(call: int) -> None:
-    _before(step, "backward", call, _hang)
+def hang_in_step(call: int, after: str) -> None:
+    def action(*args) -> None:
+        _wait_for(after)
+        _hang()
+
+    _before(step, "backward", call, action)
 
 
 def hang_in_save(call: int) -> None:
@@ -94,6 +109,17 @@ def signal_in_save(call: int, number: str) -> None:
     _before(shards.ShardWriter, "write", call, action)
 
 
+def signal_launcher(call: int, number: str) -> None:
+    """torchrun is told to stop, in the middle of an update."""
+
+    def action(real, *args):
+        os.kill(os.getppid(), getattr(signal, number))
+        time.sleep(1.0)
+        return real(*args)
+
+    _before(step, "backward", call, action)
+
+
 def nan(call: int, times: int = 1) -> None:
     """A loss; in so many calls in a row."""
     real, calls = step.backward, 0
@@ -107,12 +133,13 @@ def nan(call: int, times: int = 1) -> None:
     step.backward = backward
 
 
-def hang_in_loader(call: int) -> None:
+def hang_in_loader(call: int, after: str) -> None:
     real = loop.batches
 
     def batches(*args, **kwargs):
         for number, one in enumerate(real(*args, **kwargs), 1):
             if number == call:
+                _wait_for(after)
                 _hang()
             yield one
 
@@ -147,10 +174,11 @@ def no_privileges() -> None:
         raise OSError(ctypes.get_errno(), "capset")
 
 
-def read_only_after(call: int, folder: str) -> None:
+def read_only_after(call: int, after: str, folder: str) -> None:
     """The run's folder can no longer be written to."""
 
     def action(real, *args):
+        _wait_for(after)
         os.chmod(folder, 0o555)
         return real(*args)
 
@@ -167,6 +195,7 @@ PLANTS = {
         hang_in_loader,
         full_disk,
         signal_in_save,
+        signal_launcher,
         nan,
         kill_worker,
         clock,

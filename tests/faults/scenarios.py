@@ -99,16 +99,16 @@ class Stage:
         self._runs += 1
         return self._folder / f"run-{self._runs}"
 
+    def arguments(self, out: Path, **changes) -> list[str]:
+        """Of the command; ``changes`` with __ for a dot."""
+        changed = {key.replace("__", "."): value for key, value in changes.items()}
+        settings = {"data.path": self.text, "out": out, **SETTINGS, **changed}
+        return [f"{key}={value}" for key, value in settings.items()]
+
     def run(self, out: Path, *plants: dict, ranks: int = 2, of_rank: dict | None = None, **changes) -> list[Rank]:
         """The command on ``ranks`` processes; none of them outlives its time, or leaves a process behind."""
-        settings = {
-            "data.path": self.text,
-            "out": out,
-            **SETTINGS,
-            **{k.replace("__", "."): v for k, v in changes.items()},
-        }
         request = {
-            "arguments": [f"{key}={value}" for key, value in settings.items()],
+            "arguments": self.arguments(out, **changes),
             "ranks": ranks,
             "of_rank": of_rank or {},
             "plants": list(plants),
@@ -160,6 +160,11 @@ def saved(out: Path) -> list[int]:
     for path in found:
         checkpoint.read(path)
     return [int(path.name.removeprefix("checkpoint-")) for path in found]
+
+
+def first(out: Path) -> str:
+    """Of the checkpoints."""
+    return str(checkpoint.checkpoint_path(out, EVERY))
 
 
 def expect(results: list[Rank], *codes: int | tuple[int, ...]) -> None:
@@ -261,7 +266,7 @@ def dead_worker(stage: Stage) -> None:
 
 def killed_in_step(stage: Stage, rank: int, mode: str = "ddp") -> None:
     out = stage.new()
-    results = stage.run(out, on(rank, "kill_in_step", call=5), distributed__mode=mode)
+    results = stage.run(out, on(rank, "kill_in_step", call=5, after=first(out)), distributed__mode=mode)
     expect(results, *((-9, 1) if rank == 0 else (1, -9)))
     says(results[1 - rank], "a rank has ended or hangs", "the same command continues the run")
     assert saved(out) == [3]
@@ -331,7 +336,9 @@ def read_only_folder(stage: Stage) -> None:
         says(results[0], f"out: cannot make the folder {above / 'run'}: Permission denied")
     out = stage.new()
     with writable_again(out):
-        results = stage.run(out, on(None, "no_privileges"), on(0, "read_only_after", call=5, folder=str(out)))
+        results = stage.run(
+            out, on(None, "no_privileges"), on(0, "read_only_after", call=5, after=first(out), folder=str(out))
+        )
         expect(results, 1, 1)
         says(results[0], "could not write", "Permission denied", "the last whole one is")
         assert saved(out) == [3]
@@ -355,7 +362,7 @@ def hangs(stage: Stage, rank: int, where: str, mode: str = "ddp") -> None:
     doing, name = {"loader": ("loading data", "hang_in_loader"), "step": ("forward and backward", "hang_in_step")}[
         where
     ]
-    results = stage.run(out, on(rank, name, call=5), distributed__mode=mode)
+    results = stage.run(out, on(rank, name, call=5, after=first(out)), distributed__mode=mode)
     expect(results, *[124 if number == rank else (1, 124) for number in range(2)])
     says(
         results[rank],

@@ -19,14 +19,16 @@ import time
 import traceback
 from pathlib import Path
 
-import matplotlib.figure  # noqa: F401  here and below: imported once
 import plants
 import torch
+import torch._dynamo  # by optimizers; here and below: imported once
+import torch.distributed.fsdp
 import typer  # noqa: F401
 
-from d2v_fast.train import loop  # noqa: F401
+from d2v_fast.train import loop
 
 torch.set_num_threads(1)
+loop.plot_curves = lambda folder: None  # takes longer than all the rest of such a run
 
 
 def free_port() -> int:
