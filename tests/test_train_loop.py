@@ -1,5 +1,6 @@
 """The loop: exact resume after kill -9, guards, checkpoints that survive, interruptions, bad input, the command."""
 
+import errno
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from d2v_fast.train import checkpoint, load_config, load_model, loop, pretrain
+from d2v_fast.train.checkpoint.shards import ShardWriter
 from d2v_fast.train.distributed import resolve_device
 from d2v_fast.train.errors import CheckpointError, ConfigError, DataError, TrainingStopped
 from d2v_fast.train.logging import read_metrics
@@ -174,6 +176,40 @@ def test_errors_between_updates_keep_the_state(text_folder, tmp_path, monkeypatc
     with pytest.raises(CheckpointError, match=r"cannot write to the run's folder .*No space left on device"):
         pretrain(load_config("text_demo", overrides(text_folder, out, "checkpoint_every=100")))
     assert [p.name for p in checkpoint.checkpoints(out)] == ["checkpoint-00000006"]
+
+
+@pytest.mark.parametrize("failures", [1, 2])
+def test_disk_that_is_full(text_folder, tmp_path, monkeypatch, caplog, failures):
+    """For one save: nothing is lost. For the next one as well: the run ends, and says so."""
+    real, calls = ShardWriter.write, []
+
+    def write(self, partial):
+        calls.append(partial)
+        if len(calls) <= failures:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(self, partial)
+
+    monkeypatch.setattr(ShardWriter, "write", write)
+    config = load_config("text_demo", overrides(text_folder, tmp_path / "run"))
+    if failures == 1:
+        assert pretrain(config).updates == 12
+        assert "checkpoint-00000004: [Errno 28] No space left on device; there is no earlier one; trying again" in caplog.text
+        assert [path.name[-1] for path in checkpoint.checkpoints(tmp_path / "run")] == ["8", "2"]
+    else:
+        with pytest.raises(CheckpointError, match="checkpoint-00000008: .* No space left on device"):
+            pretrain(config)
+
+
+def test_timeout_of_one_process(text_folder, tmp_path, monkeypatch):
+    """The watchdog takes the configured one, and sees every micro-batch."""
+    places = []
+    monkeypatch.setattr(
+        loop.Watchdog, "at", lambda self, phase, update=None: places.append((self._ranks.timeout, phase))
+    )
+    settings = ("updates=1", "accumulate=2", "distributed.timeout=77")
+    pretrain(load_config("text_demo", overrides(text_folder, tmp_path / "run", *settings)))
+    assert {seconds for seconds, _ in places} == {77}
+    assert [phase for _, phase in places[:5]] == ["loading data"] * 2 + ["forward and backward"] * 3
 
 
 def test_failed_start_leaves_no_run(text_folder, tmp_path, monkeypatch):

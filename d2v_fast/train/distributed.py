@@ -31,7 +31,8 @@ class DistributedConfig:
     # ddp: a whole model on each rank; fsdp2: parameters, averages and optimizer state in shards over all ranks; hsdp:
     # in shards over shard_size ranks, and replicas of these. auto: ddp on several ranks, none on one
     mode: Literal["auto", "none", "ddp", "fsdp2", "hsdp"] = "auto"
-    timeout: float = 600.0  # seconds that a rank waits for the others before it gives up
+    # seconds that a rank waits for the others before it gives up, and that the watchdog lets a phase of a run take
+    timeout: float = 600.0
     shard_size: int = 0  # hsdp: ranks that share one copy of the model; 0 = those of one machine
 
     def __post_init__(self) -> None:
@@ -74,9 +75,9 @@ class Ranks:
     control: dist.ProcessGroup | None = None  # None: no other ranks
 
     @classmethod
-    def alone(cls, device: torch.device | str = "cpu") -> "Ranks":
+    def alone(cls, device: torch.device | str = "cpu", timeout: float = DistributedConfig.timeout) -> "Ranks":
         """One process that needs no others."""
-        return cls(0, 1, 0, 1, torch.device(device))
+        return cls(0, 1, 0, 1, torch.device(device), timeout=timeout)
 
     @property
     def first(self) -> bool:
@@ -274,7 +275,7 @@ def join(config: DistributedConfig, device: str = "auto") -> Iterator[Ranks]:
     if own.type == "cuda":
         torch.cuda.set_device(own)
     if mode == "none":
-        yield Ranks.alone(own)
+        yield Ranks.alone(own, config.timeout)
         return
     where = where or _Environment(0, 1, 0, 1)
     made = not dist.is_initialized()

@@ -220,12 +220,24 @@ class Trainer:
                 plot_curves(self.folder)
         return self.ranks.gather(self._result(interrupt, time.monotonic() - start) if self.ranks.first else None)[0]
 
-    def _save(self) -> None:
-        """Save, unless that is done, and wait for it."""
+    def _save(self, wait: bool = True) -> None:
+        """Save, unless that is done; ``wait`` until it is a whole checkpoint.
+
+        What the save before could not write is no reason to lose what came since: this one is made, and waited for.
+
+        Raises:
+            CheckpointError: it could not be written; the same on all ranks.
+        """
         self.watchdog.at("saving a checkpoint")
-        self.writer.save(self.progress)
-        self.watchdog.at("waiting for the checkpoint to be written")
-        self.writer.wait()
+        try:
+            self.writer.save(self.progress)
+        except CheckpointError as error:
+            logger.warning("%s; trying again", error)
+            self.writer.save(self.progress)
+            wait = True
+        if wait:
+            self.watchdog.at("waiting for the checkpoint to be written")
+            self.writer.wait()
 
     @contextmanager
     def _open_log(self, first: int) -> Iterator[MetricLog | None]:
@@ -248,7 +260,6 @@ class Trainer:
         config, window, stop = self.config, Window(), False
         while self.progress.update < last and not stop:
             before = self.progress
-            self.watchdog.at("loading data", before.update + 1)
             with self.meter.waiting():
                 group = self._next(stream)
             micro_batches = [self.empty if batch is None else batch for _, _, batch in group]
@@ -274,13 +285,16 @@ class Trainer:
             if update % config.log_every == 0 or update in (1, last):
                 self._log(log, window, {"lr": lr, "ema_decay": metrics.ema_decay, "masked": metrics.num_masked})
             if update % config.checkpoint_every == 0:
-                self.watchdog.at("saving a checkpoint")
-                self.writer.save(self.progress)
+                self._save(wait=False)
 
     def _next(self, stream: Iterator) -> list[tuple[int, int, Batch | None]]:
         """This rank's micro-batches of an update; empty ones where they cannot be had any more."""
         with self._announced():
-            return [next(stream) for _ in range(self.config.accumulate)]
+            group = []
+            for _ in range(self.config.accumulate):
+                self.watchdog.at("loading data", self.progress.update + 1)
+                group.append(next(stream))
+            return group
         return [(0, 0, None)] * self.config.accumulate
 
     @contextmanager
@@ -324,6 +338,7 @@ class Trainer:
             return self.step(on_device, lr=lr, update=update, prepare=self._prepare, **how), lr
 
     def _prepare(self, index: int, batch: Batch) -> Batch:
+        self.watchdog.at("forward and backward")
         seed_micro_batch(self.config.seed, self.progress.update, index * self.ranks.world_size + self.ranks.rank)
         return self.data.augment(batch)
 
