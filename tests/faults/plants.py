@@ -6,6 +6,7 @@ what is wrapped, from 1.
 
 import ctypes
 import errno
+import math
 import multiprocessing
 import os
 import platform
@@ -26,14 +27,14 @@ def plant(rank: int, plants: list[dict]) -> None:
             PLANTS[name](**values)
 
 
-def _before(owner: object, name: str, call: int, action) -> None:
-    """``action(real, *arguments)`` in place of call number ``call``."""
+def _before(owner: object, name: str, call: int, action, times: float = 1) -> None:
+    """``action(real, *arguments)`` in place of call number ``call``, and of those after it, ``times`` in all."""
     real, calls = getattr(owner, name), 0
 
     def wrapped(*args, **kwargs):
         nonlocal calls
         calls += 1
-        return action(real, *args, **kwargs) if calls == call else real(*args, **kwargs)
+        return action(real, *args, **kwargs) if call <= calls < call + times else real(*args, **kwargs)
 
     setattr(owner, name, wrapped)
 
@@ -82,12 +83,12 @@ def hang_in_step(call: int, after: str) -> None:
 
 
 def hang_in_save(call: int) -> None:
-    """The thread that writes, as on a file system that does not answer."""
-    _before(shards.ShardWriter, "write", call, _hang)
+    """The thread that writes, as on a file system that does not answer any more."""
+    _before(shards.ShardWriter, "write", call, _hang, math.inf)
 
 
-def full_disk(call: int) -> None:
-    """Half of each file is written."""
+def full_disk(call: int, times: float = math.inf) -> None:
+    """Half of each file is written, in so many saves in a row."""
 
     def action(real, self, partial):
         names = real(self, partial)
@@ -95,7 +96,7 @@ def full_disk(call: int) -> None:
             os.truncate(path, path.stat().st_size // 2)
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    _before(shards.ShardWriter, "write", call, action)
+    _before(shards.ShardWriter, "write", call, action, times)
 
 
 def signal_in_save(call: int, number: str) -> None:
@@ -122,15 +123,11 @@ def signal_launcher(call: int, number: str) -> None:
 
 def nan(call: int, times: int = 1) -> None:
     """A loss; in so many calls in a row."""
-    real, calls = step.backward, 0
 
-    def backward(output, *args):
-        nonlocal calls
-        calls += 1
-        bad = call <= calls < call + times
-        return real(output._replace(loss=output.loss * float("nan")) if bad else output, *args)
+    def action(real, output, *args):
+        return real(output._replace(loss=output.loss * math.nan), *args)
 
-    step.backward = backward
+    _before(step, "backward", call, action, times)
 
 
 def hang_in_loader(call: int, after: str) -> None:

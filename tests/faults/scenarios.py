@@ -291,6 +291,16 @@ def full_disk(stage: Stage, rank: int) -> None:
     stage.continues(out, 3)
 
 
+def full_disk_once(stage: Stage, rank: int) -> None:
+    """The next save is tried again: the run itself meets no harm."""
+    out = stage.new()
+    results = stage.run(out, on(rank, "full_disk", call=1, times=1))
+    expect(results, 0, 0)
+    says(results[0], "could not write", "No space left on device", "trying again")
+    assert saved(out) == [6, 8]
+    stage.continues(out, 8)
+
+
 def signal_in_save(stage: Stage, rank: int, number: str) -> None:
     """What schedulers send: the save is finished, what was done since is saved as well, and the exit code is 0."""
     out = stage.new()
@@ -397,6 +407,7 @@ SCENARIOS: dict[str, Callable[[Stage], None]] = {
     "kill -9 of rank 1 in a save": partial(killed_in_save, rank=1),
     "full disk, rank 0": partial(full_disk, rank=0),
     "full disk, rank 1": partial(full_disk, rank=1),
+    "full disk for a moment": partial(full_disk_once, rank=1),
     "SIGTERM in a save": partial(signal_in_save, rank=0, number="SIGTERM"),
     "SIGUSR1 in a save": partial(signal_in_save, rank=1, number="SIGUSR1"),
     "NaN on one rank": partial(nan_on_one_rank, mode="ddp"),
