@@ -3,6 +3,8 @@
 import itertools
 import json
 import pickle
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -18,10 +20,12 @@ from d2v_fast.train.data import (
     SpeechDataConfig,
     TextData,
     TextDataConfig,
+    UnreadableFile,
     batches,
     build_data,
     read_image,
 )
+from d2v_fast.train.data.tables import read_documents
 from d2v_fast.train.errors import ConfigError
 
 pa = pytest.importorskip("pyarrow", reason="needs pyarrow (requirements/test.txt)")
@@ -184,6 +188,76 @@ def test_damaged_files_are_skipped_and_named(folder, suffix):
         path.write_bytes(b"\x89PNG" * 100)
     with pytest.raises(DataError, match=r"none of the 2 files under .* damaged or cut short"):
         SpeechData(config(folder), MODEL, 0)
+
+
+FUZZ = """
+import random
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from d2v_fast.train.data.tables import Tables, UnreadableFile
+
+folder = Path(sys.argv[1])
+table = pa.table({"audio": [b"x" * 200] * 20})
+with pa.ipc.new_stream(str(folder / "whole.arrow"), table.schema) as writer:
+    writer.write_table(table)
+whole = (folder / "whole.arrow").read_bytes()
+start = whole.index(np.arange(0, 4200, 200, np.int32).tobytes())  # the 21 offsets
+refused = 0
+for seed in range(400):
+    draw, content = random.Random(seed), bytearray(whole)
+    for _ in range(draw.choice([1, 3])):
+        content[start + draw.randrange(84)] = draw.randrange(256)
+    (folder / "damaged.arrow").write_bytes(content)
+    source = Tables(folder, [folder / "damaged.arrow"], "audio", None)
+    refused += len(source.skipped)
+    for item in range(len(source.names)):
+        try:
+            source.open(item).read()
+        except UnreadableFile:
+            refused += 1
+print(refused)
+"""
+
+
+def test_damaged_offsets_of_arrow_do_not_end_the_process(tmp_path):
+    # wrong offsets crash pyarrow, so this one has a process of its own
+    done = subprocess.run([sys.executable, "-c", FUZZ, str(tmp_path)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert int(done.stdout) > 50
+
+
+def test_text_that_is_not_utf_8(tmp_path):
+    content = pa.table({"text": ["a text", "another"]})
+    for path in (write_arrow(tmp_path / "t.arrow", content), tmp_path / "t.parquet"):
+        if path.suffix == ".parquet":
+            pq.write_table(content, path, compression=None, use_dictionary=False, write_statistics=False)
+        assert list(read_documents(path, None)) == ["a text", "another"]
+        path.write_bytes(path.read_bytes().replace(b"another", b"ano\xff\xfeer"))
+        with pytest.raises(UnreadableFile, match=r"damaged: .*Invalid UTF8"):
+            list(read_documents(path, None))
+
+
+def test_fewer_rows_than_the_footer_says(tmp_path, monkeypatch):
+    pq.write_table(table(clips(6)), tmp_path / "a.parquet", row_group_size=3)
+    read = pq.ParquetFile.read_row_group
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", lambda self, i, **kwargs: read(self, i, **kwargs)[: 3 - i])
+    data = SpeechData(config(tmp_path / "a.parquet"), MODEL, 0)
+    assert data.skipped == [(f"a.parquet:{row}", "row group 1 is damaged: 2 of its 3 rows") for row in (3, 4, 5)]
+
+
+def test_a_footer_that_contradicts_itself(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"audio": [b"x"] * 77}), path, row_group_size=50)
+    start = path.stat().st_size - 8 - pq.read_metadata(path).serialized_size
+    rows = b"\x16\x9a\x01"  # 77 as thrift has it
+    data, footer = path.read_bytes()[:start], path.read_bytes()[start:]
+    path.write_bytes(data + footer.replace(rows, b"\x16\x9c\x01", 1))
+    with pytest.raises(DataError, match=r"damaged: the footer has 78 rows, its row groups 50, 27"):
+        SpeechData(config(path), MODEL, 0)
 
 
 def test_a_row_group_that_is_damaged(folder):

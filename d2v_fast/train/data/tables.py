@@ -48,6 +48,7 @@ class Tables(Source):
                     self.column = self.column or _bytes_column(reader.schema, file)
                     if self.column not in reader.schema.names:
                         raise UnreadableFile(file, f"no column {self.column!r}, only {', '.join(reader.schema.names)}")
+                    reader.check(self.column)
                     rows = reader.num_rows
                     path = str(file) if cache_dir is None else _unpacked(reader, str(file), self.column, cache_dir)
             except UnreadableFile as error:
@@ -102,6 +103,7 @@ def read_documents(path: Path, column: str | None) -> Iterator[str]:
         column = column or _text_column(reader.schema, path)
         if column not in reader.schema.names:
             raise UnreadableFile(path, f"no column {column!r}, only {', '.join(reader.schema.names)}")
+        reader.check(column)
         for values in reader.batches(column):
             yield from (text for text in values.to_pylist() if text and text.strip())
 
@@ -133,8 +135,15 @@ class _Parquet:
         self.file = self.pa.parquet.ParquetFile(path, memory_map=True)
         self.schema, self.num_rows = self.file.schema_arrow, self.file.metadata.num_rows
         metadata = self.file.metadata
-        self.ends = np.cumsum([metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)], dtype=np.int64)
+        rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        if sum(rows) != self.num_rows or any(count < 0 for count in rows):
+            reason = f"the footer has {self.num_rows} rows, its row groups {', '.join(map(str, rows[:3]))}"
+            raise UnreadableFile(path, f"damaged: {reason}" + ", ..." * (len(rows) > 3))
+        self.ends = np.cumsum(rows, dtype=np.int64)
         self.kept: tuple[int, Any] = (-1, None)
+
+    def check(self, column: str) -> None:
+        """Nothing before rows are read: each row group is checked then."""
 
     def value(self, column: str, row: int) -> Any:
         """The scalar in one row."""
@@ -143,8 +152,12 @@ class _Parquet:
             try:
                 # without pyarrow's threads, which a forked worker does not have
                 table = self.file.read_row_group(group, columns=[column], use_threads=False)
+                table.validate(full=True)  # its text is not yet known to be UTF-8
             except (self.pa.ArrowException, OSError) as error:
                 raise UnreadableFile(self.path, f"row group {group} is damaged: {_first_line(error)}") from error
+            expected = self.file.metadata.row_group(group).num_rows
+            if len(table) != expected:
+                raise UnreadableFile(self.path, f"row group {group} is damaged: {len(table)} of its {expected} rows")
             self.kept = (group, table.column(column))
         return self.kept[1][row - (int(self.ends[group - 1]) if group else 0)]
 
@@ -152,6 +165,7 @@ class _Parquet:
         """The column, in pieces."""
         try:
             for batch in self.file.iter_batches(BATCH_ROWS, columns=[column], use_threads=False):
+                batch.validate(full=True)
                 yield batch.column(0)
         except (self.pa.ArrowException, OSError) as error:
             raise UnreadableFile(self.path, f"damaged: {_first_line(error)}") from error
@@ -167,8 +181,8 @@ class _Arrow:
     """Rows of an Arrow file, memory-mapped; its stream format (``datasets``) and its file format."""
 
     def __init__(self, path: str) -> None:
-        pa = _pyarrow()
-        self.map = pa.memory_map(path)
+        pa = self.pa = _pyarrow()
+        self.path, self.map = path, pa.memory_map(path)
         is_file = self.map.read(6) == b"ARROW1"
         self.map.seek(0)
         reader = pa.ipc.open_file(self.map) if is_file else pa.ipc.open_stream(self.map)
@@ -176,11 +190,25 @@ class _Arrow:
         self.schema, self.num_rows = self.table.schema, self.table.num_rows
         self.columns: dict[str, tuple[list[Any], np.ndarray]] = {}
 
+    def check(self, column: str) -> None:
+        """Look at the offsets of all rows: pyarrow takes them as they are, and wrong ones end the process.
+
+        Raises:
+            UnreadableFile: some of them do not fit the file, or text is not UTF-8.
+        """
+        if column in self.columns:
+            return
+        values = self.table.column(column)
+        try:
+            values.validate(full=True)
+        except self.pa.ArrowException as error:
+            raise UnreadableFile(self.path, f"column {column!r} is damaged: {_first_line(error)}") from error
+        # looking for the piece that a row is in, piece by piece, would be slow
+        self.columns[column] = values.chunks, np.cumsum([len(piece) for piece in values.chunks], dtype=np.int64)
+
     def value(self, column: str, row: int) -> Any:
         """The scalar in one row."""
-        if column not in self.columns:  # looking for the piece that a row is in, piece by piece, would be slow
-            pieces = self.table.column(column).chunks
-            self.columns[column] = pieces, np.cumsum([len(piece) for piece in pieces], dtype=np.int64)
+        self.check(column)
         pieces, ends = self.columns[column]
         piece = int(np.searchsorted(ends, row, side="right"))
         return pieces[piece][row - (int(ends[piece - 1]) if piece else 0)]
