@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import pickle
 import subprocess
 import sys
@@ -159,6 +160,24 @@ def test_plain_bytes_and_paths(tmp_path):
     data = SpeechData(config(tmp_path / "paths.parquet", normalize=False), MODEL, 0)
     assert np.array_equal(data._read(0), wave(1, 1.0))
     assert data.skipped == [("paths.parquet:1", "gone.flac: No such file or directory")]
+
+
+def test_paths_lead_below_the_tables_only(tmp_path):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for path in (tmp_path / "out.flac", folder / "in.flac"):
+        path.write_bytes(audio(1, 1.0))
+    os.mkfifo(folder / "pipe.flac")
+    (folder / "link.flac").symlink_to(tmp_path / "out.flac")  # made by whoever owns the folder, not by the table
+    paths = ["in.flac", str(folder / "in.flac"), "x/../in.flac", "link.flac"]
+    paths += ["../out.flac", str(tmp_path / "out.flac"), "../set2/in.flac", "pipe.flac", ".", "in\0.flac"]
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = pa.array([{"bytes": None, "path": path} for path in paths], kind)
+    data = SpeechData(config(write_arrow(folder / "a.arrow", pa.table({"audio": rows})), normalize=False), MODEL, 0)
+    assert all(np.array_equal(data._read(item), wave(1, 1.0)) for item in range(4))
+    reasons = [reason.removeprefix(f"{path}: ") for path, (_, reason) in zip(paths[4:], data.skipped, strict=True)]
+    assert reasons[:3] == [f"not below the folder of the tables, {folder}"] * 3
+    assert reasons[3:] == ["not a regular file"] * 2 + ["embedded null byte"]
 
 
 def test_bad_items_are_skipped_and_named(tmp_path):

@@ -8,6 +8,8 @@ pyarrow is imported when it is needed.
 import io
 import json
 import logging
+import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -75,10 +77,20 @@ class Tables(Source):
             return io.BytesIO(value.as_buffer())
         if not path:
             raise UnreadableFile(self.names[item], "an empty row")
+        return self._open_beside(item, path)
+
+    def _open_beside(self, item: int, path: str) -> BinaryIO:
+        """The file that a row names: only what lies below the tables, whoever wrote them."""
+        folder = os.path.abspath(self.folder)
+        target = os.path.normpath(os.path.join(folder, path))
+        if os.path.commonpath([folder, target]) != folder:
+            raise UnreadableFile(self.names[item], f"{path}: not below the folder of the tables, {folder}")
         try:
-            return open(self.folder / path, "rb", buffering=0)
-        except OSError as error:
-            raise UnreadableFile(self.names[item], f"{path}: {error.strerror}") from error
+            if stat.S_ISREG(os.stat(target).st_mode):  # opening a pipe would wait for its other end
+                return open(target, "rb", buffering=0)
+        except (OSError, ValueError) as error:  # ValueError: a zero byte in it
+            raise UnreadableFile(self.names[item], f"{path}: {getattr(error, 'strerror', error)}") from error
+        raise UnreadableFile(self.names[item], f"{path}: not a regular file")
 
     def _reader(self, file: int) -> "_Parquet | _Arrow":
         """The reader of a file, of those that were used last."""
