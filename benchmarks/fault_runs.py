@@ -62,13 +62,16 @@ def main() -> None:
         parser.error(f"--only must be a part of one of {', '.join(SCENARIOS)}, got {given.only!r}")
     counts = {name: Count() for name in names}
     end, server = time.monotonic() + 60 * given.minutes, Server()
-    for turn in range(given.times):
-        with tempfile.TemporaryDirectory() as folder:
-            stage = Stage(server, Path(folder))
-            for name in names:
-                if time.monotonic() < end:
-                    run(stage, name, counts[name])
-        print(f"turn {turn + 1}: {sum(c.runs for c in counts.values())} runs", file=sys.stderr, flush=True)
+    try:
+        for turn in range(given.times):
+            with tempfile.TemporaryDirectory() as folder:
+                stage = Stage(server, Path(folder))
+                for name in names:
+                    if time.monotonic() < end:
+                        run(stage, name, counts[name])
+            print(f"turn {turn + 1}: {sum(c.runs for c in counts.values())} runs", file=sys.stderr, flush=True)
+    except KeyboardInterrupt:
+        print("stopped; the run that was under way is not counted", file=sys.stderr)
     server.close()
     print(f"distributed.timeout = {TIMEOUT} s; a command is killed, and its run lost, after {LONGEST} s\n")
     print(table(counts))
