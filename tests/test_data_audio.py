@@ -1,5 +1,6 @@
 """The speech loader on small files."""
 
+import io
 import itertools
 import pickle
 from dataclasses import replace
@@ -199,6 +200,69 @@ def test_file_that_went_bad_after_the_scan(folder, content):
     assert [name for name, _ in batch.skipped] == ["spk0/00.wav"] and len(batch.inputs) == 10
     with pytest.raises(UnreadableFile, match=r"00\.wav"):
         data._read(list(data.names).index("spk0/00.wav"))
+
+
+def flac(seconds, *, frames=None, rate=RATE):
+    """A FLAC file whose header says other things."""
+    file = io.BytesIO()
+    soundfile.write(file, 0.1 * np.random.default_rng(0).standard_normal(round(seconds * RATE)), RATE, format="FLAC")
+    content = bytearray(file.getvalue())
+    bits = int.from_bytes(content[18:26], "big")  # of STREAMINFO: 20 for the rate, 3 channels, 5 bits, 36 samples
+    bits = bits & ~(0xFFFFF << 44) | rate << 44
+    if frames is not None:
+        bits = bits >> 36 << 36 | frames
+    content[18:26] = bits.to_bytes(8, "big")
+    return bytes(content)
+
+
+@pytest.mark.parametrize("frames", [2**36 - 1, 3_000_000_000])
+def test_headers_that_promise_too_much(folder, monkeypatch, frames):
+    victim = folder / "long.flac"
+    victim.write_bytes(flac(3, frames=frames))
+    data = SpeechData(config(folder), MODEL, 0)
+    size = victim.stat().st_size
+    assert data.skipped == [("long.flac", f"a header with {frames} samples in a file of {size} bytes")]
+    empty, room = np.empty, []
+    monkeypatch.setattr(np, "empty", lambda shape, *args, **kwargs: room.append(shape) or empty(shape, *args, **kwargs))
+    with pytest.raises(UnreadableFile, match=r"long\.flac"):
+        read_waveform(victim)
+    assert room and max(np.prod(shape) for shape in room) <= 2**24
+
+
+def test_rates_that_no_recorder_has(folder):
+    for rate in (1, 999):
+        (folder / f"{rate}.flac").write_bytes(flac(1, rate=rate))
+        with pytest.raises(UnreadableFile, match=f"a header with {rate} Hz; expected 1000 to 1000000"):
+            read_waveform(folder / f"{rate}.flac")
+    data = SpeechData(config(folder), MODEL, 0)
+    assert {name for name, _ in data.skipped} == {"1.flac", "999.flac"}
+
+
+def test_silence_is_not_taken_for_damage(tmp_path):
+    soundfile.write(tmp_path / "a.flac", np.zeros(60 * RATE), RATE)
+    assert SpeechData(config(tmp_path, normalize=False), MODEL, 0).lengths.tolist() == [60 * RATE]
+
+
+@pytest.mark.parametrize("channels", [1, 2])
+def test_long_files_are_read_in_pieces(tmp_path, monkeypatch, channels):
+    for seconds in (0.5, 0.6, 1.03):  # also pieces that end with the file
+        write(tmp_path / "a.flac", seconds, channels=channels)
+        whole = read_waveform(tmp_path / "a.flac")
+        with monkeypatch.context() as patch:
+            patch.setattr("d2v_fast.train.data.audio.READ_AT_ONCE", RATE // 10 * channels)
+            assert np.array_equal(read_waveform(tmp_path / "a.flac"), whole)
+
+
+def test_what_takes_too_much_memory_is_skipped(folder, monkeypatch):
+    def decode(wave, rate, to):
+        raise MemoryError
+
+    write(folder / "other.wav", 1.0, rate=8000)
+    data = SpeechData(config(folder, max_tokens=20 * RATE), MODEL, 0)
+    monkeypatch.setattr("soxr.resample", decode)
+    batch = take(data, 1)[0][2]
+    assert [name for name, _ in batch.skipped] == ["other.wav"] and len(batch.inputs) == 11
+    assert batch.skipped[0][1].startswith("it takes more memory than there is")
 
 
 def test_nothing_usable(tmp_path):

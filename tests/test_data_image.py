@@ -169,6 +169,15 @@ def test_unreadable_files(folder, content):
     assert len(batch.inputs) == len(batch.mask) == len(data.names) - 1
 
 
+def test_what_takes_too_much_memory_is_unreadable(folder, monkeypatch):
+    def convert(image, mode):
+        raise MemoryError
+
+    monkeypatch.setattr("d2v_fast.train.data.image._opaque", convert)
+    with pytest.raises(UnreadableFile, match=r"3\.jpg: it takes more memory than there is"):
+        read_image(folder / "class1" / "3.jpg", 16)
+
+
 def test_nothing_usable(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         ImageData(config(tmp_path / "no"), model(), 0)

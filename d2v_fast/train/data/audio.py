@@ -4,6 +4,7 @@ Every item is decoded, mixed to mono, resampled to 16 kHz and normalised as a wh
 ``normalize``); then the items of a batch are cropped at random to the shortest of them, so there is no padding.
 """
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,9 @@ from d2v_fast.train.data.sources import Source, cached
 from d2v_fast.train.errors import DataError
 
 SAMPLE_RATE = 16_000  # Hz
+READ_AT_ONCE = 2**24  # values; what is decoded counts, not what a header promises
+FRAMES_PER_BYTE = 8192  # no codec gets there: FLAC has at most 65 535 frames in a block of ten bytes and more
+RATES = (1000, 1_000_000)  # Hz; others come from damage, and resampling would multiply them
 AUDIO_EXTENSIONS = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 
 
@@ -87,7 +91,9 @@ def read_waveform(path: str | Path | BinaryIO) -> np.ndarray:
         UnreadableFile: missing, broken, empty, or with samples that are not finite.
     """
     try:
-        wave, rate = soundfile.read(path, dtype="float32", always_2d=True)  # [S, channels]
+        with soundfile.SoundFile(path) as file:
+            _check_rate(path, file.samplerate)
+            wave, rate = _decode(file), file.samplerate  # [S, channels]
     except (soundfile.SoundFileError, OSError) as error:
         raise UnreadableFile(path, _reason(error)) from error
     wave = wave[:, 0] if wave.shape[1] == 1 else wave.mean(axis=1)
@@ -96,6 +102,35 @@ def read_waveform(path: str | Path | BinaryIO) -> np.ndarray:
     if not np.isfinite(wave).all():
         raise UnreadableFile(path, "samples that are not finite")
     return wave if rate == SAMPLE_RATE else soxr.resample(wave, rate, SAMPLE_RATE)
+
+
+def _decode(file: soundfile.SoundFile) -> np.ndarray:
+    """All frames, float32 [S, channels], without room for those that the header promises in vain."""
+    count, pieces = max(1, READ_AT_ONCE // file.channels), []
+    while not pieces or len(pieces[-1]) == count:
+        pieces.append(file.read(count, dtype="float32", always_2d=True))
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
+
+
+def _check_rate(name: str | Path | BinaryIO, rate: int) -> None:
+    if not RATES[0] <= rate <= RATES[1]:
+        raise UnreadableFile(name, f"a header with {rate} Hz; expected {RATES[0]} to {RATES[1]}")
+
+
+def _header_length(file: BinaryIO) -> int:
+    """Samples at 16 kHz by the header.
+
+    Raises:
+        UnreadableFile: more than the file can hold, or a rate that is none.
+        SoundFileError, OSError: there is no header.
+    """
+    header = soundfile.info(file)
+    size = file.seek(0, os.SEEK_END)
+    if header.frames > FRAMES_PER_BYTE * size:
+        raise UnreadableFile("", f"a header with {header.frames} samples in a file of {size} bytes")
+    _check_rate("", header.samplerate)
+    # rounds as soxr does
+    return (2 * header.frames * SAMPLE_RATE + header.samplerate) // (2 * header.samplerate)
 
 
 def normalize_waveform(wave: np.ndarray) -> np.ndarray:
@@ -223,13 +258,11 @@ def _scan(source: Source) -> dict[str, np.ndarray]:
 
     def length(item: int) -> tuple[int, str]:
         try:
-            header = source.read(item, soundfile.info)
+            return source.read(item, _header_length), ""
         except UnreadableFile as error:
             return 0, error.reason
         except (soundfile.SoundFileError, OSError) as error:
             return 0, _reason(error)
-        # rounds as soxr does
-        return (2 * header.frames * SAMPLE_RATE + header.samplerate) // (2 * header.samplerate), ""
 
     with ThreadPoolExecutor(source.threads) as pool:
         found = list(pool.map(length, range(len(source.names))))

@@ -30,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 Skipped = tuple[tuple[str, str], ...]  # (file, reason)
 Spec = tuple[int, int, tuple[int, ...]]  # epoch, index of the batch in the epoch, its items
+NO_MEMORY = "it takes more memory than there is; its header may be damaged"
 BAD_ITEMS_ALLOWED = 10  # different ones, whatever share of the data they are
 T = TypeVar("T")
 

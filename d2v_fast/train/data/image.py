@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from d2v_fast.nn.batch import Batch, make_batch
 from d2v_fast.nn.config import Data2VecConfig
-from d2v_fast.train.data.base import PretrainData, UnreadableFile, fixed_batches, log_skipped, nothing_left, require
+from d2v_fast.train.data.base import (
+    NO_MEMORY,
+    PretrainData,
+    UnreadableFile,
+    fixed_batches,
+    log_skipped,
+    nothing_left,
+    require,
+)
 from d2v_fast.train.data.formats import SHARDS, LocationConfig, find, open_source
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -73,6 +81,8 @@ def read_image(path: str | Path | BinaryIO, size: int, channels: int = 3) -> np.
         with Image.open(path) as image:
             image.draft(mode, (2 * size, 2 * size))  # big JPEGs: decode at a lower resolution
             return _square(_opaque(image, mode), size).reshape(size, size, channels)
+    except MemoryError as error:
+        raise UnreadableFile(path, NO_MEMORY) from error
     except DECODE_ERRORS as error:
         raise UnreadableFile(path, str(error)) from error
 

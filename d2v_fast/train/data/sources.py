@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, TypeVar
 import numpy as np
 from filelock import FileLock, Timeout  # torch needs it as well
 
-from d2v_fast.train.data.base import UnreadableFile
+from d2v_fast.train.data.base import NO_MEMORY, UnreadableFile
 from d2v_fast.train.data.names import Names
 from d2v_fast.train.files import replace_file
 
@@ -59,6 +59,8 @@ class Source(ABC):
                 return decode(file)
         except UnreadableFile as error:
             raise UnreadableFile(self.names[item], error.reason) from error
+        except MemoryError as error:
+            raise UnreadableFile(self.names[item], NO_MEMORY) from error
 
 
 class Files(Source):
