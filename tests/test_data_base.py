@@ -107,7 +107,7 @@ def test_workers_survive_one_sigterm_and_every_sigint():
     data = Signalled()
     stream = batches(data, num_workers=1, prefetch=1)
     assert [next(stream)[1] for _ in range(3)] == [0, 1, 2]
-    with pytest.raises(RuntimeError, match=r"exited unexpectedly|killed by signal"):
+    with pytest.raises(DataError, match=r"has ended .*(exited unexpectedly|killed by signal)"):
         next(stream)
 
 
@@ -193,6 +193,12 @@ def test_fixed_batches(count, size, sizes):
     got = fixed_batches(np.random.default_rng(0), count, size)
     assert [len(b) for b in got] == sizes
     assert len({i for b in got for i in b}) == sum(sizes)
+
+
+def test_the_dropped_items_are_others_every_epoch():
+    data = Numbers(count=11, batch_size=4)
+    left = [set(range(11)) - {i for batch in data.plan(epoch) for i in batch} for epoch in range(20)]
+    assert {len(items) for items in left} == {3} and set().union(*left) == set(range(11))
 
 
 def test_list_files(tmp_path):
