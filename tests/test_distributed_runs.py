@@ -119,7 +119,7 @@ def test_ranks_agree(four, two):
 
 
 def test_four_two_and_one_rank_equal_an_uninterrupted_run(folder, four, two):
-    """Sharded and replicated on four, replicated on two, alone: same data, masks, dropout and layers; the logs as well."""
+    """Sharded and replicated on four, replicated on two, alone: same data, masks, dropout, layers and logs."""
     assert [r["updates"] for r in (four["first"][0], two["second"][0])] == [3, 6]
     result = pretrain(load_config("text_demo", overrides(folder, "parts", "accumulate=4")))
     assert result.finished

@@ -193,10 +193,11 @@ def test_disk_that_is_full(text_folder, tmp_path, monkeypatch, caplog, failures)
     config = load_config("text_demo", overrides(text_folder, tmp_path / "run"))
     if failures == 1:
         assert pretrain(config).updates == 12
-        assert "checkpoint-00000004: [Errno 28] No space left on device; there is no earlier one; trying again" in caplog.text
+        words = "checkpoint-00000004: [Errno 28] No space left on device; there is no earlier one; trying again"
+        assert words in caplog.text
         assert [path.name[-1] for path in checkpoint.checkpoints(tmp_path / "run")] == ["8", "2"]
     else:
-        with pytest.raises(CheckpointError, match="checkpoint-00000008: .* No space left on device"):
+        with pytest.raises(CheckpointError, match=r"checkpoint-00000008: .* No space left on device"):
             pretrain(config)
 
 
