@@ -31,7 +31,8 @@ class Count:
 def table(counts: dict[str, Count]) -> str:
     """As Markdown."""
     lines = ["| Fault | runs | lost | longest until all had ended |", "|---|---|---|---|"]
-    lines += [f"| {name} | {c.runs} | {c.lost} | {c.longest:.1f} s |" for name, c in counts.items()]
+    # nothing was measured where the fault was there before the start
+    lines += [f"| {n} | {c.runs} | {c.lost} | {f'{c.longest:.1f} s' if c.longest else ''} |" for n, c in counts.items()]
     total = Count(*(sum(getattr(c, name) for c in counts.values()) for name in ("runs", "lost")))
     return "\n".join(
         [*lines, f"| all | {total.runs} | {total.lost} | {max(c.longest for c in counts.values()):.1f} s |"]
