@@ -54,7 +54,7 @@ class GuardConfig:
 
     min_target_var: float = 0.1  # collapse: standard deviation of the targets below this (0 = never)
     min_pred_var: float = 0.01  # the same for the predictions
-    min_feature_var: float = 0.01  # the same for what the encoder reads, positions being normalised
+    min_feature_var: float = 0.0  # the same for what the encoder reads, positions being normalised; fairseq has none
     after_updates: int = 5000  # the three above are only looked at from here on
     warn_target_var: float = 0.2  # a warning below this, from the start on (0 = never)
     warn_pred_var: float = 0.05  # from after_updates on: at the start of good runs it falls and rises again
