@@ -112,6 +112,9 @@ def test_a_low_spread_is_warned_of_before_it_stops_a_run(name, caplog):
     assert bool(caplog.records) == (name != "pred_var")
     with pytest.raises(TrainingStopped, match=rf"collapsed: {name} 0.1900 is below guards.min_{name} = 0.2"):
         early.check({"update": 101, **GOOD, name: 0.19}, 0)
+    caplog.clear()
+    Guards(replace(config, **{f"min_{name}": 0.0})).check({"update": 101, **GOOD, name: 0.1}, 0)
+    assert f"The run stops never for that (guards.min_{name})" in caplog.text
     off = Guards(replace(config, **{f"warn_{name}": 0.0, f"min_{name}": 0.0}))
     caplog.clear()
     off.check({"update": 101, **GOOD, name: 0.0}, 0)

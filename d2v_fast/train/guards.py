@@ -100,10 +100,11 @@ class Guards:
                 )
             if value < low and name not in self._low and (name != "pred_var" or update > config.after_updates):
                 self._low.add(name)
+                stop = f"below {lowest} from update {config.after_updates} on" if lowest > 0 else "never for that"
                 logger.warning(
-                    "update %d: the %s may be collapsing: %s %.4f is below guards.warn_%s = %s. The run stops below %s "
-                    "from update %d on (guards.min_%s). %s",
-                    *(update, what, name, value, name, low, lowest, config.after_updates, name, _advice(name)),
+                    "update %d: the %s may be collapsing: %s %.4f is below guards.warn_%s = %s. The run stops %s "
+                    "(guards.min_%s). %s",
+                    *(update, what, name, value, name, low, stop, name, _advice(name)),
                 )
             elif value > REARM * low:
                 self._low.discard(name)
