@@ -194,7 +194,15 @@ def test_stand_ins_change_nothing(modality, token_weighted):
     assert all(torch.allclose(p, q, rtol=1e-6, atol=1e-8) for p, q in zip(parameters, others, strict=True))
 
 
-def test_votes():
+@pytest.fixture
+def ctrl_c():
+    """What Ctrl-C does unless it is ignored, as in whatever a shell starts in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_votes(ctrl_c):
     config = tiny_config("text")
     with Interrupt() as interrupt:
         some, nothing = [tiny_batch(config)], [stand_in(config)]
