@@ -6,7 +6,9 @@ from types import ModuleType
 import torch
 from torch import nn
 
-from d2v_fast.patches._core import Seam, Site, fall_back, state_of
+from d2v_fast.patches._core import Options, Patch, Seam, Site, fall_back, state_of
+
+X = torch.linspace(-1, 1, 8).reshape(2, 4)
 
 
 class Layer(nn.Module):
@@ -62,14 +64,46 @@ def make_spread(original, options):
     return lambda x: original(x) * 10
 
 
+def inner_seam(attribute, **options):
+    """A seam that adds one to whatever the method returns."""
+
+    def make(original, options):
+        return lambda self, *args: original(self, *args) + 1
+
+    return Seam("loss", attribute, make, "one more", **options)
+
+
 DOUBLE = Seam("norms", "forward", make_double, "twice as much")
 SPREAD = Seam("metrics", "spread", make_spread, "ten times as much")
+
+
+def make() -> Toy:
+    """The same weights each time; without biases, so that what is doubled twice is four times as much."""
+    torch.manual_seed(0)
+    model = Toy()
+    for layer in model.layers:
+        nn.init.zeros_(layer.linear.bias)
+    return model
 
 
 def sites(model, *seams):
     """The layers' forward, and ``seams`` of the model itself."""
     layers = [Site(f"layers.{i}", layer, DOUBLE) for i, layer in enumerate(model.layers)]
     return layers + [Site("", model, seam) for seam in seams]
+
+
+def patched(model, *seams, strict=False) -> Patch:
+    """Its layers double then."""
+    return Patch("toy").apply(sites(model, *seams), Options(strict=strict))
+
+
+def two_layers(model, x=X):
+    """What upstream computes."""
+    return model.layers[1].linear(model.layers[0].linear(x))
+
+
+def doubled(model, x=X) -> bool:
+    return torch.equal(model(x), 4 * two_layers(model, x))
 
 
 def framework(**members) -> ModuleType:
