@@ -4,7 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 
 from d2v_fast.nn import Batch, Data2Vec
-from d2v_fast.train import checkpoint
+from d2v_fast.train import checkpoint, lock
 from d2v_fast.train.checkpoint import Progress
 from d2v_fast.train.config import RANK_KEYS, TrainConfig, config_to_dict, flatten
 from d2v_fast.train.data import DataConfig, PretrainData, TextData, TextDataConfig, batches, build_data
@@ -75,34 +75,49 @@ def writing(folder: Path) -> Iterator[None]:
         raise CheckpointError(f"cannot write to the run's folder {folder}: {error}") from error
 
 
-def open_run(config: TrainConfig, resume: bool) -> Path:
-    """Make the run's folder.
+@contextmanager
+def open_run(config: TrainConfig, ranks: Ranks, resume: bool) -> Iterator[Path]:
+    """Make the run's folder, and keep other runs out of it until the end; every rank calls this.
 
     Raises:
         ConfigError: the folder cannot be made.
-        CheckpointError: it holds a run and ``resume`` is False.
+        CheckpointError: another run uses it, it cannot be written to, or it holds a run and ``resume`` is False.
     """
     folder = Path(config.out).expanduser()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"out: cannot make the folder {folder}: {error.strerror}") from None
-    found = checkpoint.checkpoints(folder)
-    if found and not resume:
-        raise CheckpointError(f"{folder} already holds a run (newest: {found[-1].name}); choose another out=...")
-    return folder
+    with ExitStack() as held:
+        with ranks.together("opening the run"):
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise ConfigError(f"out: cannot make the folder {folder}: {error.strerror}") from None
+            if ranks.first:
+                with writing(folder):  # the others wait for this one, no longer than the time-out
+                    held.enter_context(lock.locked(folder, min(lock.PATIENCE, ranks.timeout / 2)))
+            found = checkpoint.checkpoints(folder)
+            if found and not resume:
+                newest = found[-1].name
+                raise CheckpointError(f"{folder} already holds a run (newest: {newest}); choose another out=...")
+        yield folder
 
 
 class Trainer:
-    """One session of a run, on one of its ranks: built from a configuration, continued from the newest checkpoint."""
+    """One session of a run, on one of its ranks: built from a configuration, continued from the newest checkpoint.
+
+    No other run can use its folder until :meth:`run` has ended.
+    """
 
     def __init__(self, config: TrainConfig, ranks: Ranks, resume: bool = True) -> None:
         self.ranks, self.device = ranks, ranks.device
         self.config = config = resolve_precision(config, self.device)
         settings = flatten(config_to_dict(config))
         ranks.check_same("the configuration", {k: v for k, v in settings.items() if k not in RANK_KEYS})
-        with ranks.together("opening the run"):
-            self.folder = open_run(config, resume)
+        with ExitStack() as held:  # which lets the folder go if the start fails
+            self.folder = held.enter_context(open_run(config, ranks, resume))
+            self._start()
+            self._held = held.pop_all()
+
+    def _start(self) -> None:
+        config, ranks = self.config, self.ranks
         found = checkpoint.newest_valid(self.folder, ranks)
         with ranks.together("opening the data", PATIENCE):
             self.data: PretrainData = build_data(
@@ -195,6 +210,10 @@ class Trainer:
 
     def run(self) -> PretrainResult:
         """Train to the end, an interruption, or an error; the newest whole state is in a checkpoint afterwards."""
+        with self._held:
+            return self._run()
+
+    def _run(self) -> PretrainResult:
         config, start = self.config, time.monotonic()
         first = self.progress.update
         last = min(config.updates, first + config.stop_after) if config.stop_after else config.updates

@@ -5,11 +5,12 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 
 from d2v_fast.nn import Batch, Data2Vec
@@ -111,13 +112,16 @@ def shard(model: Data2Vec, mesh: DeviceMesh, bf16: bool) -> Parallel:
 
 
 def _mesh(ranks: Ranks, shard_size: int) -> DeviceMesh:
+    """Ranks that share parameters, in groups with the run's time-out: ``init_device_mesh`` gives them PyTorch's."""
     if ranks.mode == "fsdp2":
-        return init_device_mesh(ranks.device.type, (ranks.world_size,), mesh_dim_names=("shard",))
+        return DeviceMesh.from_group(dist.group.WORLD, ranks.device.type, mesh_dim_names=("shard",))
     shard_size = shard_size or ranks.local_world_size
     if ranks.world_size % shard_size:
         raise ConfigError(f"distributed.shard_size must divide the {ranks.world_size} ranks, got {shard_size}")
-    shape = (ranks.world_size // shard_size, shard_size)
-    return init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))
+    grid = torch.arange(ranks.world_size).view(-1, shard_size)
+    timeout = timedelta(seconds=ranks.timeout)
+    groups = [dist.new_subgroups_by_enumeration(rows.tolist(), timeout=timeout)[0] for rows in (grid.T, grid)]
+    return DeviceMesh.from_group(groups, ranks.device.type, grid, mesh_dim_names=("replicate", "shard"))
 
 
 def compile_layers(model: Data2Vec) -> None:
