@@ -18,7 +18,7 @@ from d2v_fast.train.distributed import DistributedConfig, Ranks, join, read_envi
 from d2v_fast.train.errors import ConfigError, RankLost, TrainingStopped
 from d2v_fast.train.interrupt import Interrupt
 from d2v_fast.train.optim import OptimConfig, build_optimizer
-from d2v_fast.train.parallel import compile_layers, parallelise
+from d2v_fast.train.parallel import _mesh, compile_layers, parallelise
 from d2v_fast.train.seeds import layerdrop_seed, seed_micro_batch
 from d2v_fast.train.step import Counts, train_step
 from d2v_fast.train.vote import Abandoned, Vote
@@ -277,6 +277,33 @@ def test_a_sharded_model_of_one_rank(one_rank):
     student, teacher = (m.layers[0].fc1.weight.to_local() for m in (model.encoder, model.teacher.module["encoder"]))
     assert not torch.equal(student, teacher)
     assert one_rank.exchange([1.0, 2.0]) == [[1.0, 2.0]] and one_rank.gather(3) == [3]
+
+
+@pytest.mark.parametrize("mode", ["fsdp2", "hsdp"])
+def test_groups_of_a_mesh_wait_no_longer_than_the_run(one_rank, mode):
+    mesh = _mesh(replace(one_rank, mode=mode), shard_size=0)
+    groups = [mesh.get_group(name) for name in mesh.mesh_dim_names]
+    waits = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
+    assert waits == [30.0] * (2 if mode == "hsdp" else 1)
+
+
+def test_who_shares_parameters():
+    """Ranks of a machine, or as many as are told; the first of each are replicas of each other, and so on."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=5, world_size=8)
+    try:
+        ranks = Ranks(5, 8, 1, 4, torch.device("cpu"), mode="fsdp2")
+        mesh = _mesh(ranks, 0)
+        assert mesh.mesh_dim_names == ("shard",) and dist.get_process_group_ranks(mesh.get_group()) == list(range(8))
+        for shard_size, replicas, shards in ((0, [1, 5], [4, 5, 6, 7]), (2, [1, 3, 5, 7], [4, 5]), (8, [5], range(8))):
+            mesh = _mesh(replace(ranks, mode="hsdp"), shard_size)
+            found = [dist.get_process_group_ranks(mesh.get_group(name)) for name in ("replicate", "shard")]
+            assert found == [replicas, list(shards)] and mesh.shape == (len(replicas), len(shards))
+        with pytest.raises(ConfigError, match="shard_size must divide the 8 ranks, got 3"):
+            _mesh(replace(ranks, mode="hsdp"), 3)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_a_frozen_front_end_with_ddp(one_rank):
