@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -101,7 +102,7 @@ def main() -> None:
     cases, target = json.loads(sys.argv[1]), sys.argv[2]
     torch.set_num_threads(1)
     logging.basicConfig(level=logging.WARNING, format=f"rank {RANK}: %(message)s")
-    dist.init_process_group("gloo")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=90))
     found = {name: run(case) for name, case in cases.items()}
     if RANK == 0:
         with open(target, "w", encoding="utf-8") as file:

@@ -1,8 +1,11 @@
 """The pieces of a run on several ranks that one process can show: environment, places of data, stand-ins, stopping."""
 
 import itertools
+import os
 import signal
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -262,6 +265,20 @@ def one_rank(monkeypatch):
     with join(DistributedConfig(mode="fsdp2", timeout=30), "cpu") as ranks:
         yield ranks
     assert not dist.is_initialized()
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="counts threads as Linux lists them")
+def test_a_process_group_that_was_there_is_left_as_it_was(one_rank):
+    """Also the threads of what the run added, which poll."""
+    before = len(os.listdir("/proc/self/task"))
+    for failure in (None, KeyError):
+        with suppress(KeyError), join(DistributedConfig(mode="ddp"), "cpu") as ranks:
+            assert ranks.gather(3) == [3] and len(os.listdir("/proc/self/task")) > before
+            if failure:
+                raise failure
+        del ranks
+        assert dist.is_initialized() and len(os.listdir("/proc/self/task")) == before
+    assert one_rank.gather(4) == [4]
 
 
 def test_a_sharded_model_of_one_rank(one_rank):

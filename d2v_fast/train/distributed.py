@@ -281,7 +281,7 @@ def join(config: DistributedConfig, device: str = "auto") -> Iterator[Ranks]:
     made = not dist.is_initialized()
     if made:
         _meet(where, own, config.timeout)
-    ended_well = False
+    control, ended_well = None, False
     try:
         control = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout))
         yield Ranks(
@@ -296,8 +296,11 @@ def join(config: DistributedConfig, device: str = "auto") -> Iterator[Ranks]:
         )
         ended_well = True
     finally:
+        if not made:
+            if control is not None:  # its threads poll
+                dist.destroy_process_group(control)
         # after an error others may still be in a collective: NCCL would wait for them here
-        if made and (ended_well or own.type == "cpu"):
+        elif ended_well or own.type == "cpu":
             dist.destroy_process_group()
 
 
