@@ -20,6 +20,7 @@ from torchrun import torchrun
 
 from d2v_fast._info import info
 from d2v_fast.train import checkpoint, load_config, load_model, lock, loop, pretrain
+from d2v_fast.train.distributed import Ranks
 from d2v_fast.train.errors import CheckpointError, DataError
 
 SIGNED = rf"process \d+ on {re.escape(socket.gethostname())}, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{{4}}"
@@ -136,6 +137,42 @@ def overrides(folder: Path, out: Path, *more: str) -> list[str]:
     ]
 
 
+def test_a_start_waits_for_less_than_its_time_out(tmp_path):
+    config = load_config("text_demo", overrides(tmp_path, tmp_path))
+    with elsewhere(tmp_path), pytest.raises(CheckpointError, match=r"did not end within 0\.1 s"):
+        loop.open_run(config, Ranks.alone(timeout=0.2), resume=True).__enter__()
+
+
+def test_the_start_is_watched(tmp_path, monkeypatch):
+    """All of it but opening the data, which may take hours."""
+    seen = {}
+
+    def spy(owner, name):
+        real = getattr(owner, name)
+
+        def spied(*args, **kwargs):
+            watchdogs = [thread for thread in threading.enumerate() if thread.name == "watchdog"]
+            seen[name] = len(watchdogs)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, spied)
+
+    for owner, name in (
+        (lock, "locked"),
+        (checkpoint, "newest_valid"),
+        (loop, "build_data"),
+        (loop, "Data2Vec"),
+        (checkpoint, "restore"),
+        (checkpoint, "Writer"),
+        (loop, "plot_curves"),
+    ):
+        spy(owner, name)
+    for _ in range(2):
+        pretrain(load_config("text_demo", overrides(tmp_path, tmp_path / "run", "stop_after=1", "workers=0")))
+    watched = dict.fromkeys(["locked", "newest_valid", "Data2Vec", "restore", "Writer"], 1)
+    assert seen == {**watched, "build_data": 0, "plot_curves": 0}
+
+
 def test_a_run_lets_its_folder_go_however_it_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "plot_curves", lambda folder: None)
     out = tmp_path / "run"
@@ -145,7 +182,7 @@ def test_a_run_lets_its_folder_go_however_it_ends(tmp_path, monkeypatch):
         assert free(out)
     empty = tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(DataError):  # in the start
+    with pytest.raises(DataError) as _failed:  # in the start; who keeps the error, as notebooks do, keeps its frames
         pretrain(load_config("text_demo", [*arguments, f"data.path={empty}"]))
     assert free(out)
     kept = []
@@ -155,7 +192,7 @@ def test_a_run_lets_its_folder_go_however_it_ends(tmp_path, monkeypatch):
         raise KeyError
 
     monkeypatch.setattr(loop, "train_step", step)
-    with pytest.raises(KeyError):  # in an update
+    with pytest.raises(KeyError) as _also:  # in an update
         pretrain(load_config("text_demo", arguments))
     assert kept == [False] and free(out)
 
@@ -229,8 +266,9 @@ def test_a_folder_in_use(running, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(loop, "plot_curves", lambda folder: None)
     process, worker, out, arguments = running
     said = rf"{out} is in use by another run: process {process.pid} on {re.escape(socket.gethostname())}, since 2"
-    with pytest.raises(CheckpointError, match=rf"{said}.* did not end within 0.5 s"):
-        pretrain(load_config("text_demo", [*arguments, "distributed.timeout=1"]))
+    with monkeypatch.context() as patched, pytest.raises(CheckpointError, match=rf"{said}.* did not end within 0.5 s"):
+        patched.setattr(lock, "PATIENCE", 0.5)
+        pretrain(load_config("text_demo", arguments))
     script = tmp_path / "impatient.py"
     script.write_text(IMPATIENT, encoding="utf-8")
     done = torchrun(2, str(script), "pretrain", "text_demo", *arguments)

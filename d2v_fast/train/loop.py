@@ -111,14 +111,26 @@ class Trainer:
         self.config = config = resolve_precision(config, self.device)
         settings = flatten(config_to_dict(config))
         ranks.check_same("the configuration", {k: v for k, v in settings.items() if k not in RANK_KEYS})
+        self.watchdog = Watchdog(ranks)
         with ExitStack() as held:  # which lets the folder go if the start fails
-            self.folder = held.enter_context(open_run(config, ranks, resume))
-            self._start()
+            with self._watched("opening the run"):
+                self.folder = held.enter_context(open_run(config, ranks, resume))
+                self.watchdog.at("checking the newest checkpoint")
+                found = checkpoint.newest_valid(self.folder, ranks)
+            self._open_data(found)
+            with self._watched("building the model"):
+                self._start(found)
             self._held = held.pop_all()
 
-    def _start(self) -> None:
+    @contextmanager
+    def _watched(self, phase: str) -> Iterator[None]:
+        """Around parts of the start that no more than the time-out is given to, unlike opening the data."""
+        self.watchdog.at(phase)
+        with self.watchdog:
+            yield
+
+    def _open_data(self, found: Path | None) -> None:
         config, ranks = self.config, self.ranks
-        found = checkpoint.newest_valid(self.folder, ranks)
         with ranks.together("opening the data", PATIENCE):
             self.data: PretrainData = build_data(
                 self._data_config(found), config.model, config.seed, static_shapes=config.cuda_graph != "off"
@@ -126,12 +138,17 @@ class Trainer:
             self.described = checkpoint.describe_data(self.data)
         ranks.check_same("the data", self.described)
         logger.info("%s", self.data.describe())
+
+    def _start(self, found: Path | None) -> None:
+        config, ranks = self.config, self.ranks
         with ranks.together("building the model"):
             self._build()
         self.progress = Progress()
         if found:
+            self.watchdog.at("reading the checkpoint")
             self.progress = checkpoint.restore(found, self.model, self.optimizer, ranks, config, self.described)
             logger.info("continuing from %s (update %d)", found, self.progress.update)
+        self.watchdog.at("writing to the run's folder")
         self.writer = checkpoint.Writer(
             self.folder,
             self.model,
@@ -143,7 +160,7 @@ class Trainer:
             newest=found,
         )
         self.meter = Meter(config.model, self.device)
-        self.guards, self.watchdog = Guards(config.guards), Watchdog(ranks)
+        self.guards = Guards(config.guards)
         self.spikes: SpikeLog | None = None  # of rank 0
         self.optimizer.register_step_pre_hook(lambda *_: self.watchdog.at("optimizer"))
         self.empty = stand_in(config.model)
