@@ -32,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TESTS, BENCHMARKS = ROOT / "tests", ROOT / "benchmarks"
 STAND_INS = BENCHMARKS / "stand_ins"  # on the path of the tests where the real module is missing
 EXTENSION = BENCHMARKS / "extension_check.py"
+THROUGH_TORCH = {"torch.utils.tensorboard": "tensorboard"}  # parts of PyTorch that need another package
 CUDA = "/usr/local/cuda/bin"  # where the toolkit is when PATH does not say
 SANITIZERS = ("memcheck", "racecheck")
 TEST_KINDS = ("build", "gpu tests", "sanitizer", "tests")  # in the order in which they run
@@ -95,6 +96,8 @@ def missing_modules(file: Path, seen: set[Path] | None = None) -> set[str]:
             missing |= missing_modules(own, seen)
         elif not name.startswith("d2v_fast") and not is_installed(name):
             missing.add(name.split(".")[0])
+        elif name in THROUGH_TORCH and not is_installed(THROUGH_TORCH[name]):
+            missing.add(THROUGH_TORCH[name])
     return missing - stand_ins()
 
 
@@ -114,7 +117,7 @@ def own_file(module: str, folder: Path) -> Path | None:
         parts = parts[1:]
     elif parts[0] != "d2v_fast":
         beside = folder / f"{parts[0]}.py"
-        return beside if beside.exists() else None
+        return beside if folder in (TESTS, BENCHMARKS) and beside.exists() else None
     path = ROOT.joinpath(*parts)
     candidates = (path.with_suffix(".py"), path / "__init__.py")
     return next((p for p in candidates if p.exists()), None)

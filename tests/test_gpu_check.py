@@ -42,8 +42,22 @@ def test_missing_modules_are_found_through_own_modules(monkeypatch):
     assert (
         gpu_check.missing_modules(ROOT / "d2v_fast" / "ops" / "ema.py") == set()
     )  # Triton is imported by the first call
-    for part in gpu_check.find_parts():
-        assert "omegaconf" not in part.needs
+    assert gpu_check.missing_modules(ROOT / "d2v_fast" / "train" / "step.py") == set()
+    needs = {part.name: part.needs for part in gpu_check.find_parts()}
+    assert [name for name, missing in needs.items() if "omegaconf" in missing] == ["gpu-test_distributed_gpu_runs"]
+    assert needs["gpu-test_distributed_gpu"] == []
+
+
+def test_modules_of_python_are_not_taken_for_files_beside(monkeypatch):
+    """The package has a logging.py of its own, which needs rich; and PyTorch has parts that need tensorboard."""
+    found = gpu_check.importlib.util.find_spec
+    gone = ("rich", "tensorboard")
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda n: None if n in gone else found(n))
+    assert gpu_check.missing_modules(ROOT / "d2v_fast" / "train" / "distributed.py") == set()
+    assert gpu_check.missing_modules(ROOT / "d2v_fast" / "train" / "logging.py") == set(gone)
+    assert all(
+        "rich" not in part.needs for part in gpu_check.find_parts() if part.file.stem != "test_distributed_gpu_runs"
+    )
 
 
 def test_without_hypothesis_only_property_tests_are_skipped(tmp_path, monkeypatch):
