@@ -113,21 +113,13 @@ class Trainer:
         ranks.check_same("the configuration", {k: v for k, v in settings.items() if k not in RANK_KEYS})
         self.watchdog = Watchdog(ranks)
         with ExitStack() as held:  # which lets the folder go if the start fails
-            with self._watched("opening the run"):
+            with self.watchdog:
                 self.folder = held.enter_context(open_run(config, ranks, resume))
-                self.watchdog.at("checking the newest checkpoint")
                 found = checkpoint.newest_valid(self.folder, ranks)
-            self._open_data(found)
-            with self._watched("building the model"):
+            self._open_data(found)  # which may take hours
+            with self.watchdog:
                 self._start(found)
             self._held = held.pop_all()
-
-    @contextmanager
-    def _watched(self, phase: str) -> Iterator[None]:
-        """Around parts of the start that no more than the time-out is given to, unlike opening the data."""
-        self.watchdog.at(phase)
-        with self.watchdog:
-            yield
 
     def _open_data(self, found: Path | None) -> None:
         config, ranks = self.config, self.ranks
@@ -145,10 +137,8 @@ class Trainer:
             self._build()
         self.progress = Progress()
         if found:
-            self.watchdog.at("reading the checkpoint")
             self.progress = checkpoint.restore(found, self.model, self.optimizer, ranks, config, self.described)
             logger.info("continuing from %s (update %d)", found, self.progress.update)
-        self.watchdog.at("writing to the run's folder")
         self.writer = checkpoint.Writer(
             self.folder,
             self.model,
