@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-from faults.scenarios import LONGEST, SCENARIOS, TIMEOUT, Server, Stage
+from faults.scenarios import SCENARIOS
+from faults.stage import LONGEST, TIMEOUT, Server, Stage
 
 
 @dataclass

@@ -12,8 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from run_folders import DATA
-from test_run_checkpoints import Run, flipped
+from run_folders import DATA, Run, flipped
 from tiny import tiny_batch
 from torch.distributed.tensor import DTensor
 

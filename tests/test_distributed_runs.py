@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+import text_runs
 import torch
 import torch.distributed as dist
 from checks import INTERPRET
@@ -14,45 +15,20 @@ from d2v_fast.train import checkpoint, load_config, loop, pretrain
 from d2v_fast.train.logging import read_metrics
 
 pytestmark = pytest.mark.skipif(INTERPRET or not dist.is_gloo_available(), reason="needs gloo; on the reference")
-WORDS = ["red", "green", "blue", "one", "two", "three", "sun", "moon", "star", "rain", "snow", "wind"]
 UPDATES = 8
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
-    (folder / "text").mkdir()
-    lines = [" ".join(WORDS[(i * k + k) % 12] for k in range(1, 12)) for i in range(240)]
-    (folder / "text" / "a.txt").write_text("\n".join(lines), encoding="utf-8")
+    text_runs.write_text(folder / "text")
     return folder
 
 
 def overrides(folder: Path, out: str, *more: str) -> list[str]:
-    """A tiny model with dropout and LayerDrop, on little text."""
-    return [
-        f"data.path={folder / 'text'}",
-        f"out={folder / out}",
-        "model.frontend.vocab_size=270",
-        "model.frontend.max_positions=16",
-        "model.frontend.dropout=0.1",
-        "model.encoder.dim=32",
-        "model.encoder.ffn_dim=48",
-        "model.encoder.heads=2",
-        "model.encoder.layers=3",
-        "model.encoder.dropout=0.1",
-        "model.encoder.layerdrop=0.2",
-        "model.targets.top_k=2",
-        "data.batch_size=8",
-        "data.tokens_per_sample=16",
-        f"updates={UPDATES}",
-        "optim.lr=0.01",
-        "schedule.warmup_updates=1",
-        "log_every=1",
-        "checkpoint_every=100",
-        "workers=0",
-        "device=cpu",
-        *more,
-    ]
+    own = [f"updates={UPDATES}", "optim.lr=0.01", "schedule.warmup_updates=1", "log_every=1", "checkpoint_every=100"]
+    own += ["distributed.timeout=60"]  # less than a launch may take, so that a hang says where
+    return text_runs.overrides(folder / "text", folder / out, *own, *more)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from checks import INTERPRET
-from faults.scenarios import HERE, SCENARIOS, Server, Stage, first, on, saved
+from faults.scenarios import SCENARIOS
+from faults.stage import HERE, Server, Stage, first, on, saved
 from torchrun import torchrun
 
 pytestmark = pytest.mark.skipif(INTERPRET or not dist.is_gloo_available(), reason="needs gloo; on the reference")

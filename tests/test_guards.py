@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from text_runs import write_text
 from tiny import tiny_batch, tiny_config
 
 from d2v_fast.nn import Data2Vec
@@ -136,20 +137,15 @@ def test_settings_are_checked(bad):
 # what is out of line
 
 
-WORDS = ["red", "green", "blue", "one", "two", "three", "sun", "moon", "star", "rain", "snow", "wind"]
-
-
 @pytest.fixture
 def overrides(tmp_path) -> list[str]:
-    (tmp_path / "text").mkdir()
-    lines = [" ".join(WORDS[(i * k + k) % 12] for k in range(1, 12)) for i in range(60)]
-    (tmp_path / "text" / "a.txt").write_text("\n".join(lines), encoding="utf-8")
+    text = write_text(tmp_path / "text", lines=60)
     sizes = {"dim": 32, "ffn_dim": 48, "heads": 2, "layers": 2}
     return [
         *(f"model.encoder.{name}={size}" for name, size in sizes.items()),
         *("model.frontend.vocab_size=270", "model.frontend.max_positions=16", "model.targets.top_k=2"),
         *(
-            f"data.path={tmp_path / 'text'}",
+            f"data.path={text}",
             f"out={tmp_path / 'run'}",
             "data.batch_size=8",
             "data.tokens_per_sample=16",

@@ -7,15 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from run_folders import DATA, save_file
-from test_run_checkpoints import Run, hidden, names
+from run_folders import ALONE, DATA, Run, hidden, names, save_file
 
 from d2v_fast.train import checkpoint
 from d2v_fast.train.checkpoint import Progress
-from d2v_fast.train.distributed import Ranks
 
 HERE = Path(__file__).parent
-ALONE = Ranks.alone()
 
 
 def state_of(run: Run) -> dict[str, torch.Tensor]:
