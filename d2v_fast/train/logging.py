@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import secrets
 import sys
 from pathlib import Path
@@ -47,8 +48,7 @@ class MetricLog:
         settings: dict[str, Any] | None = None,
     ) -> None:
         path = folder / "metrics.jsonl"
-        kept = "".join(json.dumps(row) + "\n" for row in read_metrics(folder) if row["update"] <= start)
-        replace_file(path, lambda file: file.write(kept.encode()))
+        cut_back(path, start)
         self._file = path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=start + 1) if tensorboard else None
         self._wandb = Wandb(folder, wandb_project, settings or {}) if wandb_project else None
@@ -157,19 +157,55 @@ class Wandb:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """Records of ``metrics.jsonl`` in ``folder``; a line cut off by a crash is left out."""
+    """Records of ``metrics.jsonl`` in ``folder``; see :func:`read_records`."""
     return read_records(folder / "metrics.jsonl")
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
-    """The JSON values of a file, one a line, up to one that a crash has cut off; none if there is no such file."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
+    """The records of a file, of updates each, without the lines that are none; no records if there is no such file."""
+    return [row for _, row in read_lines(path) if row is not None]
+
+
+def read_lines(path: Path) -> list[tuple[bytes, dict[str, Any] | None]]:
+    """The lines of a file and their records: JSON objects with a whole number ``"update"``, or None for what is none.
+
+    An end that a crash has cut off is no line, and neither is an empty one.
+    """
+    *whole, end = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    lines = [(line, _record(line)) for line in [*whole, end] if line.strip()]
+    return lines[:-1] if end.strip() and lines[-1][1] is None else lines
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):  # whatever a power failure or a bad disk has made of it
+        return None
+    return row if isinstance(row, dict) and type(row.get("update")) is int else None
+
+
+def number(row: dict[str, Any], key: str) -> float:
+    """What a record has there; NaN if that is no number."""
+    value = row.get(key)
+    return value if isinstance(value, (int, float)) else math.nan
+
+
+def cut_back(path: Path, update: int) -> None:
+    """Take out of a file, if there is one, the records of updates after ``update`` and its cut off end.
+
+    Lines that are no records go to a file beside it, ``NAME.damaged``, so that readers of this one do not meet them.
+    """
+    if not path.exists():
+        return
+    lines = read_lines(path)
+    damaged = [line + b"\n" for line, row in lines if row is None]
+    if damaged:
+        beside = path.with_name(f"{path.name}.damaged")
+        logger.warning("%d of %d lines of %s are no records; they go to %s", len(damaged), len(lines), path, beside)
+        with beside.open("ab") as file:
+            file.writelines(damaged)
+    kept = b"".join(line + b"\n" for line, row in lines if row is not None and row["update"] <= update)
+    replace_file(path, lambda file: file.write(kept))
 
 
 def plot_curves(folder: Path) -> Path | None:
@@ -182,7 +218,7 @@ def plot_curves(folder: Path) -> Path | None:
     figure = Figure(figsize=(12, 6), layout="constrained")
     axes = figure.subplots(2, 3)
     for axis, (key, title) in zip(axes.flat, CURVES, strict=True):
-        axis.plot([row["update"] for row in rows], [row[key] for row in rows])
+        axis.plot([row["update"] for row in rows], [number(row, key) for row in rows])
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("update")
         axis.grid(alpha=0.3)

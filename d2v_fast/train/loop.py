@@ -1,7 +1,6 @@
 """The training loop: data in, updates, logs, guards, checkpoints."""
 
 import logging
-import math
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
@@ -24,7 +23,7 @@ from d2v_fast.train.files import replace_file
 from d2v_fast.train.graph import CapturedStep
 from d2v_fast.train.guards import SHARED, Guards, Window
 from d2v_fast.train.interrupt import Interrupt
-from d2v_fast.train.logging import MetricLog, plot_curves, read_metrics
+from d2v_fast.train.logging import MetricLog, number, plot_curves, read_metrics
 from d2v_fast.train.metrics import Meter, combine, peak_memory
 from d2v_fast.train.optim import build_optimizer, learning_rate
 from d2v_fast.train.parallel import compile_layers, parallelise
@@ -397,18 +396,17 @@ class Trainer:
             raise
 
     def _result(self, interrupt: Interrupt, seconds: float) -> PretrainResult:
-        nothing = {"loss": math.nan, "target_var": math.nan, "pred_var": math.nan}
-        rows = read_metrics(self.folder) or [nothing]
+        rows = read_metrics(self.folder) or [{}]
         finished = self.progress.update >= self.config.updates
         return PretrainResult(
             checkpoint=checkpoint.checkpoints(self.folder)[-1],
             updates=self.progress.update,
             finished=finished,
             interrupted=interrupt.by_user and not finished,
-            first_loss=rows[0]["loss"],
-            last_loss=rows[-1]["loss"],
-            target_var=rows[-1]["target_var"],
-            pred_var=rows[-1]["pred_var"],
+            first_loss=number(rows[0], "loss"),
+            last_loss=number(rows[-1], "loss"),
+            target_var=number(rows[-1], "target_var"),
+            pred_var=number(rows[-1], "pred_var"),
             seconds=seconds,
             peak_memory=peak_memory(self.device),
         )

@@ -12,9 +12,8 @@ from typing import Any
 from d2v_fast.train.config import GuardConfig
 from d2v_fast.train.data import PretrainData
 from d2v_fast.train.data.base import specs
-from d2v_fast.train.files import replace_file
 from d2v_fast.train.guards import Taken
-from d2v_fast.train.logging import read_records
+from d2v_fast.train.logging import cut_back
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +45,7 @@ class SpikeLog:
         self._path, self._data, self._config = folder / "spikes.jsonl", data, config
         self._ranks, self._accumulate = ranks, accumulate
         self._losses: deque[float] = deque(maxlen=config.spike_window)
-        old = read_records(self._path)
-        kept = [row for row in old if row["update"] <= start]
-        if len(kept) < len(old):
-            text = "".join(json.dumps(row) + "\n" for row in kept)
-            replace_file(self._path, lambda file: file.write(text.encode()))
+        cut_back(self._path, start)
 
     def note(self, taken: Sequence[Taken], losses: Sequence[float]) -> None:
         """Look at the updates ``taken`` since the last log; ``losses`` are theirs, of all ranks together."""
