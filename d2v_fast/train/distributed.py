@@ -126,8 +126,9 @@ class Ranks:
         except Exception as error:
             failure = error
         if self.control is not None and patience > 0:
-            with self.waiting(doing):
-                dist.monitored_barrier(self.control, timeout=timedelta(seconds=max(patience, self.timeout)))
+            patience = max(patience, self.timeout)
+            with self.waiting(doing, patience):
+                dist.monitored_barrier(self.control, timeout=timedelta(seconds=patience))
         found = self.gather(None if failure is None else describe(failure))
         if failure is not None:
             raise failure
@@ -157,8 +158,10 @@ class Ranks:
             raise ConfigError(f"{what} must be the same on all ranks, and differs: {'; '.join(lines)}")
 
     @contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
+    def waiting(self, what: str, patience: float | None = None) -> Iterator[None]:
         """Around collectives: what they raise when a rank is gone or hangs becomes a UserError.
+
+        ``patience``: seconds that they wait; None: ``timeout``.
 
         Raises:
             RankLost: another rank has ended, or did not come within the time-out.
@@ -169,9 +172,10 @@ class Ranks:
             if not (isinstance(error, dist.DistError) or any(word in str(error) for word in ("gloo", "NCCL"))):
                 raise
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            most = f"{self.timeout:g} s (distributed.timeout)" if patience is None else f"{patience:g} s"
             raise RankLost(
-                f"rank {self.rank} waited for {what} in vain, at most {self.timeout:g} s (distributed.timeout): a rank "
-                f"has ended or hangs ({reason}). Its own message says more; the same command continues the run."
+                f"rank {self.rank} waited for {what} in vain, at most {most}: a rank has ended or hangs "
+                f"({reason}). Its own message says more; the same command continues the run."
             ) from error
 
 
@@ -317,6 +321,6 @@ def _meet(where: _Environment, device: torch.device, timeout: float) -> None:
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ConfigError(
-            f"rank {where.rank} of {where.world_size} did not meet the others at {address} within {timeout:g} s "
-            f"(distributed.timeout): {error}"
+            f"rank {where.rank} of {where.world_size} did not meet the others at {address}, with {timeout:g} s "
+            f"(distributed.timeout) for each step of that: {error}"
         ) from error

@@ -8,12 +8,14 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterable
+import stat
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from d2v_fast.checkpoints.directories import read_json
+from d2v_fast.train.checkpoint.schema import Manifest, check_content
 from d2v_fast.train.errors import CheckpointError
 from d2v_fast.train.files import replace_file
 
@@ -22,7 +24,6 @@ logger = logging.getLogger(__name__)
 FORMAT = 2
 MANIFEST = "manifest.json"
 SUFFIX = ".safetensors"
-KEYS = {"format", "d2v_fast", "config", "data", "progress", "world_size", "same", "files"}
 _NAME = re.compile(r"checkpoint-(\d+)(?:\.pt)?")
 _CHUNK = 1 << 20
 
@@ -101,11 +102,12 @@ def checksums(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
     return {name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in names}
 
 
-def _sha256(path: Path) -> str:
+def _sha256(path: Path, tick: Callable[[], None] = lambda: None) -> str:
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
+            tick()
     return digest.hexdigest()
 
 
@@ -121,12 +123,16 @@ def read_manifest(path: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: there is none, it is damaged, or of another format.
     """
-    content = read_json(path / MANIFEST)
+    manifest = path / MANIFEST
+    if manifest.exists() and not manifest.is_file():  # reading a pipe would wait for who writes to it
+        raise CheckpointError(f"{path} is damaged: {MANIFEST} is not a regular file")
+    content = read_json(manifest)
     checksum = content.pop("sha256", None)
-    if content.get("format") != FORMAT or not content.keys() >= KEYS:
+    if content.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a d2v_fast checkpoint of format {FORMAT}")
     if checksum != _digest(content):
         raise CheckpointError(f"{path} is damaged: wrong checksum of {MANIFEST}")
+    check_content(Manifest, content, str(manifest))
     return content
 
 
@@ -134,8 +140,8 @@ def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def check_files(path: Path, manifest: dict[str, Any]) -> None:
-    """Read every file of the checkpoint at ``path``.
+def check_files(path: Path, manifest: dict[str, Any], tick: Callable[[], None] = lambda: None) -> None:
+    """Read every file of the checkpoint at ``path``; ``tick`` is called again and again.
 
     Raises:
         CheckpointError: a file is missing, not the one that was written, or not in the manifest.
@@ -143,15 +149,17 @@ def check_files(path: Path, manifest: dict[str, Any]) -> None:
     expected = manifest["files"]
     if unknown := sorted({p.name for p in path.glob(f"*{SUFFIX}")} - expected.keys()):
         raise CheckpointError(f"{path} is damaged: {unknown[0]} is not in {MANIFEST}")
-    if strange := [name for name in expected if Path(name).name != name]:
+    if strange := [name for name in expected if Path(name).name != name or "\0" in name]:
         raise CheckpointError(f"{path} is damaged: {strange[0]!r} is no name of a file in it")
     try:
-        sizes = {name: (path / name).stat().st_size for name in expected}  # all before any is read
+        found = {name: (path / name).stat() for name in expected}  # all before any is read
         for name, file in expected.items():
-            if sizes[name] != file["bytes"]:
-                raise CheckpointError(f"{path} is damaged: {name} must have {file['bytes']} bytes, got {sizes[name]}")
+            if not stat.S_ISREG(found[name].st_mode):
+                raise CheckpointError(f"{path} is damaged: {name} is not a regular file")
+            if (size := found[name].st_size) != file["bytes"]:
+                raise CheckpointError(f"{path} is damaged: {name} must have {file['bytes']} bytes, got {size}")
         for name, file in expected.items():
-            if _sha256(path / name) != file["sha256"]:
+            if _sha256(path / name, tick) != file["sha256"]:
                 raise CheckpointError(f"{path} is damaged: wrong checksum of {name}")
     except OSError as error:
         name = Path(error.filename or "").name

@@ -1,6 +1,8 @@
 """Checkpoints found, checked, restored into a run, or opened for other uses."""
 
 import logging
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +10,7 @@ import torch
 from torch import Tensor
 
 from d2v_fast.nn import Data2Vec
-from d2v_fast.train.checkpoint.folder import Progress, check_files, checkpoints, read_manifest
+from d2v_fast.train.checkpoint.folder import Progress, check_files, checkpoints, read_manifest, update_of
 from d2v_fast.train.checkpoint.shards import ShardReader
 from d2v_fast.train.checkpoint.single_file import fill, named_optimizer, read_single_file
 from d2v_fast.train.checkpoint.state import OPTIMIZER, model_tensors, start_optimizer
@@ -28,27 +30,46 @@ from d2v_fast.train.errors import CheckpointError
 logger = logging.getLogger(__name__)
 
 
-def newest_valid(folder: Path, ranks: Ranks) -> Path | None:
+def newest_valid(folder: Path, ranks: Ranks, tick: Callable[[], None] = lambda: None) -> Path | None:
     """The newest checkpoint in ``folder`` that is whole, None if there are none; every rank calls this.
 
-    Rank 0 reads and checks them; it warns of each damaged one that it passes over.
+    Rank 0 reads and checks them; it warns of each damaged one that it passes over. That may take longer than
+    ``ranks.timeout``: ``tick`` is called on all ranks as long as it gets on.
 
     Raises:
         CheckpointError: there are checkpoints, and none is whole; the same on every rank.
     """
-    found, error = _newest_valid(folder) if ranks.rank == 0 else (None, None)
-    found, error = ranks.gather((found, error))[0]
+    if ranks.rank != 0:
+        while (told := ranks.gather(None)[0]) is None:
+            tick()
+    else:
+        told = ranks.gather(_newest_valid(folder, _telling(ranks, tick)))[0]
+    found, error = told
     if error is not None:
         raise error
     return found
 
 
-def _newest_valid(folder: Path) -> tuple[Path | None, CheckpointError | None]:
+def _telling(ranks: Ranks, tick: Callable[[], None]) -> Callable[[], None]:
+    """``tick`` of rank 0, which lets the others know from time to time."""
+    last = time.monotonic()
+
+    def both() -> None:
+        nonlocal last
+        tick()
+        if time.monotonic() - last > ranks.timeout / 4:
+            ranks.gather(None)
+            last = time.monotonic()
+
+    return both
+
+
+def _newest_valid(folder: Path, tick: Callable[[], None]) -> tuple[Path | None, CheckpointError | None]:
     last = None
     for path in reversed(checkpoints(folder)):
         try:
-            _check(path)
-        except CheckpointError as error:
+            _check(path, tick)
+        except (CheckpointError, OSError) as error:
             logger.warning("passing over the checkpoint %s: %s", path, error)
             last = error
         else:
@@ -60,11 +81,15 @@ def _newest_valid(folder: Path) -> tuple[Path | None, CheckpointError | None]:
     )
 
 
-def _check(path: Path) -> None:
+def _check(path: Path, tick: Callable[[], None]) -> None:
+    tick()
     if path.is_dir():
-        check_files(path, read_manifest(path))
+        content = read_manifest(path)
+        check_files(path, content, tick)
     else:
-        read_single_file(path)
+        content = read_single_file(path)
+    if (update := content["progress"]["update"]) != update_of(path):
+        raise CheckpointError(f"{path} is damaged: its name must say update {update}, which it holds")
 
 
 def read(path: str | Path) -> dict[str, Any]:
@@ -90,9 +115,9 @@ def read(path: str | Path) -> dict[str, Any]:
             if not name.startswith(OPTIMIZER)
         }
         reader.fill(model)
+        model |= {name: model[other] for name, other in manifest["same"].items()}
     except Exception as error:  # files with the right checksums that were written otherwise
         raise _unreadable(path, error) from error
-    model |= {name: model[other] for name, other in manifest["same"].items()}
     return _completed({**manifest, "model": model}, path)
 
 
@@ -103,8 +128,11 @@ def load_model(path: str | Path) -> Data2Vec:
         CheckpointError: see :func:`read`.
     """
     content = read(path)
-    model = Data2Vec(model_config(content["config"]["model"]))
-    model.load_state_dict(content["model"])
+    try:
+        model = Data2Vec(model_config(content["config"]["model"]))
+        model.load_state_dict(content["model"])
+    except Exception as error:  # whatever sizes that nobody has, or tensors of others, lead to
+        raise _unreadable(Path(path), error) from error
     return model.eval()
 
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from d2v_fast.nn import Data2Vec
+from d2v_fast.train.checkpoint.schema import Content, check_content
 from d2v_fast.train.checkpoint.state import OPTIMIZER
 from d2v_fast.train.checkpoint.together import reason
 from d2v_fast.train.errors import CheckpointError
@@ -24,18 +25,22 @@ def read_single_file(path: Path) -> dict[str, Any]:
         CheckpointError: missing, damaged, or not written by d2v_fast.
     """
     try:
+        if not path.is_file():
+            raise CheckpointError(f"no checkpoint at {path}")
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()  # torch does not look at the checksums
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(f"no checkpoint at {path}") from None
+    except CheckpointError:
+        raise
     except Exception as error:  # whatever a damaged file makes the readers do
         raise CheckpointError(f"{path} is damaged or not a checkpoint: {reason(error)}") from error
     if broken is not None:
         raise CheckpointError(f"{path} is damaged: wrong checksum of {broken}")
     if not isinstance(content, dict) or content.get("format") != FORMAT or not content.keys() >= KEYS:
         raise CheckpointError(f"{path} is not a d2v_fast checkpoint of format {FORMAT}")
-    return {**content, "world_size": 1}
+    content = {**content, "world_size": 1}
+    check_content(Content, content, str(path))
+    return content
 
 
 def named_optimizer(content: dict[str, Any], model: Data2Vec, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
