@@ -181,5 +181,5 @@ class Block(nn.Module):
                 return None, ffn
         stream = self._add_norm(ffn, h, last, **factors)
         if self.alone:
-            stream = stream._replace(again=None)  # it would read this layer's norm in the next layer's backward
+            stream = Stream(stream.y, stream.h)  # again would read this layer's norm in the next layer's backward
         return stream, ffn if self.ffn_result else stream.h
