@@ -16,7 +16,7 @@ from d2v_fast.train import load_config, loop, pretrain
 from d2v_fast.train.checkpoint import Progress
 from d2v_fast.train.data import build_data
 from d2v_fast.train.errors import TrainingStopped
-from d2v_fast.train.guards import SHARED, GuardConfig, Guards, Taken, Window
+from d2v_fast.train.guards import SHARED, SPREADS, GuardConfig, Guards, Taken, Window
 from d2v_fast.train.logging import read_records
 from d2v_fast.train.spikes import ENOUGH, SpikeLog
 from d2v_fast.train.step import StepMetrics
@@ -85,6 +85,19 @@ def test_a_window_counts_what_is_not_finite_in_a_row():
     assert window.take()[-1] == 1 and window.nonfinite == 3 and len(window.taken) == 1
 
 
+def test_a_row_of_skips_that_is_over_before_the_log_counts():
+    """So that ``max_nonfinite`` means the same however often is logged; a row goes on over a log."""
+    window, seen = Window(), []
+    for update, letter in enumerate("0110|1|1110|0|01"):
+        if letter == "|":
+            window.take()
+            seen.append(window.nonfinite)
+        else:
+            window.add(Progress(update), metrics(skipped=float(letter)))
+    window.take()
+    assert [*seen, window.nonfinite] == [2, 1, 4, 0, 1]
+
+
 def test_too_many_updates_in_a_row_stop_a_run():
     guards = Guards(GuardConfig(max_nonfinite=3))
     guards.check({"update": 10, **GOOD}, 3)
@@ -128,7 +141,18 @@ def test_a_whole_window_of_nan_is_no_collapse(caplog):
     assert not caplog.records
 
 
-@pytest.mark.parametrize("bad", [{"spike_window": 0}, {"spike_deviations": -1.0}, {"max_nonfinite": -1}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"spike_window": 0},
+        {"spike_deviations": -1.0},
+        {"spike_deviations": float("nan")},
+        {"max_nonfinite": -1},
+        {"after_updates": -1},
+        *({f"{kind}_{name}": value} for kind in ("min", "warn") for name in SPREADS for value in (-0.1, float("nan"))),
+        {"min_target_var": float("inf")},
+    ],
+)
 def test_settings_are_checked(bad):
     with pytest.raises(ValueError, match=rf"guards\.{next(iter(bad))} must be at least"):
         GuardConfig(**bad)

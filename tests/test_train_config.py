@@ -143,6 +143,19 @@ def test_yaml_file(tmp_path):
         ("speech_base", [DATA, "seed=-1"], "seed must be at least 0, got -1"),
         ("speech_base", [DATA, "model=foo"], "model is a group of keys, got the single value 'foo'"),
         ("speech_base", ["data.path=["], "overrides: "),
+        ("speech_base", [DATA, "seed=99999999999999999999999"], r"^seed must be below 2\*\*63, got 9{23}$"),
+        ("speech_base", [DATA, "reference_gpus=0"], "^reference_gpus must be at least 1, got 0$"),
+        ("speech_base", [DATA, "guards.warn_pred_var=nan"], "^guards.warn_pred_var must be at least 0 and finite, got"),
+        ("speech_base", [DATA, "optim.eps=0"], r"^optim.eps must be a number above 0, got 0.0$"),
+        ("speech_base", [DATA, "optim.betas=[0.9]"], r"^optim.betas: .*missing of tuple\[float, float\], got \[0.9\]$"),
+        ("speech_base", [DATA, "schedule.init_scale=nan"], "^schedule.init_scale must be >= 0, got nan$"),
+        ("speech_base", [DATA, "updates=${nothing}"], "^overrides: Interpolation key 'nothing' not found.*updates.*$"),
+        # a group is said once, and all of them
+        ("speech_base", [DATA, "updates=0"], "^updates must be"),
+        ("speech_base", [DATA, "optim.lr=-1"], "^optim.lr must be"),
+        ("speech_base", [DATA, "data.min_seconds=0"], "^data.min_seconds must be"),
+        ("speech_base", [DATA, "model.ema.decay=2"], "^model.ema.decay and end_decay must be"),
+        ("speech_base", [DATA, "model.encoder.layers=3"], "^model.targets.top_k 8 must not exceed"),
     ],
 )
 def test_refusals(preset, overrides, match):
@@ -151,8 +164,13 @@ def test_refusals(preset, overrides, match):
 
 
 def test_bad_yaml_files(tmp_path):
-    for text, match in (("a: [", "cannot read the configuration"), ("[1, 2]", "must hold keys and values")):
-        (tmp_path / "bad.yaml").write_text(text)
+    for text, match in (
+        (b"a: [\n", "cannot read the configuration .*: while parsing .*$"),
+        (b"\xff\xfe\xfd", "cannot read the configuration"),
+        (b"5", "cannot read the configuration"),
+        (b"[1, 2]", "must hold keys and values"),
+    ):
+        (tmp_path / "bad.yaml").write_bytes(text)
         with pytest.raises(ConfigError, match=match):
             load_config(str(tmp_path / "bad.yaml"))
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
@@ -64,9 +65,9 @@ class GuardConfig:
     spike_window: int = 1000  # losses that mean and deviation are taken of
 
     def __post_init__(self) -> None:
-        for name in ("spike_deviations", "max_nonfinite", "after_updates"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"guards.{name} must be at least 0, got {getattr(self, name)}")
+        for one in dataclasses.fields(self):
+            if not 0 <= getattr(self, one.name) < math.inf:  # which NaN is not either; it would switch a guard off
+                raise ValueError(f"guards.{one.name} must be at least 0 and finite, got {getattr(self, one.name)}")
         if self.spike_window < 1:
             raise ValueError(f"guards.spike_window must be at least 1, got {self.spike_window}")
 
@@ -109,12 +110,14 @@ class TrainConfig:
     stop_after: int = 0  # end this session after so many updates, as if interrupted; 0 = run to the end
 
     def __post_init__(self) -> None:
-        for name in ("updates", "accumulate", "log_every", "checkpoint_every", "keep_checkpoints"):
+        for name in ("updates", "accumulate", "reference_gpus", "log_every", "checkpoint_every", "keep_checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         for name in ("seed", "workers", "keep_every", "stop_after"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.seed >= 2**63:
+            raise ValueError(f"seed must be below 2**63, got {self.seed}")
 
 
 def presets() -> list[str]:
@@ -126,6 +129,10 @@ def presets() -> list[str]:
 def _nearest(name: str, known: Sequence[str]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"did you mean {close[0]!r}? " if close else ""
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
 
 
 def _override(config: Any, values: dict[str, Any], path: str = "") -> Any:
@@ -146,11 +153,16 @@ def _override(config: Any, values: dict[str, Any], path: str = "") -> Any:
         try:
             changes[key] = TypeAdapter(hints[key], config=COERCE).validate_python(value)
         except ValidationError as error:
-            raise ConfigError(f"{where}: {error.errors()[0]['msg']}, got {value!r}") from None
+            first = error.errors()[0]
+            short = first["type"] == "missing"  # of a tuple
+            why = f"a value is missing of {hints[key]}" if short else first["msg"]
+            raise ConfigError(f"{where}: {why}, got {value!r}") from None
     try:
         return dataclasses.replace(config, **changes)
     except ValueError as error:
-        raise ConfigError(f"{path or 'config'}: {error}") from None
+        # which names a field, as a rule with its group: the last one of the path
+        group = f"{path.removesuffix('.').rpartition('.')[2]}."
+        raise ConfigError(f"{path}{str(error).removeprefix(group)}") from None
 
 
 def model_config(values: dict[str, Any]) -> Data2VecConfig:
@@ -206,8 +218,8 @@ def load_config(preset: str, overrides: Sequence[str] = ()) -> TrainConfig:
     if preset.endswith((".yaml", ".yml")):
         try:
             base = OmegaConf.load(preset)
-        except (OSError, YAMLError) as error:
-            raise ConfigError(f"cannot read the configuration {preset}: {error}") from None
+        except (OSError, UnicodeDecodeError, YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"cannot read the configuration {preset}: {_one_line(error)}") from None
         if not isinstance(base, DictConfig):
             raise ConfigError(f"{preset} must hold keys and values, got {OmegaConf.to_container(base)!r}")
     elif preset in presets():
@@ -221,7 +233,7 @@ def load_config(preset: str, overrides: Sequence[str] = ()) -> TrainConfig:
     try:
         merged = OmegaConf.to_container(OmegaConf.merge(base, OmegaConf.from_dotlist(list(overrides))), resolve=True)
     except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"overrides: {error}") from None
+        raise ConfigError(f"overrides: {_one_line(error)}") from None
     return config_from_dict({"out": f"runs/{Path(preset).stem}", **merged})
 
 

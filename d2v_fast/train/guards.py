@@ -40,7 +40,8 @@ class Window:
     def __init__(self) -> None:
         self._rows: list[torch.Tensor] = []
         self._places: list[Progress] = []
-        self.nonfinite = 0  # length of the current run of skipped updates
+        self.nonfinite = 0  # most updates in a row that were skipped, as of the last take
+        self._in_a_row = 0  # that are skipped up to now
         self.taken: list[Taken] = []  # by the last take
 
     def add(self, before: Progress, m: StepMetrics) -> None:
@@ -57,8 +58,10 @@ class Window:
         self.taken = [Taken(p, row[0], row[-1] > 0) for p, row in zip(self._places, rows, strict=True)]
         self._rows.clear()
         self._places.clear()
+        self.nonfinite = 0
         for row in rows:
-            self.nonfinite = self.nonfinite + 1 if row[-1] else 0
+            self._in_a_row = self._in_a_row + 1 if row[-1] else 0
+            self.nonfinite = max(self.nonfinite, self._in_a_row)
         kept = [row[:-1] for row in rows if not row[-1]]
         means = [sum(column) / len(kept) for column in zip(*kept, strict=True)] if kept else [float("nan")] * 5
         return [*means, len(rows) - len(kept)]
@@ -79,7 +82,7 @@ class Guards:
 
         Args:
             record: a row of metrics.jsonl.
-            nonfinite: updates in a row, up to this one, that were skipped.
+            nonfinite: most updates in a row since the last log that were skipped, with those right before it.
 
         Raises:
             TrainingStopped: too many updates in a row were not finite, or something has collapsed.

@@ -23,9 +23,11 @@ class OptimConfig:
     one_pass: bool = False  # one kernel for AdamW and the teacher's average (optim.AdamWEMA); not yet timed on a GPU
 
     def __post_init__(self) -> None:
-        for name in ("lr", "eps", "weight_decay", "clip_norm"):
+        for name in ("lr", "weight_decay", "clip_norm"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"optim.{name} must be a number >= 0, got {getattr(self, name)}")
+        if not 0 < self.eps < math.inf:  # with 0, what has had no gradient yet becomes NaN
+            raise ValueError(f"optim.eps must be a number above 0, got {self.eps}")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optim.betas must be in [0, 1), got {self.betas}")
 
@@ -42,7 +44,7 @@ class ScheduleConfig:
 
     def __post_init__(self) -> None:
         for name in ("warmup_updates", "decay_updates", "init_scale", "final_scale"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"schedule.{name} must be >= 0, got {getattr(self, name)}")
 
 
