@@ -302,7 +302,7 @@ def test_which_column(tmp_path):
     marked = both.replace_schema_metadata({"huggingface": json.dumps(features)})
     data = SpeechData(config(write_arrow(tmp_path / "a.arrow", marked), normalize=False), MODEL, 0)
     assert np.array_equal(data._read(0), wave(0, 1.0))
-    with pytest.raises(DataError, match=r"no column 'sound', only audio, sentence, far"):
+    with pytest.raises(DataError, match=r"no column 'sound' among audio, sentence, far"):
         SpeechData(config(path, column="sound"), MODEL, 0)
     with pytest.raises(DataError, match="no column of encoded audio"):
         SpeechData(config(write_arrow(path, both.select(["sentence"]))), MODEL, 0)

@@ -200,9 +200,9 @@ def test_damaged_tars_give_what_came_before(shards, damage, caplog):
 
 def test_nothing_in_them(tmp_path):
     path = write_tar(tmp_path / "a.tar", {"a.txt": b"text"})
-    with pytest.raises(DataError, match=r"none of the 0 files under .* can be used"):
+    with pytest.raises(DataError, match=r"a\.tar holds nothing to train on; expected audio of at least"):
         SpeechData(config(path), MODEL, 0)
-    with pytest.raises(DataError, match="can be used; expected images"):
+    with pytest.raises(DataError, match="holds nothing to train on; expected images"):
         ImageData(image_config(path), Data2VecConfig.image("base"), 0)
 
 
@@ -260,5 +260,5 @@ def test_folders_of_several_formats(shards):
         SpeechData(config(shards, format="lmdb"), MODEL, 0)
     with pytest.raises(DataError, match=r"several formats \(files, webdataset\); expected one"):
         SpeechData(config(shards / "*[a-z0-9]"), MODEL, 0)
-    with pytest.raises(DataError, match=r"holds no audio files, a .tsv manifest, tars or tables \(.*\.tar"):
+    with pytest.raises(DataError, match=r"holds no audio files, a .tsv manifest, uncompressed tars or tables \("):
         SpeechData(config(write_tar(shards / "x.zip", {})), MODEL, 0)

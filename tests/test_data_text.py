@@ -203,7 +203,7 @@ def test_bad_files_are_skipped_and_named(folder):
     (folder / "latin.txt").write_bytes(b"fine\nk\xe4se\n")
     (folder / "blank.txt").write_text("\n  \n")
     (folder / "link.txt").symlink_to("nowhere")
-    data = TextData(config(folder), MODEL, 0)
+    data = TextData(config(folder, max_bad_fraction=0.5), MODEL, 0)
     reasons = dict(data.skipped)
     assert sorted(reasons) == ["blank.txt", "latin.txt", "link.txt"] and reasons["blank.txt"] == "no text"
     assert "not readable as UTF-8" in reasons["latin.txt"] and "3 skipped" in data.describe()

@@ -17,15 +17,8 @@ import torch
 
 from d2v_fast.nn.batch import Batch, make_batch
 from d2v_fast.nn.config import Data2VecConfig
-from d2v_fast.train.data.base import (
-    BAD_ITEMS_ALLOWED,
-    PretrainData,
-    UnreadableFile,
-    log_skipped,
-    nothing_left,
-    require,
-    too_many_bad,
-)
+from d2v_fast.train.data.bad_items import log_skipped, nothing_left, too_many_bad, too_many_items
+from d2v_fast.train.data.base import PretrainData, UnreadableFile, require
 from d2v_fast.train.data.formats import SHARDS, Found, LocationConfig, find, open_source
 from d2v_fast.train.data.manifest import read_manifest
 from d2v_fast.train.data.packing import packed_batches
@@ -166,17 +159,16 @@ class SpeechData(PretrainData):
 
     def _keep(self, lengths: np.ndarray, reasons: np.ndarray) -> None:
         """Keep the items that are long enough; lengths are in samples at 16 kHz, a reason says why there is none."""
-        names, bad = self.source.names, np.flatnonzero(reasons != "")
-        unreadable = [*self.source.skipped, *((names[i], str(reasons[i])) for i in bad)]
-        total = len(names) + len(self.source.skipped)
-        if len(unreadable) > max(BAD_ITEMS_ALLOWED, self.max_bad_fraction * total) and len(unreadable) < total:
-            raise too_many_bad(len(unreadable), total, self.max_bad_fraction, unreadable)
+        names = self.source.names
+        bad = [(names[i], str(reasons[i])) for i in np.flatnonzero(reasons != "")]
+        if len(bad) < len(names) and too_many_items(len(bad), len(names), len(bad), self.max_bad_fraction):
+            raise too_many_bad(len(bad), len(names), self.max_bad_fraction, bad)
         short = np.flatnonzero((reasons == "") & (lengths < self.min_samples))
-        self.skipped = [*unreadable, *((names[i], self._too_short(int(lengths[i]))) for i in short)]
+        self.skipped = [*self.source.skipped, *bad, *((names[i], self._too_short(int(lengths[i]))) for i in short)]
         self.items = np.flatnonzero((reasons == "") & (lengths >= self.min_samples))  # of the source
         self.lengths = lengths[self.items]  # [items] samples
         self.names = names.take(self.items)
-        log_skipped(self.skipped, total)
+        log_skipped(self.skipped, len(names) + len(self.source.skipped))
         if not self.items.size:
             raise nothing_left(self.config.path, self.skipped, f"audio of at least {self.config.min_seconds} s")
 
@@ -233,7 +225,7 @@ def _list_items(config: SpeechDataConfig) -> tuple[Source, np.ndarray, np.ndarra
         found = Found("manifest", Path(), [Path(config.path).expanduser()])
     else:
         kinds = {"files": config.extensions, "manifest": (".tsv",), **SHARDS}
-        what = "audio files, a .tsv manifest, tars or tables"
+        what = "audio files, a .tsv manifest, uncompressed tars or tables"
         found = find(config.path, kinds, config.format, config.split, what)
     if found.format == "manifest":
         source, lengths = read_manifest(_of_split(found.files, config))

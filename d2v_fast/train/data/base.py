@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from d2v_fast.nn.batch import Batch
 from d2v_fast.nn.config import Data2VecConfig
+from d2v_fast.train.data.bad_items import too_many_bad, too_many_items
 from d2v_fast.train.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,6 @@ logger = logging.getLogger(__name__)
 Skipped = tuple[tuple[str, str], ...]  # (file, reason)
 Spec = tuple[int, int, tuple[int, ...]]  # epoch, index of the batch in the epoch, its items
 NO_MEMORY = "it takes more memory than there is; its header may be damaged"
-BAD_ITEMS_ALLOWED = 10  # different ones, whatever share of the data they are
 T = TypeVar("T")
 
 
@@ -187,8 +187,8 @@ def batches(
     """Yield (epoch, index, batch) without end, starting with batch ``index`` of ``epoch``.
 
     The batches are the same for every ``num_workers``, and torch's global generator is left alone. A batch of which
-    nothing could be read is left out; its files are named in the next one's ``skipped``. A few unreadable items never
-    end a run; more than ten different ones do, once they are more than ``data.max_bad_fraction`` of the items so far.
+    nothing could be read is left out; its files are named in the next one's ``skipped``. More unreadable
+    items than ``data.max_bad_fraction`` of those so far end the run, unless they are few (``bad_items``).
 
     Of every ``world_size`` batches in a row, one a rank, number ``rank`` is read and yielded, also across the end of
     an epoch; (epoch, index) is then the place of the last of these, the same for all ranks. So ranks that start at one
@@ -288,7 +288,7 @@ def _readable(
                 logger.warning("skipped %s: %s", name, reason)
                 named.add(name)
         read, bad = read + loaded.count, bad + len(loaded.skipped)
-        if len(named) > BAD_ITEMS_ALLOWED and bad > data.max_bad_fraction * read:
+        if too_many_items(bad, read, len(named), data.max_bad_fraction):
             raise too_many_bad(bad, read, data.max_bad_fraction, loaded.skipped)
         if loaded.batch is None:
             pending += loaded.skipped
@@ -338,28 +338,6 @@ def fixed_batches(rng: np.random.Generator, num_items: int, batch_size: int) -> 
     order = rng.permutation(num_items).tolist()
     end = num_items - num_items % batch_size or num_items
     return [tuple(order[i : i + batch_size]) for i in range(0, end, batch_size)]
-
-
-def log_skipped(skipped: Sequence[tuple[str, str]], total: int) -> None:
-    """One warning for everything that a scan left out."""
-    if skipped:
-        examples = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
-        logger.warning("skipped %d of %d files (%s%s)", len(skipped), total, examples, "; ..." * (len(skipped) > 3))
-
-
-def nothing_left(path: str | Path, skipped: Sequence[tuple[str, str]], expected: str) -> DataError:
-    """The error for a scan after which no file is left."""
-    examples = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
-    return DataError(f"none of the {len(skipped)} files under {path} can be used; expected {expected}. {examples}")
-
-
-def too_many_bad(bad: int, total: int, allowed: float, last: Sequence[tuple[str, str]]) -> DataError:
-    """The error for more unreadable items than ``data.max_bad_fraction`` allows."""
-    examples = "; ".join(f"{name}: {reason}" for name, reason in last[-3:])
-    return DataError(
-        f"{bad} of {total} items could not be read ({bad / total:.2%}), more than data.max_bad_fraction = {allowed}; "
-        f"last: {examples}. Mend the data, or raise data.max_bad_fraction."
-    )
 
 
 def require(condition: bool, name: str, expected: str, value: object) -> None:

@@ -4,6 +4,7 @@ A folder holds ``dict.txt`` and, for a split, ``train.bin`` (the ids of all sent
 ``train.idx`` (their lengths), both memory-mapped here. Every block gets ``<s>`` in front, as in the task ``masked_lm``.
 """
 
+import logging
 import os
 import struct
 from collections.abc import Iterator
@@ -15,11 +16,13 @@ import torch
 
 from d2v_fast.nn.batch import Batch, make_batch
 from d2v_fast.nn.config import Data2VecConfig
-from d2v_fast.train.data.base import PretrainData, log_skipped
+from d2v_fast.train.data.base import PretrainData
 from d2v_fast.train.data.packing import packed_batches
 from d2v_fast.train.data.text_config import BOS, PAD, TextDataConfig, check_text_model
 from d2v_fast.train.data.tokenizer import MASK_TOKEN, SPECIAL_TOKENS
 from d2v_fast.train.errors import DataError
+
+logger = logging.getLogger(__name__)
 
 MAGIC = b"MMIDIDX\0\0"
 OTHER_KINDS = {b"TNTIDX\0\0": "of the kinds lazy or cached", b"HUFFIDX\0": "of the kind huffman"}
@@ -65,10 +68,10 @@ class BinarizedTextData(PretrainData):
         for other in folders[1:]:
             if read_dictionary(other / "dict.txt") != symbols:
                 raise DataError(f"{other / 'dict.txt'} differs from {folders[0] / 'dict.txt'}; expected one dictionary")
-        long = [(str(shard.prefix), shard.too_long) for shard in self.shards if shard.too_long]
-        limit = config.tokens_per_sample - 1
-        self.skipped = [(name, f"{count} blocks of more than {limit} tokens") for name, count in long]
-        log_skipped(self.skipped, len(self.shards))
+        for shard in self.shards:
+            if shard.too_long:
+                limit = config.tokens_per_sample - 1
+                logger.warning("%s: left out %d blocks of more than %d tokens", shard.prefix, shard.too_long, limit)
 
     def describe(self) -> str:
         """Folders, sentences, tokens, blocks and what was left out."""
@@ -152,7 +155,8 @@ class _Shard:
             self.maps[part][max(0, where.start - begins[part]) : where.stop - begins[part]]
             for part in range(first, min(last + 1, len(self.maps)))
         ]
-        return np.concatenate([np.zeros(0, np.int64), *pieces]).astype(np.int64)
+        # each on its own: together, int64 and uint64 would become float64
+        return np.concatenate([np.zeros(0, np.int64), *(np.asarray(piece, np.int64) for piece in pieces)])
 
     def __getstate__(self) -> dict[str, Any]:
         # a memory map would be pickled with all its contents when workers are spawned

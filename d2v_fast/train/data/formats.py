@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
 
+from d2v_fast.train.data.bad_items import check_files
 from d2v_fast.train.data.base import list_files, relative_names, require
 from d2v_fast.train.data.names import Names
 from d2v_fast.train.data.sources import Files, Source
@@ -33,7 +34,7 @@ class LocationConfig:
     split: str = "train"  # where one folder or file holds several
     column: str | None = None  # of tables, or the extension in tars; None: the only one of its kind
     cache_dir: str | None = None  # keeps what is worked out from the files; None: done again on every start
-    max_bad_fraction: float = 0.01  # of the items; more unreadable ones (and more than ten) end the run
+    max_bad_fraction: float = 0.01  # of items, and of files; more unreadable ones end the run, unless they are few
 
     def __post_init__(self) -> None:
         require(bool(self.path), "data.path", "a folder, a file, or a pattern of files", self.path)
@@ -53,20 +54,26 @@ class Found:
 def open_source(found: Found, config: LocationConfig, suffixes: Sequence[str]) -> Source:
     """The items of ``found``: files, members of tars, or rows of tables; what is wrong with them is not looked at.
 
+    The source names tars and tables that cannot be read, wholly or from some place on, in ``skipped``.
+
     Args:
         found: what :func:`find` gave, of the format "files" or one of ``SHARDS``.
-        config: says which column, and where to keep what was worked out.
+        config: says which column, where to keep what was worked out, and how many files may be unreadable.
         suffixes: of the members of tars that are wanted, with a dot.
 
     Raises:
-        DataError: see :class:`Tables`.
+        DataError: see :class:`Tables`; or more unreadable files than ``config`` allows, where others hold something.
     """
+    if found.format == "files":
+        return Files(found.root, Names(relative_names(found.root, found.files)))
     if found.format == "webdataset":
         extensions = [config.column] if config.column else [suffix.removeprefix(".") for suffix in suffixes]
-        return Tars(found.root, found.files, extensions, config.cache_dir)
-    if found.format in TABLES:
-        return Tables(found.root, found.files, config.column, config.cache_dir)
-    return Files(found.root, Names(relative_names(found.root, found.files)))
+        source: Source = Tars(found.root, found.files, extensions, config.cache_dir)
+    else:
+        source = Tables(found.root, found.files, config.column, config.cache_dir)
+    if source.names:
+        check_files(source.skipped, len(found.files), config.max_bad_fraction)
+    return source
 
 
 def find(path: str, kinds: Mapping[str, Sequence[str]], wanted: str, split: str, what: str) -> Found:

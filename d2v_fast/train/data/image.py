@@ -16,15 +16,8 @@ from torch import Tensor, nn
 
 from d2v_fast.nn.batch import Batch, make_batch
 from d2v_fast.nn.config import Data2VecConfig
-from d2v_fast.train.data.base import (
-    NO_MEMORY,
-    PretrainData,
-    UnreadableFile,
-    fixed_batches,
-    log_skipped,
-    nothing_left,
-    require,
-)
+from d2v_fast.train.data.bad_items import log_skipped, nothing_left
+from d2v_fast.train.data.base import NO_MEMORY, PretrainData, UnreadableFile, fixed_batches, require
 from d2v_fast.train.data.formats import SHARDS, LocationConfig, find, open_source
 
 IMAGE_EXTENSIONS = (".png", ".jpg", ".jpeg", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
@@ -129,7 +122,7 @@ class ImageData(PretrainData):
         require(len(self.std) == channels, "data.std", f"{channels} numbers", self.std)
         self.decode_size = config.decode_size or -(-model.frontend.image_size * 8 // 7)
         kinds = {"files": IMAGE_EXTENSIONS, **SHARDS}
-        found = find(config.path, kinds, config.format, config.split, "images, tars or tables")
+        found = find(config.path, kinds, config.format, config.split, "images, uncompressed tars or tables")
         self.source = open_source(found, config, IMAGE_EXTENSIONS)
         self.names, self.skipped = self.source.names, self.source.skipped
         log_skipped(self.skipped, len(found.files))

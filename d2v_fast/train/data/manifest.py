@@ -12,6 +12,8 @@ from d2v_fast.train.data.names import Names
 from d2v_fast.train.data.sources import SLICE, Files
 from d2v_fast.train.errors import DataError
 
+DIGITS = 18  # of a length, which is kept in 64 bits
+
 
 def read_manifest(path: Path) -> tuple[Files, np.ndarray]:
     """The items of a manifest and their lengths in samples, int64 [items]; files are not looked at.
@@ -33,8 +35,9 @@ def read_manifest(path: Path) -> tuple[Files, np.ndarray]:
         if not line.strip():
             continue
         name, tab, samples = line.strip().partition("\t")
-        if not tab or not samples.strip().isdecimal():
-            raise DataError(f"manifest {path}, line {number}: expected path<TAB>samples, got {line!r}")
+        samples = samples.strip()
+        if not tab or not samples.isdecimal() or len(samples) > DIGITS:
+            raise DataError(f"manifest {path}, line {number}: expected path<TAB>samples, got {line[:1000]!r}")
         names.append(name)
         lengths.append(int(samples))
     if not names:

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,7 +23,7 @@ from d2v_fast.train.files import replace_file
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-SLICE = re.compile(r"(.+):(\d+):(\d+)")  # archive:offset:length, in bytes, as fairseq's manifests name them
+SLICE = re.compile(r"(.+):(\d{1,18}):(\d{1,18})")  # archive:offset:length, in bytes, as fairseq's manifests name them
 
 
 class Source(ABC):
@@ -73,21 +74,32 @@ class Files(Source):
         """See :meth:`Source.open`."""
         path = os.path.join(self.root, self.names[item])
         part = SLICE.fullmatch(path) if self.slices else None
-        try:
-            # not buffered: decoders read in large pieces
-            return open_slice(part[1], int(part[2]), int(part[3])) if part else open(path, "rb", buffering=0)
-        except OSError as error:
-            raise UnreadableFile(path, error.strerror or str(error)) from error
+        if part:
+            return open_slice(part[1], int(part[2]), int(part[3]))
+        return open_regular(path, buffering=0)  # decoders read in large pieces
+
+
+def open_regular(path: str | Path, buffering: int = -1) -> BinaryIO:
+    """Open a regular file to read its bytes; ``buffering`` as for ``open``.
+
+    Raises:
+        UnreadableFile: it is missing, may not be read, or is a folder or a pipe.
+    """
+    try:
+        if stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe would wait for its other end
+            return open(path, "rb", buffering=buffering)
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+        raise UnreadableFile(path, getattr(error, "strerror", None) or str(error)) from error
+    raise UnreadableFile(path, "not a regular file")
 
 
 def open_slice(path: str, offset: int, size: int) -> "Slice":
     """Bytes ``offset`` to ``offset + size`` of the file ``path``, as a file of its own.
 
     Raises:
-        OSError: the file cannot be opened.
-        UnreadableFile: it ends before the slice does.
+        UnreadableFile: the file cannot be opened, or ends before the slice does.
     """
-    file = open(path, "rb", buffering=0)  # noqa: SIM115  the slice closes it
+    file = open_regular(path, buffering=0)
     length = os.fstat(file.fileno()).st_size
     if offset + size > length:
         file.close()
@@ -130,9 +142,9 @@ class Slice(io.RawIOBase):
 
 
 def describe_files(paths: Sequence[str | Path]) -> list[Any]:
-    """Names, sizes and times of change: what a cache is told apart by."""
-    stats = [(Path(path).name, os.stat(path)) for path in paths]
-    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+    """Names, sizes and times of change: what a cache is told apart by. A link that leads nowhere has a name only."""
+    stats = [(Path(path).name, os.stat(path) if os.path.exists(path) else None) for path in paths]
+    return [(name, found and found.st_size, found and found.st_mtime_ns) for name, found in stats]
 
 
 def cache_path(folder: str | Path, kind: str, key: list[Any]) -> Path:

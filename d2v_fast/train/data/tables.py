@@ -9,8 +9,7 @@ import io
 import json
 import logging
 import os
-import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
@@ -19,7 +18,7 @@ import numpy as np
 
 from d2v_fast.train.data.base import UnreadableFile
 from d2v_fast.train.data.names import Names
-from d2v_fast.train.data.sources import Source, cache_path, describe_files, missing
+from d2v_fast.train.data.sources import Source, cache_path, describe_files, missing, open_regular
 from d2v_fast.train.errors import ConfigError, DataError
 from d2v_fast.train.files import replace_file
 
@@ -28,6 +27,7 @@ logger = logging.getLogger(__name__)
 FORMAT = 1  # raise when the unpacked form changes
 OPEN_FILES = 128  # in each process; systems allow 1024 at least
 BATCH_ROWS = 64  # rows in a batch of an unpacked file
+BYTES, TEXT = "binary, or structs with binary bytes and a path", "strings"  # what columns hold, for messages
 
 
 class Tables(Source):
@@ -48,8 +48,7 @@ class Tables(Source):
             try:
                 with _reader(str(file)) as reader:
                     self.column = self.column or _bytes_column(reader.schema, file)
-                    if self.column not in reader.schema.names:
-                        raise UnreadableFile(file, f"no column {self.column!r}, only {', '.join(reader.schema.names)}")
+                    _check_column(reader.schema, self.column, _holds_bytes, BYTES, file)
                     reader.check(self.column)
                     rows = reader.num_rows
                     path = str(file) if cache_dir is None else _unpacked(reader, str(file), self.column, cache_dir)
@@ -86,11 +85,9 @@ class Tables(Source):
         if os.path.commonpath([folder, target]) != folder:
             raise UnreadableFile(self.names[item], f"{path}: not below the folder of the tables, {folder}")
         try:
-            if stat.S_ISREG(os.stat(target).st_mode):  # opening a pipe would wait for its other end
-                return open(target, "rb", buffering=0)
-        except (OSError, ValueError) as error:  # ValueError: a zero byte in it
-            raise UnreadableFile(self.names[item], f"{path}: {getattr(error, 'strerror', error)}") from error
-        raise UnreadableFile(self.names[item], f"{path}: not a regular file")
+            return open_regular(target, buffering=0)
+        except UnreadableFile as error:
+            raise UnreadableFile(self.names[item], f"{path}: {error.reason}") from error
 
     def _reader(self, file: int) -> "_Parquet | _Arrow":
         """The reader of a file, of those that were used last."""
@@ -113,8 +110,7 @@ def read_documents(path: Path, column: str | None) -> Iterator[str]:
     """
     with _reader(str(path)) as reader:
         column = column or _text_column(reader.schema, path)
-        if column not in reader.schema.names:
-            raise UnreadableFile(path, f"no column {column!r}, only {', '.join(reader.schema.names)}")
+        _check_column(reader.schema, column, _holds_text, TEXT, path)
         reader.check(column)
         for values in reader.batches(column):
             yield from (text for text in values.to_pylist() if text and text.strip())
@@ -133,6 +129,7 @@ def _pyarrow() -> ModuleType:
 
 def _reader(path: str) -> "_Parquet | _Arrow":
     pa = _pyarrow()
+    open_regular(path).close()  # pyarrow would wait for the other end of a pipe
     try:
         return _Parquet(path) if path.endswith(".parquet") else _Arrow(path)
     except (pa.ArrowException, OSError) as error:
@@ -257,23 +254,39 @@ def _unpacked(reader: "_Parquet | _Arrow", path: str, column: str, cache_dir: st
 
 def _bytes_column(schema: Any, path: Path) -> str:
     """The column of encoded audio or images: what ``datasets`` marks as such, else the only one of bytes."""
-    types = _pyarrow().types
-
-    def holds_bytes(kind: Any) -> bool:
-        if types.is_struct(kind):
-            return any(field.name == "bytes" and holds_bytes(field.type) for field in kind)
-        return types.is_binary(kind) or types.is_large_binary(kind)
-
     features = _features(schema)
     marked = [name for name in schema.names if _is_media(features.get(name))]
-    found = marked or [field.name for field in schema if holds_bytes(field.type)]
-    return _only(found, "encoded audio or images (bytes, or structs of bytes and path)", schema, path)
+    found = marked or [field.name for field in schema if _holds_bytes(field.type)]
+    return _only(found, f"encoded audio or images ({BYTES})", schema, path)
 
 
 def _text_column(schema: Any, path: Path) -> str:
+    found = [field.name for field in schema if _holds_text(field.type)]
+    return "text" if "text" in found else _only(found, f"text ({TEXT})", schema, path)
+
+
+def _holds_bytes(kind: Any) -> bool:
     types = _pyarrow().types
-    found = [field.name for field in schema if types.is_string(field.type) or types.is_large_string(field.type)]
-    return "text" if "text" in found else _only(found, "text", schema, path)
+    if not types.is_struct(kind):
+        return types.is_binary(kind) or types.is_large_binary(kind)
+    fields = {field.name: field.type for field in kind}
+    if "bytes" not in fields or types.is_struct(fields["bytes"]) or not _holds_bytes(fields["bytes"]):
+        return False
+    return "path" not in fields or types.is_null(fields["path"]) or _holds_text(fields["path"])
+
+
+def _holds_text(kind: Any) -> bool:
+    types = _pyarrow().types
+    return types.is_string(kind) or types.is_large_string(kind)
+
+
+def _check_column(schema: Any, name: str, fits: Callable[[Any], bool], expected: str, path: Path) -> None:
+    """Raise the UnreadableFile of a table without the column ``name``, or in which it holds something else."""
+    if schema.names.count(name) != 1:
+        which = "several columns" if name in schema.names else "no column"
+        raise UnreadableFile(path, f"{which} {name!r} among {', '.join(schema.names)}")
+    if not fits(schema.field(name).type):
+        raise UnreadableFile(path, f"column {name!r} is of type {schema.field(name).type}; expected {expected}")
 
 
 def _features(schema: Any) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from d2v_fast.train.data.base import UnreadableFile
 from d2v_fast.train.data.names import Names
-from d2v_fast.train.data.sources import Source, cached, describe_files, open_slice
+from d2v_fast.train.data.sources import Source, cached, describe_files, open_regular, open_slice
 
 KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # as webdataset's base_plus_ext
 META = re.compile(r"__[^/]*__(/|$)")  # members that webdataset leaves out
@@ -37,10 +37,7 @@ class Tars(Source):
     def open(self, item: int) -> BinaryIO:
         """See :meth:`Source.open`."""
         shard, offset, size = self.places[item].tolist()
-        try:
-            return open_slice(self.shards[shard], offset, size)
-        except OSError as error:
-            raise UnreadableFile(self.shards[shard], error.strerror or str(error)) from error
+        return open_slice(self.shards[shard], offset, size)
 
 
 def _index(shards: list[str], short: list[str], extensions: frozenset[str]) -> dict[str, np.ndarray]:
@@ -73,14 +70,15 @@ def _index(shards: list[str], short: list[str], extensions: frozenset[str]) -> d
 def _members(path: str) -> Iterator[tuple[str, int, int]]:
     """Name, offset and size of the regular files in a tar."""
     try:
-        size = os.path.getsize(path)
-        with tarfile.open(path, "r:") as tar:
+        with open_regular(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+            size = os.fstat(file.fileno()).st_size
             while (member := tar.next()) is not None:
                 tar.members.clear()  # they would all be kept
+                if member.size < 0:  # tarfile would go back by as much
+                    raise tarfile.ReadError(f"{member.name} has a size of {member.size}")
                 if member.isreg() and member.offset_data + member.size <= size:
                     yield member.name, member.offset_data, member.size
             end = tar.offset
-        with open(path, "rb") as file:
             file.seek(end)
             block = file.read(tarfile.BLOCKSIZE)
     except (tarfile.TarError, OSError) as error:

@@ -8,7 +8,8 @@ block starts with ``<s>``. The ids are computed once and, with a cache folder, k
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from io import TextIOWrapper
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,17 +20,10 @@ from tokenizers import Tokenizer
 
 from d2v_fast.nn.batch import Batch, make_batch
 from d2v_fast.nn.config import Data2VecConfig
-from d2v_fast.train.data.base import (
-    PretrainData,
-    UnreadableFile,
-    fixed_batches,
-    log_skipped,
-    nothing_left,
-    relative_names,
-    require,
-)
+from d2v_fast.train.data.bad_items import check_files, log_skipped, nothing_left
+from d2v_fast.train.data.base import PretrainData, UnreadableFile, fixed_batches, relative_names, require
 from d2v_fast.train.data.formats import TABLES, find
-from d2v_fast.train.data.sources import cache_path, missing
+from d2v_fast.train.data.sources import cache_path, missing, open_regular
 from d2v_fast.train.data.tables import read_documents
 from d2v_fast.train.data.text_config import BOS, EOS, TextDataConfig, check_text_model
 from d2v_fast.train.data.tokenizer import as_encoder, load_tokenizer, train_tokenizer
@@ -40,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 ENCODE_DOCUMENTS = 1024  # handed to the tokenizer's threads at a time
 KINDS = {"files": (".txt",), **TABLES}
+NO_TEXT = "no text"  # of files that can be read
 CACHE_FORMAT = 1  # raise when the layout or the way of tokenizing changes
 
 
@@ -64,13 +59,14 @@ class TextData(PretrainData):
         found = find(config.path, KINDS, config.format, config.split, "UTF-8 text files or tables")
         files, names = found.files, relative_names(found.root, found.files)
         vocab_size, cache = model.frontend.vocab_size, _Cache(config.cache_dir, files, names, config.column)
-        corpus = _Corpus(config.path, files, names, config.column)
+        corpus = _Corpus(config, files, names)
         if config.tokenizer is None:
             self.tokenizer = cache.tokenizer(vocab_size, lambda: train_tokenizer(corpus.documents(), vocab_size))
         else:
             self.tokenizer = load_tokenizer(config.tokenizer, vocab_size)
         self.ids, info = cache.ids(self.tokenizer, lambda: corpus.encode(self.tokenizer, vocab_size), corpus.info)
         self.skipped = [tuple(entry) for entry in info["skipped"]]
+        _check_unreadable(self.skipped, len(files), config)  # a cache may have been made with another limit
         self.num_files, self.num_documents = len(files) - len(self.skipped), info["documents"]
         log_skipped(self.skipped, len(files))
         self.num_blocks = len(self.ids) // (config.tokens_per_sample - 1)
@@ -126,8 +122,8 @@ class TextData(PretrainData):
 class _Corpus:
     """The documents of the files that can be read throughout; which ones those are is found on first use."""
 
-    def __init__(self, path: str, files: list[Path], names: list[str], column: str | None) -> None:
-        self.path, self.files, self.names, self.column = path, files, names, column
+    def __init__(self, config: TextDataConfig, files: list[Path], names: list[str]) -> None:
+        self.config, self.files, self.names = config, files, names
         self._usable: list[Path] | None = None
         self.info: dict[str, Any] = {"skipped": [], "documents": 0}
 
@@ -144,12 +140,13 @@ class _Corpus:
                     self.info["skipped"].append((name, f"not readable as UTF-8 text: {error}"))
                     continue
                 if documents == 0:
-                    self.info["skipped"].append((name, "no text"))
+                    self.info["skipped"].append((name, NO_TEXT))
                     continue
                 self._usable.append(file)
                 self.info["documents"] += documents
             if not self._usable:
-                raise nothing_left(self.path, self.info["skipped"], "UTF-8 text")
+                raise nothing_left(self.config.path, self.info["skipped"], "UTF-8 text")
+            _check_unreadable(self.info["skipped"], len(self.files), self.config)  # before hours of tokenizing
         return self._usable
 
     def documents(self) -> Iterator[str]:
@@ -157,7 +154,7 @@ class _Corpus:
 
     def _read(self, file: Path) -> Iterator[str]:
         is_table = any(file.suffix.lower() in suffixes for suffixes in TABLES.values())
-        return read_documents(file, self.column) if is_table else _lines(file)
+        return read_documents(file, self.config.column) if is_table else _lines(file)
 
     def encode(self, tokenizer: Tokenizer, vocab_size: int) -> Iterator[np.ndarray]:
         """The ids of the documents, each followed by </s>, in pieces of uint16 or int32 [n]."""
@@ -168,9 +165,13 @@ class _Corpus:
             yield np.concatenate([np.array([*e.ids, EOS], dtype) for e in encodings])
 
 
+def _check_unreadable(skipped: Sequence[tuple[str, str]], total: int, config: TextDataConfig) -> None:
+    check_files([(name, reason) for name, reason in skipped if reason != NO_TEXT], total, config.max_bad_fraction)
+
+
 def _lines(file: Path) -> Iterator[str]:
     """The lines with text in them, without their line ends."""
-    with file.open(encoding="utf-8-sig") as lines:
+    with TextIOWrapper(open_regular(file), encoding="utf-8-sig") as lines:
         for line in lines:
             if line.strip():
                 yield line.rstrip("\n")

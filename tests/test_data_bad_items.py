@@ -1,0 +1,258 @@
+"""How many items and files may be unreadable, and files and names that nobody expects."""
+
+import os
+import signal
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from data_sets import audio, clips, image
+from test_data_base import Numbers, take
+from test_data_binarized import model as binarized_model
+from test_data_binarized import write_folder
+from test_data_tars import write_shards, write_tar
+
+from d2v_fast.nn.config import Data2VecConfig, TextFrontEndConfig
+from d2v_fast.train.data import (
+    DataError,
+    ImageDataConfig,
+    SpeechDataConfig,
+    TextDataConfig,
+    UnreadableFile,
+    batches,
+    build_data,
+)
+from d2v_fast.train.data.bad_items import check_files, too_many_items
+from d2v_fast.train.data.sources import open_regular
+from d2v_fast.train.data.tables import read_documents
+
+FRONTEND = TextFrontEndConfig(vocab_size=270, max_positions=64)
+MODELS = {
+    "speech": Data2VecConfig.speech("base"),
+    "image": Data2VecConfig.image("base"),
+    "text": replace(Data2VecConfig.text("base"), frontend=FRONTEND),
+}
+
+
+def build(kind, path, **kwargs):
+    configs = {
+        "speech": (SpeechDataConfig, {"max_tokens": 48_000, "min_seconds": 0.5}),
+        "image": (ImageDataConfig, {"batch_size": 4, "decode_size": 24}),
+        "text": (TextDataConfig, {"batch_size": 4, "tokens_per_sample": 16}),
+    }
+    kinds, settings = configs[kind]
+    return build_data(kinds(path=str(path), **settings, **kwargs), MODELS[kind], 0)
+
+
+@contextmanager
+def within(seconds):
+    """An error in the middle of what takes longer."""
+
+    def late(number, frame):
+        raise AssertionError(f"took more than {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def write_files(kind, folder):
+    """Four files of many items."""
+    if kind == "text":
+        for number in range(4):
+            (folder / f"{number}.txt").write_text(f"text number {number} and more of it\n" * 20)
+    elif kind == "tables":
+        pa = pytest.importorskip("pyarrow", reason="needs pyarrow (requirements/test.txt)")
+        pq = pytest.importorskip("pyarrow.parquet")
+        for number, content in enumerate(clips(4).values()):
+            pq.write_table(pa.table({"audio": [content] * 3}), folder / f"{number}.parquet")
+    else:
+        items = clips(12) if kind == "speech" else {f"i{i}": image(i) for i in range(12)}
+        write_shards(folder, items, "flac" if kind == "speech" else "png", count=4)
+    return sorted(folder.iterdir())
+
+
+def damage(path):
+    """Half of the file, and in a text something that is not UTF-8; what comes first in a tar can be read still."""
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] + b"\xff" * (path.suffix == ".txt"))
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("kind", ["speech", "image", "text", "tables"])
+def test_files_are_bounded_as_files(kind, cache, tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    paths = write_files(kind, folder)
+    kwargs = {"cache_dir": str(tmp_path / "cache")} if cache else {}
+    modality = {"tables": "speech"}.get(kind, kind)
+    damage(paths[1])
+    one = build(modality, folder, **kwargs)  # whatever share of them it is
+    assert [name for name, _ in one.skipped] == [paths[1].name]
+    with pytest.raises(DataError, match=r"1 of 4 files could not be read \(25.00%\), more than .* = 0; last: "):
+        build(modality, folder, max_bad_fraction=0, **kwargs)
+    damage(paths[2])
+    allowed = build(modality, folder, max_bad_fraction=0.5, **kwargs)
+    assert len(allowed.skipped) == 2 and next(batches(allowed))
+    for limit in (0.01, 0.49):
+        with pytest.raises(DataError, match=rf"2 of 4 files could not be read \(50.00%\), .* = {limit}; last: "):
+            build(modality, folder, max_bad_fraction=limit, **kwargs)
+
+
+def test_texts_without_text_are_not_damaged(tmp_path):
+    write_files("text", tmp_path)
+    for name in "abc":
+        (tmp_path / f"{name}.txt").touch()
+    assert len(build("text", tmp_path, max_bad_fraction=0).skipped) == 3
+
+
+@pytest.mark.parametrize(
+    ("bad", "read", "different", "allowed", "expected"),
+    [
+        (0, 100, 0, 0.0, False),
+        (1, 1000, 1, 0.0, True),
+        (10, 20, 10, 0.01, False),
+        (100, 400, 10, 0.01, False),
+        (10, 19, 10, 0.01, True),
+        (10, 11, 10, 0.01, True),
+        (6, 10, 6, 0.01, False),
+        (11, 1000, 11, 0.01, True),
+        (11, 1000, 11, 0.011, False),
+        (10, 11, 10, 1.0, False),
+    ],
+)
+def test_which_items_are_too_many(bad, read, different, allowed, expected):
+    assert too_many_items(bad, read, different, allowed) is expected
+
+
+@pytest.mark.parametrize(
+    ("bad", "total", "allowed", "too_many"),
+    [(1, 1, 0.01, False), (1, 1, 0.0, True), (2, 200, 0.01, False), (2, 199, 0.01, True), (0, 1, 0.0, False)],
+)
+def test_which_files_are_too_many(bad, total, allowed, too_many):
+    try:
+        check_files([("a.tar", "damaged")] * bad, total, allowed)
+    except DataError as error:
+        assert too_many and f"{bad} of {total} files" in str(error)
+    else:
+        assert not too_many
+
+
+def test_few_items_are_no_excuse_for_most_of_them(tmp_path):
+    for number, content in enumerate(clips(12).values()):
+        (tmp_path / f"{number}.flac").write_bytes(content if number < 5 else b"fLaC")
+    with pytest.raises(DataError, match=r"7 of 12 items could not be read"):
+        build("speech", tmp_path)
+    (tmp_path / "5.flac").write_bytes(audio(5, 1.0))  # half of them
+    assert len(build("speech", tmp_path).skipped) == 6
+    with pytest.raises(DataError, match=r"6 of 12 items could not be read .* = 0;"):
+        build("speech", tmp_path, max_bad_fraction=0)
+
+
+def test_items_that_break_while_training():
+    data = Numbers(count=12, broken=range(7))
+    with pytest.raises(DataError, match=r"\d+ of 1\d items could not be read"):
+        take(data, 20)
+    data = Numbers(count=200, broken=[7])
+    assert len(take(data, 200)) == 200
+    data.max_bad_fraction = 0
+    with pytest.raises(DataError, match=r"1 of \d+ items could not be read .* last: item7: broken"):
+        take(data, 200)
+
+
+def test_columns_of_another_type(tmp_path):
+    pa = pytest.importorskip("pyarrow", reason="needs pyarrow (requirements/test.txt)")
+    pq = pytest.importorskip("pyarrow.parquet")
+    odd = {
+        "lists": pa.array([[1, 2]], pa.list_(pa.uint8())),
+        "numbers": pa.array([1]),
+        "names": pa.array(["a.flac"]),
+        "decoded": pa.array([{"array": [0.5], "sampling_rate": 16_000}]),
+        "nested": pa.array([{"bytes": {"bytes": b"x"}}]),
+        "odd_path": pa.array([{"bytes": b"x", "path": 5}]),
+    }
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table(odd), path)
+    for column in odd:
+        with pytest.raises(DataError, match=rf"column '{column}' is of type .*; expected binary, or structs with"):
+            build("speech", path, column=column)
+    for column in ("numbers", "lists"):
+        with pytest.raises(UnreadableFile, match=rf"column '{column}' is of type .*; expected strings"):
+            list(read_documents(path, column))
+    pq.write_table(pa.Table.from_arrays([pa.array([audio(0, 1.0)])] * 2, ["a", "a"]), path)
+    with pytest.raises(DataError, match="several columns 'a' among a, a"):
+        build("speech", path, column="a")
+
+
+@pytest.mark.parametrize("samples", [str(2**63), "9" * 5000])
+def test_lengths_that_no_clip_has(tmp_path, samples):
+    (tmp_path / "m.tsv").write_text(f".\nx.flac\t16000\ny.flac\t{samples}\n")
+    with pytest.raises(DataError, match=r"line 3: expected path<TAB>samples, got .y\.flac\\t"):
+        build("speech", tmp_path / "m.tsv")
+
+
+def test_names_that_no_file_has(tmp_path):
+    (tmp_path / "good.flac").write_bytes(audio(0, 1.0))
+    names = ["zero\0.flac", "good.flac:0:" + "9" * 5000]
+    (tmp_path / "m.tsv").write_text(".\ngood.flac\t16000\n" + "".join(f"{name}\t16000\n" for name in names))
+    _, _, batch = next(batches(build("speech", tmp_path / "m.tsv")))
+    assert sorted(name for name, _ in batch.skipped) == sorted(names) and len(batch.inputs) == 1
+
+
+def test_pipes_are_not_waited_for(tmp_path):
+    for kind, suffix in (("speech", "flac"), ("speech", "tar"), ("image", "png"), ("text", "txt")):
+        folder = tmp_path / f"{kind}_{suffix}"
+        folder.mkdir()
+        os.mkfifo(folder / f"pipe.{suffix}")
+        with within(20), pytest.raises(DataError, match="not a regular file"):
+            next(batches(build(kind, folder)))
+
+
+def test_a_table_that_is_a_pipe(tmp_path):
+    pytest.importorskip("pyarrow", reason="needs pyarrow (requirements/test.txt)")
+    os.mkfifo(tmp_path / "pipe.parquet")
+    with within(20), pytest.raises(DataError, match="not a regular file"):
+        build("speech", tmp_path)
+
+
+def test_tars_and_links_that_lead_nowhere(tmp_path):
+    write_tar(tmp_path / "a.tar", {"a.flac": audio(0, 1.0)})
+    (tmp_path / "b.tar").symlink_to("nowhere")
+    assert build("speech", tmp_path).skipped == [("b.tar", "No such file or directory")]
+    with pytest.raises(UnreadableFile, match="No such file"):
+        open_regular(tmp_path / "b.tar")
+
+
+def test_a_tar_with_a_member_of_less_than_nothing(tmp_path, capfd):
+    path = write_tar(tmp_path / "a.tar", {"a.flac": audio(0, 1.0), "b.flac": b""})
+    content = bytearray(path.read_bytes())
+    start = content.rindex(b"b.flac")
+    content[start + 124 : start + 136] = (-len(content) // 512 * 512).to_bytes(12, "big", signed=True)
+    content[start + 148 : start + 156] = b" " * 8
+    content[start + 148 : start + 156] = b"%06o\0 " % sum(content[start : start + 512])
+    path.write_bytes(content)
+    with within(20):
+        data = build("speech", tmp_path)
+    ((name, reason),) = data.skipped
+    assert name == "a.tar" and "b.flac has a size of -" in reason and list(data.names) == ["a.tar/a.flac"]
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_blocks_that_are_too_long_are_no_damage(tmp_path, caplog):
+    folder = write_folder(tmp_path / "bin", [[*range(4, 12), 2], [4, 5, 2]])
+    config = TextDataConfig(path=str(folder), batch_size=4, tokens_per_sample=6, break_mode="eos", max_bad_fraction=0)
+    data = build_data(config, binarized_model(45), 0)
+    assert not data.skipped and "1 skipped" in data.describe()
+    assert caplog.messages == [f"{folder / 'train'}: left out 1 blocks of more than 5 tokens"]
+
+
+def test_ids_of_64_bits_stay_whole(tmp_path):
+    ids = 2**53 + 1  # not a float64
+    folder = write_folder(tmp_path / "bin", [[ids, 2]] * 20, dtype=np.uint64, code=10)
+    data = build_data(TextDataConfig(path=str(folder), tokens_per_sample=6), binarized_model(45), 0)
+    assert data.shards[0][0:2].tolist() == [ids, 2]
