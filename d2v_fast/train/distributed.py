@@ -21,6 +21,7 @@ from d2v_fast.train.errors import ConfigError, RankLost, TrainingStopped, UserEr
 logger = logging.getLogger(__name__)
 
 Mode = Literal["none", "ddp", "fsdp2", "hsdp"]
+LONGEST = 30 * 24 * 3600  # seconds of a time-out
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # as torchrun sets them
 
 
@@ -36,8 +37,8 @@ class DistributedConfig:
     shard_size: int = 0  # hsdp: ranks that share one copy of the model; 0 = those of one machine
 
     def __post_init__(self) -> None:
-        if not 0 < self.timeout < float("inf"):
-            raise ValueError(f"distributed.timeout must be a number of seconds above 0, got {self.timeout}")
+        if not 0 < self.timeout <= LONGEST:
+            raise ValueError(f"distributed.timeout must be above 0 and at most {LONGEST} seconds, got {self.timeout}")
         if self.shard_size < 0:
             raise ValueError(f"distributed.shard_size must be at least 0, got {self.shard_size}")
 

@@ -1,7 +1,12 @@
 """Signals that ask a run to stop."""
 
+import logging
 import signal
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+logger = logging.getLogger(__name__)
 
 PREEMPTIONS = [signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]  # as schedulers send them
 
@@ -15,9 +20,7 @@ class Interrupt:
 
     def __enter__(self) -> "Interrupt":
         self.requested = self.by_user = False
-        # only the main thread may set handlers; elsewhere its owner decides
-        main = threading.current_thread() is threading.main_thread()
-        self._old = {s: signal.getsignal(s) for s in (signal.SIGINT, *PREEMPTIONS)} if main else {}
+        self._old = _handlers([signal.SIGINT, *PREEMPTIONS])
         for number in self._old:
             signal.signal(number, self._request)
         return self
@@ -29,3 +32,37 @@ class Interrupt:
     def __exit__(self, *exc: object) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
+
+
+class Preempted(SystemExit):
+    """SIGTERM or SIGUSR1 has come where there is nothing to be saved; ends the process with 0."""
+
+
+@contextmanager
+def preemptible() -> Iterator[None]:
+    """Let SIGTERM and SIGUSR1 end what has nothing to save, a run's start and end; inside, :class:`Interrupt` may save.
+
+    Raises:
+        Preempted: one has come.
+    """
+    old = _handlers(PREEMPTIONS)
+    for number in old:
+        signal.signal(number, _preempt)
+    try:
+        yield
+    except Preempted:
+        logger.warning("a signal has ended the run while no update was under way; the same command continues it")
+        raise
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)
+
+
+def _preempt(number: int, frame: object) -> None:
+    raise Preempted(0)
+
+
+def _handlers(numbers: list[signal.Signals]) -> dict[signal.Signals, object]:
+    """The handlers there are; none where they cannot be set: only the main thread may, elsewhere its owner decides."""
+    main = threading.current_thread() is threading.main_thread()
+    return {number: signal.getsignal(number) for number in numbers} if main else {}

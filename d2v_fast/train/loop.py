@@ -22,7 +22,7 @@ from d2v_fast.train.errors import CheckpointError, ConfigError
 from d2v_fast.train.files import replace_file
 from d2v_fast.train.graph import CapturedStep
 from d2v_fast.train.guards import SHARED, Guards, Window
-from d2v_fast.train.interrupt import Interrupt
+from d2v_fast.train.interrupt import Interrupt, preemptible
 from d2v_fast.train.logging import MetricLog, number, plot_curves, read_metrics
 from d2v_fast.train.metrics import Meter, combine, peak_memory
 from d2v_fast.train.optim import build_optimizer, learning_rate
@@ -114,9 +114,11 @@ class Trainer:
         with ExitStack() as held:  # which lets the folder go if the start fails
             with self.watchdog:
                 self.folder = held.enter_context(open_run(config, ranks, resume))
-                found = checkpoint.newest_valid(self.folder, ranks)
+                checking = partial(self.watchdog.at, "checking the newest checkpoint")
+                found = checkpoint.newest_valid(self.folder, ranks, checking)
             self._open_data(found)  # which may take hours
             with self.watchdog:
+                self.watchdog.at("starting")
                 self._start(found)
             self._held = held.pop_all()
 
@@ -415,10 +417,11 @@ class Trainer:
 def pretrain(config: TrainConfig, *, resume: bool = True) -> PretrainResult:
     """Pretrain a data2vec model as ``config`` says; goes on from the newest checkpoint in ``config.out``.
 
-    On several processes, which torchrun starts, all call it with the same ``config``.
+    On several processes, which torchrun starts, all call it with the same ``config``. SIGTERM and SIGUSR1 end it after
+    the update that is under way, and the process where none is (``SystemExit`` with 0).
 
     Raises:
         UserError: ConfigError, DataError, CheckpointError, TrainingStopped or RankLost (``train/errors.py``).
     """
-    with join(config.distributed, config.device) as ranks:
+    with preemptible(), join(config.distributed, config.device) as ranks:
         return Trainer(config, ranks, resume).run()
