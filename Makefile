@@ -1,7 +1,8 @@
 # make demo   install into .venv, fetch small real data, pretrain and probe on two CPU cores
-# make test   install the test tools too and run everything that CI runs
+# make test   install the test tools too, and run all tests but those of the next line
 # make lint   ruff only
 # make test-integration  fifteen fairseq-hydra-train runs, as written and under d2v-fast run; 3 minutes of one core
+# make ci     both at once
 # make gpu-check  extension, GPU tests and all benchmarks with the Python that has PyTorch for CUDA (PYTHON=...), in 9 minutes
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,6 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 MODALITY ?= all
 OUT ?= runs/demo
 WORKERS ?= 2
+PYTEST = $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # tests of what runs Triton kernels: test_OP.py and test_OP_*.py of all ops but two, less those of the CUDA bindings
 INTERPRETED := $(filter-out tests/test_conv0%.py tests/test_strided_conv%.py tests/test_%_bindings.py, \
 	$(sort $(wildcard $(foreach op,$(patsubst d2v_fast/ops/%.py,%,$(wildcard d2v_fast/ops/[a-z]*.py)), \
@@ -19,7 +21,7 @@ INTERPRETED := $(filter-out tests/test_conv0%.py tests/test_strided_conv%.py tes
 PATHS := $(if $(SPEECH),--speech "$(SPEECH)") $(if $(IMAGE),--image "$(IMAGE)") $(if $(TEXT),--text "$(TEXT)")
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-integration lint gpu-check clean
+.PHONY: demo test ci test-integration lint gpu-check clean
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
@@ -46,17 +48,20 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 
 # The interpreter is a property of the process, so the same op tests run twice: on the reference, and on the kernels.
-# A file's tests stay together, for what they share.
+# A file's tests stay together, for what they share; files in the order of tests/conftest.py.
 test: export OMP_NUM_THREADS := 1
 test: lint
-	$(BIN)/pytest -n $(WORKERS) --dist loadfile
+	$(PYTEST) $(RUNS) tests/test_*.py
 	$(BIN)/python benchmarks/cpu_frontend.py --threads 2 --budget 1
 	$(BIN)/python benchmarks/bench_train_step.py --smoke --threads 2
-	TRITON_INTERPRET=1 $(BIN)/pytest -n $(WORKERS) --dist loadfile $(INTERPRETED)
+	TRITON_INTERPRET=1 $(PYTEST) $(INTERPRETED)
+
+ci: RUNS := tests/integration/fairseq_runs.py
+ci: test
 
 # Real speech and text of the demo: loss, gradient norm and every tensor of the checkpoints, resumed by the other too.
 test-integration: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(BIN)/pytest --timeout=1800 -s tests/integration/fairseq_runs.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -s tests/integration/fairseq_runs.py
 
 # No virtual environment: the pinned PyTorch may not be the one that drives this GPU, and nothing need be installed.
 gpu-check:

@@ -14,7 +14,28 @@ torch.set_num_threads(1)
 torch.backends.cudnn.allow_tf32 = False  # PyTorch's float32 convolutions are what ours are compared with
 
 
+# Begun first, the longest before the others (--no-loadscope-reorder keeps that order): at the end, one of these would
+# run on one core while the other is idle.
+LONG = (
+    "fairseq_runs",
+    "test_faults",
+    "test_distributed_runs",
+    "test_kernels_offline",
+    "test_distributed_steps",
+    "test_launcher",
+    "test_train_loop",
+    "test_emulator",
+    "test_static_cost",
+    "test_packaging",
+    "test_run_checkpoints_ranks",
+    "test_run_lock",
+    "test_benchmarks",
+    "test_demo",
+)
+
+
 def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.stem) if item.path.stem in LONG else len(LONG))
     if torch.cuda.is_available() and not INTERPRET:
         return
     for item in items:

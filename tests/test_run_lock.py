@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 from checks import INTERPRET
+from text_runs import write_text
 from torchrun import torchrun
 
 from d2v_fast._info import info
@@ -109,13 +110,9 @@ def test_errors_of_the_disk_are_not_taken_for_somebody(tmp_path, monkeypatch):
         pass
 
 
-WORDS = ["red", "green", "blue", "one", "two", "three", "sun", "moon", "star", "rain", "snow", "wind"]
-
-
 def overrides(folder: Path, out: Path, *more: str) -> list[str]:
-    (folder / "text").mkdir(exist_ok=True)
-    lines = [" ".join(WORDS[(i * k + k) % 12] for k in range(1, 12)) for i in range(60)]
-    (folder / "text" / "a.txt").write_text("\n".join(lines), encoding="utf-8")
+    if not (folder / "text").exists():
+        write_text(folder / "text", lines=60)
     return [
         f"data.path={folder / 'text'}",
         f"out={out}",

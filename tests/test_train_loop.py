@@ -10,49 +10,29 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import text_runs
 import torch
 
 from d2v_fast.train import checkpoint, load_config, load_model, loop, pretrain
 from d2v_fast.train.checkpoint.shards import ShardWriter
 from d2v_fast.train.distributed import resolve_device
 from d2v_fast.train.errors import CheckpointError, ConfigError, DataError, TrainingStopped
-from d2v_fast.train.logging import read_metrics
+from d2v_fast.train.logging import plot_curves, read_metrics
 
-WORDS = ["red", "green", "blue", "one", "two", "three", "sun", "moon", "star", "rain", "snow", "wind"]
+
+@pytest.fixture(autouse=True)
+def no_curves(monkeypatch):
+    """To draw them takes longer than a run of these; ``test_run_folder`` has them drawn."""
+    monkeypatch.setattr(loop, "plot_curves", lambda folder: None)
 
 
 @pytest.fixture
 def text_folder(tmp_path) -> Path:
-    folder = tmp_path / "text"
-    folder.mkdir()
-    lines = [" ".join(WORDS[(i * k + k) % 12] for k in range(1, 12)) for i in range(120)]
-    (folder / "a.txt").write_text("\n".join(lines), encoding="utf-8")
-    return folder
+    return text_runs.write_text(tmp_path / "text", lines=120)
 
 
 def overrides(folder: Path, out: Path, *more: str) -> list[str]:
-    return [
-        f"data.path={folder}",
-        f"out={out}",
-        "model.frontend.vocab_size=270",
-        "model.frontend.max_positions=16",
-        "model.frontend.dropout=0.1",
-        "model.encoder.dim=32",
-        "model.encoder.ffn_dim=48",
-        "model.encoder.heads=2",
-        "model.encoder.layers=3",
-        "model.encoder.dropout=0.1",
-        "model.encoder.layerdrop=0.2",
-        "model.targets.top_k=2",
-        "data.batch_size=8",
-        "data.tokens_per_sample=16",
-        "updates=12",
-        "log_every=3",
-        "checkpoint_every=4",
-        "workers=0",
-        "device=cpu",
-        *more,
-    ]
+    return text_runs.overrides(folder, out, "updates=12", "log_every=3", "checkpoint_every=4", *more)
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -210,7 +190,8 @@ def test_timeout_of_one_process(text_folder, tmp_path, monkeypatch):
     settings = ("updates=1", "accumulate=2", "distributed.timeout=77")
     pretrain(load_config("text_demo", overrides(text_folder, tmp_path / "run", *settings)))
     assert {seconds for seconds, _ in places} == {77}
-    assert [phase for _, phase in places[:5]] == ["loading data"] * 2 + ["forward and backward"] * 3
+    phases = ["starting", *["loading data"] * 2, *["forward and backward"] * 3]
+    assert [phase for _, phase in places[: len(phases)]] == phases
 
 
 def test_failed_start_leaves_no_run(text_folder, tmp_path, monkeypatch):
@@ -251,7 +232,8 @@ def test_something_in_the_way_of_a_file(text_folder, tmp_path):
         pretrain(load_config("text_demo", overrides(text_folder, out)))
 
 
-def test_run_folder(text_folder, tmp_path):
+def test_run_folder(text_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "plot_curves", plot_curves)
     out = tmp_path / "run"
     result = pretrain(load_config("text_demo", overrides(text_folder, out)))
     assert result.checkpoint == out / "checkpoint-00000012"

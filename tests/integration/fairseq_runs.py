@@ -1,7 +1,7 @@
 """Whole ``fairseq-hydra-train`` runs of data2vec on real speech and text, with and without ``d2v-fast run``.
 
-data2vec 1.0 for both, 2.0 for speech. Run by ``make test-integration``, not by ``make test``: fifteen runs of 30 or 10
-updates.
+data2vec 1.0 for both, 2.0 for speech. Run by ``make test-integration`` and ``make ci``, not by ``make test``: fifteen
+runs of 30 or 10 updates.
 """
 
 import json
@@ -20,6 +20,7 @@ pytest.importorskip("fairseq", reason="needs ve-fairseq (requirements/peers.txt)
 
 from d2v_fast.demo.fetch import DemoSet, FetchError, fetch
 
+pytestmark = pytest.mark.timeout(1800)
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 BIN = Path(sys.executable).parent
