@@ -5,6 +5,7 @@ import os
 import signal
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -349,3 +350,20 @@ def test_compiled_layers_keep_names_and_results(monkeypatch):
     with torch.no_grad():
         assert torch.equal(model(batch).loss, want)
     assert len(compiled) == 6 and list(model.state_dict()) == names
+
+
+def test_many_models_of_a_process_are_compiled(monkeypatch):
+    """PyTorch counts compilations of the code that they share, and runs it uncompiled after some, here two."""
+    dynamo = torch._dynamo.config
+    monkeypatch.setattr(dynamo, "recompile_limit", 2)
+    monkeypatch.setattr(dynamo, "fail_on_recompile_limit_hit", True)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    small = tiny_config("image", **NO_DROPOUT)
+    for heads in (1, 2):
+        encoder = replace(small.encoder, heads=heads, dim=16 * heads, layers=1)
+        model = Data2Vec(replace(small, encoder=encoder, targets=replace(small.targets, top_k=1))).eval()
+        compile_layers(model)
+        with torch.no_grad():
+            model(tiny_batch(model.config))
+    torch._dynamo.reset()

@@ -21,6 +21,7 @@ from d2v_fast.train.errors import ConfigError
 # ranks have the same buffers, which never change; torch 2.13 has another name for it
 _NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 _KEEP_BUFFERS = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
+RECOMPILE_LIMIT = 64  # PyTorch's is 8, and one run takes that many: teacher, student, shapes that become dynamic
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,8 +128,12 @@ def _mesh(ranks: Ranks, shard_size: int) -> DeviceMesh:
 def compile_layers(model: Data2Vec) -> None:
     """Let ``torch.compile`` make one graph of each layer of student and teacher, in place, before parallelising.
 
-    What differs from update to update, the layers that run and the collectives, stays outside.
+    What differs from update to update, the layers that run and the collectives, stays outside. All layers of all models
+    of a process share the code of their forward, and with it the number of times that PyTorch compiles it before it
+    gives up: that is raised to ``RECOMPILE_LIMIT``.
     """
+    dynamo = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)
     encoders: list[nn.Module] = [model.encoder, model.teacher.module["encoder"]]
     for encoder in encoders:
         for layer in encoder.layers:
