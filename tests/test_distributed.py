@@ -352,10 +352,17 @@ def test_compiled_layers_keep_names_and_results(monkeypatch):
     assert len(compiled) == 6 and list(model.state_dict()) == names
 
 
+@pytest.mark.parametrize("timeout", [0, -1.0, float("inf"), float("nan"), 1e12])
+def test_time_outs_that_nobody_can_wait_for(timeout):
+    with pytest.raises(ValueError, match=r"^distributed\.timeout must be above 0 and at most 2592000 seconds, got "):
+        DistributedConfig(timeout=timeout)
+
+
 def test_many_models_of_a_process_are_compiled(monkeypatch):
     """PyTorch counts compilations of the code that they share, and runs it uncompiled after some, here two."""
     dynamo = torch._dynamo.config
-    monkeypatch.setattr(dynamo, "recompile_limit", 2)
+    for name, value in (("recompile_limit", 2), ("accumulated_recompile_limit", 3), ("optimize_ddp", True)):
+        monkeypatch.setattr(dynamo, name, value)
     monkeypatch.setattr(dynamo, "fail_on_recompile_limit_hit", True)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
     torch._dynamo.reset()
@@ -366,4 +373,5 @@ def test_many_models_of_a_process_are_compiled(monkeypatch):
         compile_layers(model)
         with torch.no_grad():
             model(tiny_batch(model.config))
+    assert dynamo.accumulated_recompile_limit >= dynamo.recompile_limit and not dynamo.optimize_ddp
     torch._dynamo.reset()

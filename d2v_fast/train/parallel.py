@@ -21,7 +21,7 @@ from d2v_fast.train.errors import ConfigError
 # ranks have the same buffers, which never change; torch 2.13 has another name for it
 _NEW_NAME = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
 _KEEP_BUFFERS = {"forward_sync_buffers" if _NEW_NAME else "broadcast_buffers": False}
-RECOMPILE_LIMIT = 64  # PyTorch's is 8, and one run takes that many: teacher, student, shapes that become dynamic
+RECOMPILE_LIMIT = 64  # at least; PyTorch's is 8, which a run of a tiny model may reach
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,12 +128,17 @@ def _mesh(ranks: Ranks, shard_size: int) -> DeviceMesh:
 def compile_layers(model: Data2Vec) -> None:
     """Let ``torch.compile`` make one graph of each layer of student and teacher, in place, before parallelising.
 
-    What differs from update to update, the layers that run and the collectives, stays outside. All layers of all models
-    of a process share the code of their forward, and with it the number of times that PyTorch compiles it before it
-    gives up: that is raised to ``RECOMPILE_LIMIT``.
+    What differs from update to update, the layers that run and the collectives, stays outside. Settings of Dynamo
+    change with it, for the whole process: it compiles the code that all layers share as often as they need, and leaves
+    their graphs whole.
     """
-    dynamo = torch._dynamo.config
-    dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILE_LIMIT)
+    from torch._dynamo import config  # takes a second
+
+    # teacher and student, the last layers, each rate of DropPath, sizes that become dynamic, other models
+    limit = max(config.recompile_limit, RECOMPILE_LIMIT, 8 * len(model.encoder.layers))
+    config.recompile_limit = limit
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, 4 * limit)
+    config.optimize_ddp = False  # it would split a layer's graph at the bounds of DDP's buckets
     encoders: list[nn.Module] = [model.encoder, model.teacher.module["encoder"]]
     for encoder in encoders:
         for layer in encoder.layers:
