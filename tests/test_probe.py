@@ -320,7 +320,8 @@ def test_log_mel_bands_follow_the_pitch():
 
 def save_run(folder, model, data):
     content = {"format": 1, "model": model.state_dict()}
-    content |= {"d2v_fast": "", "data": {}, "progress": {}, "optimizer": {}}
+    content |= {"d2v_fast": "", "data": {"fingerprint": "", "description": ""}, "optimizer": {}, "world_size": 1}
+    content["progress"] = {"update": 1, "epoch": 0, "index": 0}
     content["config"] = {"model": dataclasses.asdict(model.config), "data": data}
     torch.save(content, folder / "checkpoint-00000001.pt")
     return folder / "checkpoint-00000001.pt"
