@@ -337,6 +337,17 @@ def test_a_frozen_front_end_with_ddp(one_rank):
         assert np.isfinite(metrics.loss.item())
 
 
+@pytest.fixture
+def dynamo():
+    """Dynamo's settings, low; as they were afterwards, where monkeypatch would take them away."""
+    low = {"recompile_limit": 2, "accumulated_recompile_limit": 3, "optimize_ddp": True}
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(**low, fail_on_recompile_limit_hit=True):
+        yield torch._dynamo.config
+    torch._dynamo.reset()
+
+
+@pytest.mark.usefixtures("dynamo")
 def test_compiled_layers_keep_names_and_results(monkeypatch):
     """With a compiler that only records: each layer of student and teacher, in place."""
     model = Data2Vec(tiny_config("image", **NO_DROPOUT)).eval()
@@ -358,14 +369,9 @@ def test_time_outs_that_nobody_can_wait_for(timeout):
         DistributedConfig(timeout=timeout)
 
 
-def test_many_models_of_a_process_are_compiled(monkeypatch):
+def test_many_models_of_a_process_are_compiled(monkeypatch, dynamo):
     """PyTorch counts compilations of the code that they share, and runs it uncompiled after some, here two."""
-    dynamo = torch._dynamo.config
-    for name, value in (("recompile_limit", 2), ("accumulated_recompile_limit", 3), ("optimize_ddp", True)):
-        monkeypatch.setattr(dynamo, name, value)
-    monkeypatch.setattr(dynamo, "fail_on_recompile_limit_hit", True)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    torch._dynamo.reset()
     small = tiny_config("image", **NO_DROPOUT)
     for heads in (1, 2):
         encoder = replace(small.encoder, heads=heads, dim=16 * heads, layers=1)
@@ -374,4 +380,3 @@ def test_many_models_of_a_process_are_compiled(monkeypatch):
         with torch.no_grad():
             model(tiny_batch(model.config))
     assert dynamo.accumulated_recompile_limit >= dynamo.recompile_limit and not dynamo.optimize_ddp
-    torch._dynamo.reset()
