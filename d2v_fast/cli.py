@@ -13,6 +13,7 @@ except ImportError:  # the library works without the train extra, the command do
     sys.exit("error: the d2v-fast command needs typer: pip install 'd2v-fast[train]', or [dropin] for its run")
 
 from d2v_fast._info import info as report
+from d2v_fast.errors import UserError
 
 
 class Format(str, Enum):
@@ -164,18 +165,12 @@ def main() -> None:
         app()
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-    except ValueError as error:
-        from d2v_fast.errors import UserError
-
-        if not isinstance(error, UserError):
-            raise
+    except UserError as error:
         sys.exit(_one_line(error))
 
 
-def _one_line(error: ValueError) -> str | int:
+def _one_line(error: UserError) -> str | int:
     """What is printed of an error: on one rank only, if all have the same."""
-    from d2v_fast.train.errors import TrainingStopped
-
     if RANK == "0":
         return f"error: {error}"
-    return 1 if isinstance(error, TrainingStopped) else f"rank {RANK}: error: {error}"
+    return 1 if error.everywhere else f"rank {RANK}: error: {error}"

@@ -190,6 +190,12 @@ def test_a_configuration_of_another_time(trained, tmp_path):
         checkpoint.load_model(path)
 
 
+def test_a_run_is_not_a_checkpoint(trained, tmp_path):
+    trained.save(tmp_path)
+    with pytest.raises(CheckpointError, match=r"is the folder of a run; .* the newest is .*checkpoint-00000001$"):
+        checkpoint.load_model(tmp_path)
+
+
 def test_a_loaded_model(trained, tmp_path):
     model = checkpoint.load_model(trained.save(tmp_path))
     assert not model.training and model.config == trained.config.model

@@ -156,7 +156,9 @@ class Ranks:
             if len(found) > 1:
                 lines.append(f"{name}: " + ", ".join(f"{value} on {_named(ranks)}" for value, ranks in found.items()))
         if lines:
-            raise ConfigError(f"{what} must be the same on all ranks, and differs: {'; '.join(lines)}")
+            error = ConfigError(f"{what} must be the same on all ranks, and differs: {'; '.join(lines)}")
+            error.everywhere = True
+            raise error
 
     @contextmanager
     def waiting(self, what: str, patience: float | None = None) -> Iterator[None]:

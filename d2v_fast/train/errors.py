@@ -16,6 +16,8 @@ class DataError(UserError):
 class TrainingStopped(UserError):
     """All ranks end the run: a guard found that it went wrong, or one of them cannot go on."""
 
+    everywhere = True
+
 
 class RankLost(UserError):
     """Another rank has ended, or did not answer in time."""

@@ -22,8 +22,8 @@ def different_settings(stage: Stage) -> None:
     out = stage.new()
     results = stage.run(out, of_rank={"1": ["optim.lr=0.5"]})
     expect(results, 1, 1)
-    for result in results:
-        says(result, "the configuration must be the same on all ranks, and differs: optim.lr", "0.5 on rank 1")
+    says(results[0], "the configuration must be the same on all ranks, and differs: optim.lr", "0.5 on rank 1")
+    assert "error" not in results[1].err  # once is enough
     assert not out.exists()
     stage.continues(out, 0)
 

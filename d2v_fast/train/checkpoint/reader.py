@@ -45,8 +45,7 @@ def newest_valid(folder: Path, ranks: Ranks, tick: Callable[[], None] = lambda: 
     else:
         told = ranks.gather(_newest_valid(folder, _telling(ranks, tick)))[0]
     found, error = told
-    if error is not None:
-        raise error
+    raise_first([error])  # all have the same
     return found
 
 
@@ -77,7 +76,7 @@ def _newest_valid(folder: Path, tick: Callable[[], None]) -> tuple[Path | None, 
     if last is None:
         return None, None
     return None, CheckpointError(
-        f"{folder} holds checkpoints, but none is whole ({last}). Use another out=... to start afresh."
+        f"{folder} holds checkpoints, but none is whole ({last}). Remove them, or use another out=... to start afresh."
     )
 
 
@@ -105,6 +104,7 @@ def read(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not path.is_dir():
         return _completed(read_single_file(path), path)
+    _refuse_a_run(path)
     manifest = read_manifest(path)
     check_files(path, manifest)
     try:
@@ -119,6 +119,14 @@ def read(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # files with the right checksums that were written otherwise
         raise _unreadable(path, error) from error
     return _completed({**manifest, "model": model}, path)
+
+
+def _refuse_a_run(folder: Path) -> None:
+    found = checkpoints(folder)
+    if found:
+        raise CheckpointError(
+            f"{folder} is the folder of a run; give one of its checkpoints, the newest is {found[-1]}"
+        )
 
 
 def load_model(path: str | Path) -> Data2Vec:

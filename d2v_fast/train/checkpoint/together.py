@@ -14,7 +14,9 @@ def raise_first(errors: Sequence[CheckpointError | None]) -> None:
     texts = [None if error is None else str(error) for error in errors]
     for rank, (text, error) in enumerate(zip(texts, errors, strict=True)):
         if error is not None:
-            raise error if len(set(texts)) == 1 else CheckpointError(f"rank {rank}: {text}")
+            shared = error if len(set(texts)) == 1 else CheckpointError(f"rank {rank}: {text}")
+            shared.everywhere = True
+            raise shared
 
 
 def reason(error: Exception) -> str:
