@@ -137,8 +137,8 @@ def write_apt(folder, monkeypatch, needs_update):
     program.parent.mkdir()
     refuse = 'case "$*" in *Dir::State::lists=*) ;; *) echo "E: Unable to locate package" >&2; exit 100;; esac'
     program.write_text(
-        f'#!/bin/sh\necho "$*" >> {folder}/calls\n{refuse if needs_update else ""}\n'
-        f'case "$*" in *" update") exit 0;; esac\ncp {folder}/*_1_all.deb .\n'
+        f'#!/bin/sh\necho "$*" >> "{folder}/calls"\n{refuse if needs_update else ""}\n'
+        f'case "$*" in *" update") exit 0;; esac\ncp "{folder}"/*_1_all.deb .\n'
     )
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     monkeypatch.setenv("PATH", str(program.parent), prepend=":")
