@@ -3,7 +3,7 @@
 # make lint   ruff only
 # make test-integration  fifteen fairseq-hydra-train runs, as written and under d2v-fast run; 3 minutes of one core
 # make ci     both at once
-# make gpu-check  extension, GPU tests and all benchmarks with the Python that has PyTorch for CUDA (PYTHON=...), in 9 minutes
+# make gpu-check  extension, GPU tests and all benchmarks with the Python that has PyTorch for CUDA (PYTHON=...), within 8 minutes
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin

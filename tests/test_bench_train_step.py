@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import bench_train_step
-import gpu_check
+import gpu_summary
 import step_gpu
 import step_peers
 import step_plain
@@ -101,7 +101,7 @@ def test_summary_has_the_steps(tmp_path):
     rows = [row, {"case": "text", "provider": "torch.compile", "status": "skipped: out of time"}]
     record = {"environment": {"device": "x", "torch": "y"}, "benchmark": "train_step", "results": rows}
     (tmp_path / "train_step.json").write_text(json.dumps(record))
-    text = gpu_check.summary([], tmp_path)
+    text = gpu_summary.summary([], tmp_path)
     assert "| text | d2v_fast | 1.00 | 2.0 | 3.0 | 4.0 | 5 | 6.00 | 7 |" in text
     assert "| text | torch.compile | skipped: out of time |" in text
     assert "2.0 ms, 3.0 samples/s" in step_gpu.line(row) and "out of time" in step_gpu.line(rows[1])

@@ -16,7 +16,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import cli  # noqa: E402
 import driver  # noqa: E402
-import gpu_check  # noqa: E402
+import gpu_parts  # noqa: E402
+import gpu_summary  # noqa: E402
 import plot  # noqa: E402
 from driver import OURS  # noqa: E402
 
@@ -190,8 +191,8 @@ def test_summary_and_plot(fake_gpu_times, tmp_path):
     bench = bench_of("ema")
     record = gpu_record(bench)
     (tmp_path / "ema.json").write_text(json.dumps(record))
-    outcomes = [gpu_check.Outcome("bench_ema", "passed", 3.0, "written")]
-    text = gpu_check.summary(outcomes, tmp_path)
+    outcomes = [gpu_parts.Outcome("bench_ema", "passed", 3.0, "written")]
+    text = gpu_summary.summary(outcomes, tmp_path)
     assert "| bench_ema | passed | 3 |" in text and "copy 100 GB/s" in text
     assert "| fairseq | 1.00 | 1.00 | 1.0000 | 2.0000 | 3.0000 |" in text and "| peer | not installed |" in text
     assert [cli.line(row, gpu=True) for row in record["results"]]

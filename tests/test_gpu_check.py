@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -16,52 +17,56 @@ sys.path.insert(0, str(BENCHMARKS))
 
 import common  # noqa: E402
 import gpu_check  # noqa: E402
+import gpu_parts  # noqa: E402
 
 
 def test_parts():
-    parts = gpu_check.find_parts()
+    parts = gpu_parts.find_parts()
     names = [part.name for part in parts]
-    assert {file.stem for file in BENCHMARKS.glob("bench_*.py")} <= set(names)
+    ops = {file.stem for file in BENCHMARKS.glob("bench_*.py")} - {"bench_train_step"}
+    assert ops <= set(names) and set(gpu_parts.ORDER) <= set(names)
     gpu = {part.name for part in parts if part.kind == "gpu tests"}
     assert {"gpu-test_ema", "gpu-test_layer_targets", "gpu-test_masked_smooth_l1"} <= gpu
     assert "test_ema" in names
     assert not {"gpu-test_train_loop", f"gpu-{Path(__file__).stem}", Path(__file__).stem} & set(names)
-    kinds = ["build", "gpu tests", "sanitizer", "tests", "bench"]
-    assert [p.kind for p in parts] == sorted((p.kind for p in parts), key=kinds.index)
+    kinds = ["build", "gpu tests", "sanitizer", "tests", "measured"]
+    of_part = ["measured" if p.kind in gpu_parts.MEASURED else p.kind for p in parts]
+    assert of_part == sorted(of_part, key=kinds.index)
     assert [p.name for p in parts if p.kind in ("build", "sanitizer")] == ["extension", "memcheck", "racecheck"]
-    assert {p.kind for p in parts} == set(kinds)
+    assert {p.name for p in parts if p.kind == "step"} == {f"step_{recipe}" for recipe in gpu_parts.RECIPES}
+    assert {p.kind for p in parts} == {*gpu_parts.TEST_KINDS, *gpu_parts.MEASURED}
 
 
 def test_missing_modules_are_found_through_own_modules(monkeypatch):
-    found = gpu_check.importlib.util.find_spec
+    found = gpu_parts.importlib.util.find_spec
     monkeypatch.setattr(
-        gpu_check.importlib.util, "find_spec", lambda n: None if n in ("omegaconf", "triton") else found(n)
+        gpu_parts.importlib.util, "find_spec", lambda n: None if n in ("omegaconf", "triton") else found(n)
     )
-    assert "omegaconf" in gpu_check.missing_modules(ROOT / "d2v_fast" / "train" / "loop.py")
-    assert gpu_check.missing_modules(ROOT / "kernels" / "ema.py") == {"triton"}
+    assert "omegaconf" in gpu_parts.missing_modules(ROOT / "d2v_fast" / "train" / "loop.py")
+    assert gpu_parts.missing_modules(ROOT / "kernels" / "ema.py") == {"triton"}
     assert (
-        gpu_check.missing_modules(ROOT / "d2v_fast" / "ops" / "ema.py") == set()
+        gpu_parts.missing_modules(ROOT / "d2v_fast" / "ops" / "ema.py") == set()
     )  # Triton is imported by the first call
-    assert gpu_check.missing_modules(ROOT / "d2v_fast" / "train" / "step.py") == set()
-    needs = {part.name: part.needs for part in gpu_check.find_parts()}
+    assert gpu_parts.missing_modules(ROOT / "d2v_fast" / "train" / "step.py") == set()
+    needs = {part.name: part.needs for part in gpu_parts.find_parts()}
     assert [name for name, missing in needs.items() if "omegaconf" in missing] == ["gpu-test_distributed_gpu_runs"]
     assert needs["gpu-test_distributed_gpu"] == []
 
 
 def test_modules_of_python_are_not_taken_for_files_beside(monkeypatch):
     """The package has a logging.py of its own, which needs rich; and PyTorch has parts that need tensorboard."""
-    found = gpu_check.importlib.util.find_spec
+    found = gpu_parts.importlib.util.find_spec
     gone = ("rich", "tensorboard")
-    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda n: None if n in gone else found(n))
-    assert gpu_check.missing_modules(ROOT / "d2v_fast" / "train" / "distributed.py") == set()
-    assert gpu_check.missing_modules(ROOT / "d2v_fast" / "train" / "logging.py") == set(gone)
+    monkeypatch.setattr(gpu_parts.importlib.util, "find_spec", lambda n: None if n in gone else found(n))
+    assert gpu_parts.missing_modules(ROOT / "d2v_fast" / "train" / "distributed.py") == set()
+    assert gpu_parts.missing_modules(ROOT / "d2v_fast" / "train" / "logging.py") == set(gone)
     assert all(
-        "rich" not in part.needs for part in gpu_check.find_parts() if part.file.stem != "test_distributed_gpu_runs"
+        "rich" not in part.needs for part in gpu_parts.find_parts() if part.file.stem != "test_distributed_gpu_runs"
     )
 
 
 def test_without_hypothesis_only_property_tests_are_skipped(tmp_path, monkeypatch):
-    monkeypatch.setattr(gpu_check, "is_installed", lambda name: name != "hypothesis")
+    monkeypatch.setattr(gpu_parts, "is_installed", lambda name: name != "hypothesis")
     (tmp_path / "test_x.py").write_text(
         "import pytest\nfrom hypothesis import given, settings\nfrom hypothesis import strategies as st\n"
         "@pytest.mark.parametrize('k', [1, 2])\n@settings(max_examples=2)\n"
@@ -69,16 +74,16 @@ def test_without_hypothesis_only_property_tests_are_skipped(tmp_path, monkeypatc
         "def test_property(k, x, y): assert 0\n"
         "def test_other(): pass\n"
     )
-    environment = gpu_check.child_environment()
-    assert str(gpu_check.STAND_INS) in environment["PYTHONPATH"]
+    environment = gpu_parts.child_environment()
+    assert str(gpu_parts.STAND_INS) in environment["PYTHONPATH"]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", "test_x.py"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
     assert "1 passed, 2 skipped" in done.stdout, done.stdout
 
 
 def test_extension_parts_need_the_toolkit(monkeypatch):
-    monkeypatch.setattr(gpu_check, "program", lambda name: None)
-    needs = {part.name: part.needs for part in gpu_check.extension_parts()}
+    monkeypatch.setattr(gpu_parts, "program", lambda name: None)
+    needs = {part.name: part.needs for part in gpu_parts.extension_parts()}
     assert needs["extension"] == ["nvcc"] and needs["memcheck"] == ["nvcc", "compute-sanitizer"]
 
 
@@ -92,14 +97,16 @@ def test_extension_parts_need_the_toolkit(monkeypatch):
     ],
 )
 def test_every_selection_is_run_with_the_extension(which, names):
-    assert {part.name for part in gpu_check.select(gpu_check.find_parts(), which)} == names
+    assert {part.name for part in gpu_parts.select(gpu_parts.find_parts(), which)} == names
 
 
 def test_selection_of_kinds():
-    parts = gpu_check.find_parts()
-    assert gpu_check.select(parts, "all") == parts
-    assert {part.kind for part in gpu_check.select(parts, "tests")} == set(gpu_check.TEST_KINDS)
-    assert {part.kind for part in gpu_check.select(parts, "bench")} == {"build", "bench"}
+    parts = gpu_parts.find_parts()
+    assert gpu_parts.select(parts, "all") == parts
+    assert {part.kind for part in gpu_parts.select(parts, "tests")} == set(gpu_parts.TEST_KINDS)
+    assert {part.kind for part in gpu_parts.select(parts, "bench")} == {"build", "bench", "step"}
+    assert {part.kind for part in gpu_parts.select(parts, "ops")} == {"build", "bench"}
+    assert {part.kind for part in gpu_parts.select(parts, "steps")} == {"build", "step"}
     tests = [part.name for part in parts if part.kind == "gpu tests"]
     assert tests[:2] == ["gpu-test_conv0", "gpu-test_pos_conv"]
 
@@ -119,11 +126,53 @@ def test_tests_without_the_extension_are_not_a_pass(tmp_path):
 def test_commands_of_benchmarks(tmp_path):
     """Every file is written to the folder of the device; the front-end's parts are run once."""
     out = tmp_path / "some-gpu"
-    parts = {part.name: part for part in gpu_check.find_parts()}
-    whole = gpu_check.command(parts["bench_conv_encoder"], out, "abc", 10.0, resume=True)
+    parts = {part.name: part for part in gpu_parts.find_parts()}
+    whole = gpu_parts.command(parts["bench_conv_encoder"], out, "abc", 10.0, resume=True)
     assert whole[-8:] == ["--parts", "whole", "lengths", "--out", str(tmp_path), "--budget", "10", "--resume"]
-    conv0 = gpu_check.command(parts["bench_conv0"], out, "abc", 10.0, resume=False)
+    conv0 = gpu_parts.command(parts["bench_conv0"], out, "abc", 10.0, resume=False)
     assert conv0[-4:] == ["--json", str(out / "conv0.json"), "--budget", "10"]
+    step = gpu_parts.command(parts["step_text_base"], out, "abc", 10.0, resume=True)
+    json_file = str(out / "train_step_text_base.json")
+    assert step[2:6] == ["--commit", "abc", "--recipe", "text_base"]
+    assert step[6:] == ["--json", json_file, "--budget", "10", "--resume"]
+
+
+def test_every_published_preset_is_timed():
+    presets = {file.stem for file in (ROOT / "d2v_fast" / "train" / "presets").glob("*.yaml")}
+    assert set(gpu_parts.RECIPES) == {name for name in presets if not name.endswith("_demo")}
+
+
+def test_long_logs_keep_their_ends_and_no_paths(tmp_path):
+    noisy = part(tmp_path, "bench_noisy", f"print('first'); print('x' * 10**6); print({str(ROOT / 'a.py')!r}, 'last')")
+    (outcome,) = gpu_check.run_all([noisy], tmp_path, "abc", budget=100, jobs=1, resume=False)
+    log = gpu_check.log_file("bench_noisy", tmp_path).read_text()
+    assert "first" in log and log.endswith("a.py last\n") and "characters left out" in log
+    assert len(log) < gpu_check.LOG_HEAD + gpu_check.LOG_TAIL + 1000
+    assert str(ROOT) not in log and outcome.detail == "a.py last" and "passed after" in log
+
+
+def test_measurements_share_the_time_by_weight(tmp_path, monkeypatch):
+    shares = []
+    monkeypatch.setattr(gpu_check, "run_part", lambda part, *arguments: shares.append(arguments[3]) or outcome(part))
+
+    def outcome(part):
+        return gpu_parts.Outcome(part.name, "passed")
+
+    kinds = ("bench", "step", "bench")
+    gpu_check.run_all([part(tmp_path, f"p{i}", "", kind=k) for i, k in enumerate(kinds)], tmp_path, "abc", 9, 1, False)
+    assert shares == pytest.approx([1 / 6, 4 / 5, 1])
+
+
+def test_pack(tmp_path):
+    out = tmp_path / "some-gpu"
+    (out / "parts").mkdir(parents=True)
+    for name in ("ema.json", "summary.md", "parts/bench_ema.json", "parts/bench_ema.log", "trace.ncu-rep"):
+        (out / name).write_text(name)
+    archive = tmp_path / "carried" / "results.tgz"
+    assert gpu_check.pack(out, archive) == archive.stat().st_size
+    with tarfile.open(archive) as content:
+        names = {member.name for member in content}
+    assert names == {f"some-gpu/{n}" for n in ("ema.json", "summary.md", "parts/bench_ema.json", "parts/bench_ema.log")}
 
 
 FAKE_SANITIZER = """#!/bin/sh
@@ -140,17 +189,17 @@ def test_sanitizer_decides(tmp_path, monkeypatch):
     fake.write_text(FAKE_SANITIZER)
     fake.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    parts = [part for part in gpu_check.extension_parts() if part.kind == "sanitizer"]
+    parts = [part for part in gpu_parts.extension_parts() if part.kind == "sanitizer"]
     for part in parts:
         part.needs = []
     outcomes = gpu_check.run_all(parts, tmp_path, "abc", budget=100, jobs=1, resume=False)
     assert [(o.name, o.status) for o in outcomes] == [("memcheck", "passed"), ("racecheck", "failed")]
-    assert "hazard in conv0" in outcomes[1].output
+    assert "hazard in conv0" in gpu_check.log_file("racecheck", tmp_path).read_text()
 
 
 def test_failed_build_is_reported_plainly(tmp_path):
-    environment = {**gpu_check.child_environment(), "CUDA_HOME": str(tmp_path)}
-    command = [sys.executable, str(gpu_check.EXTENSION), "build"]
+    environment = {**gpu_parts.child_environment(), "CUDA_HOME": str(tmp_path)}
+    command = [sys.executable, str(gpu_parts.EXTENSION), "build"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 1 and done.stderr.startswith("error: nvcc not found"), done.stderr
 
@@ -178,7 +227,7 @@ def test_without_the_extension(monkeypatch):
 def part(tmp_path, name, code, needs=(), kind="bench"):
     file = tmp_path / f"{name}.py"
     file.write_text(code)
-    return gpu_check.Part(name, kind, file, list(needs))
+    return gpu_parts.Part(name, kind, file, list(needs))
 
 
 def test_run_all(tmp_path, capsys, monkeypatch):
@@ -213,7 +262,7 @@ def test_run_all(tmp_path, capsys, monkeypatch):
     ],
 )
 def test_exit_status(statuses, expected):
-    outcomes = [gpu_check.Outcome(name, status) for name, status in statuses.items()]
+    outcomes = [gpu_parts.Outcome(name, status) for name, status in statuses.items()]
     assert gpu_check.exit_status(outcomes, {"test_a"}) == expected
 
 
