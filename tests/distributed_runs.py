@@ -15,7 +15,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from d2v_fast.train import load_config, loop, step
+from d2v_fast.train import load_config, loop, start, step
 from d2v_fast.train.distributed import Ranks, join
 from d2v_fast.train.errors import DataError, UserError
 
@@ -82,13 +82,12 @@ def run(case: dict) -> dict:
     found = {"rank": RANK, "counts": kept["counts"]}
     try:
         config = load_config("text_demo", overrides)
-        with join(config.distributed, config.device) as ranks:
-            trainer = loop.Trainer(config, ranks)
-            result = trainer.run()
+        with join(config.distributed, config.device) as ranks, start.started(config, ranks) as started:
+            result = loop.Trainer(started).run()
             found |= {"updates": result.updates, "finished": result.finished, "interrupted": result.interrupted}
             found["checkpoint"] = result.checkpoint.name
             if ranks.mode == "ddp":
-                found["model"] = digest(trainer.model)
+                found["model"] = digest(started.model)
     except UserError as error:
         found |= {"error": type(error).__name__, "message": str(error)}
     finally:

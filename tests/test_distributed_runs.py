@@ -12,6 +12,7 @@ from checks import INTERPRET
 from torchrun import launch, torchrun
 
 from d2v_fast.train import checkpoint, load_config, loop, pretrain
+from d2v_fast.train.errors import ConfigError
 from d2v_fast.train.logging import read_metrics
 
 pytestmark = pytest.mark.skipif(INTERPRET or not dist.is_gloo_available(), reason="needs gloo; on the reference")
@@ -190,5 +191,5 @@ def test_command_under_torchrun(folder):
 
 def test_half_an_environment_is_refused(folder, monkeypatch):
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
-    with pytest.raises(loop.ConfigError, match=r"says WORLD_SIZE=2, but not RANK, .*start all ranks by torchrun"):
+    with pytest.raises(ConfigError, match=r"says WORLD_SIZE=2, but not RANK, .*start all ranks by torchrun"):
         pretrain(load_config("text_demo", overrides(folder, "z")))

@@ -12,7 +12,7 @@ from tiny import tiny_batch, tiny_config
 
 from d2v_fast.nn import Data2Vec
 from d2v_fast.nn.data2vec import SPREAD_ROWS, feature_spread
-from d2v_fast.train import load_config, loop, pretrain
+from d2v_fast.train import load_config, pretrain, start
 from d2v_fast.train.checkpoint import Progress
 from d2v_fast.train.data import build_data
 from d2v_fast.train.errors import TrainingStopped
@@ -225,7 +225,7 @@ def test_lines_of_updates_that_are_made_again_are_taken_out(overrides, tmp_path)
 
 def test_a_run_notes_the_batches_of_a_spike(overrides, tmp_path, monkeypatch, caplog):
     """They can be read again, and are those that the update had, across the end of an epoch as well."""
-    real, made = loop.train_step, []
+    real, made = start.train_step, []
 
     def step(model, batches, *args, **kwargs):
         made.append(batches)
@@ -234,7 +234,7 @@ def test_a_run_notes_the_batches_of_a_spike(overrides, tmp_path, monkeypatch, ca
             return metrics._replace(loss=metrics.loss * 100)
         return metrics._replace(skipped=metrics.skipped + 1) if len(made) == 12 else metrics
 
-    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(start, "train_step", step)
     config = load_config("text_demo", [*overrides, "accumulate=4"])
     with caplog.at_level(logging.WARNING):
         pretrain(config)

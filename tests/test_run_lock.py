@@ -20,7 +20,7 @@ from text_runs import write_text
 from torchrun import torchrun
 
 from d2v_fast._info import info
-from d2v_fast.train import checkpoint, load_config, load_model, lock, loop, pretrain
+from d2v_fast.train import checkpoint, load_config, load_model, lock, loop, pretrain, run_folder, start
 from d2v_fast.train.distributed import Ranks
 from d2v_fast.train.errors import CheckpointError, DataError
 
@@ -137,7 +137,7 @@ def overrides(folder: Path, out: Path, *more: str) -> list[str]:
 def test_a_start_waits_for_less_than_its_time_out(tmp_path):
     config = load_config("text_demo", overrides(tmp_path, tmp_path))
     with elsewhere(tmp_path), pytest.raises(CheckpointError, match=r"did not end within 0\.1 s"):
-        loop.open_run(config, Ranks.alone(timeout=0.2), resume=True).__enter__()
+        run_folder.open_run(config, Ranks.alone(timeout=0.2), resume=True).__enter__()
 
 
 def test_the_start_is_watched(tmp_path, monkeypatch):
@@ -157,8 +157,8 @@ def test_the_start_is_watched(tmp_path, monkeypatch):
     for owner, name in (
         (lock, "locked"),
         (checkpoint, "newest_valid"),
-        (loop, "build_data"),
-        (loop, "Data2Vec"),
+        (start, "build_data"),
+        (start, "Data2Vec"),
         (checkpoint, "restore"),
         (checkpoint, "Writer"),
         (loop, "plot_curves"),
@@ -188,7 +188,7 @@ def test_a_run_lets_its_folder_go_however_it_ends(tmp_path, monkeypatch):
         kept.append(free(out))
         raise KeyError
 
-    monkeypatch.setattr(loop, "train_step", step)
+    monkeypatch.setattr(start, "train_step", step)
     with pytest.raises(KeyError) as _also:  # in an update
         pretrain(load_config("text_demo", arguments))
     assert kept == [False] and free(out)
@@ -198,13 +198,13 @@ def test_a_run_lets_its_folder_go_however_it_ends(tmp_path, monkeypatch):
 SLOW = """
 import multiprocessing, time
 from d2v_fast.cli import main
-from d2v_fast.train import loop
-real = loop.train_step
+from d2v_fast.train import start
+real = start.train_step
 def step(*args, **kwargs):
     time.sleep(0.2)
     print("workers", *(child.pid for child in multiprocessing.active_children()), flush=True)
     return real(*args, **kwargs)
-loop.train_step = step
+start.train_step = step
 main()
 """
 # The same for somebody who does not wait. How a rank ends is written down, as torchrun ends one for the other.

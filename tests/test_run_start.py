@@ -11,7 +11,7 @@ from checks import INTERPRET
 from text_runs import overrides, write_text
 from torchrun import torchrun
 
-from d2v_fast.train import checkpoint, load_config, loop, pretrain
+from d2v_fast.train import checkpoint, load_config, loop, pretrain, start
 from d2v_fast.train.watchdog import Watchdog
 
 NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -39,7 +39,7 @@ def test_a_signal_without_an_update_ends_with_0(text, tmp_path, monkeypatch, cap
     config = load_config("text_demo", overrides(text, out, "stop_after=1", "log.tensorboard=false"))
     before = [signal.getsignal(number) for number in NUMBERS]
     for number, owner, name, saved in (
-        (signal.SIGUSR1, loop, "build_data", []),
+        (signal.SIGUSR1, start, "build_data", []),
         (signal.SIGTERM, loop, "plot_curves", [1]),
         (signal.SIGTERM, checkpoint, "newest_valid", [1]),
         (signal.SIGUSR1, loop, "plot_curves", [1, 2]),
@@ -58,10 +58,10 @@ ASKED = """
 import os, signal, sys, time
 from pathlib import Path
 from d2v_fast.cli import main
-from d2v_fast.train import loop
+from d2v_fast.train import start
 rank = int(os.environ["RANK"])
 pid = Path(f"{sys.argv[0]}-pid")
-real = loop.build_data
+real = start.build_data
 def build_data(*args, **kwargs):
     if rank == 0:
         data = real(*args, **kwargs)
@@ -73,7 +73,7 @@ def build_data(*args, **kwargs):
     for number in (int(pid.read_text()), os.getpid()):
         os.kill(number, signal.SIGUSR1)
     time.sleep(600)
-loop.build_data = build_data
+start.build_data = build_data
 try:
     main()
 except SystemExit as end:

@@ -13,7 +13,7 @@ import pytest
 import text_runs
 import torch
 
-from d2v_fast.train import checkpoint, load_config, load_model, loop, pretrain
+from d2v_fast.train import checkpoint, load_config, load_model, loop, pretrain, start
 from d2v_fast.train.checkpoint.shards import ShardWriter
 from d2v_fast.train.distributed import resolve_device
 from d2v_fast.train.errors import CheckpointError, ConfigError, DataError, TrainingStopped
@@ -42,15 +42,15 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
 # runs the command and kills itself with SIGKILL in the middle of update 18
 KILLED = """
 import os, signal, sys
-from d2v_fast.train import load_config, loop, pretrain
-real, count = loop.train_step, 0
+from d2v_fast.train import load_config, pretrain, start
+real, count = start.train_step, 0
 def step(*args, **kwargs):
     global count
     count += 1
     if count == 18:
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*args, **kwargs)
-loop.train_step = step
+start.train_step = step
 pretrain(load_config("text_demo", sys.argv[1:]))
 """
 
@@ -185,7 +185,7 @@ def test_timeout_of_one_process(text_folder, tmp_path, monkeypatch):
     """The watchdog takes the configured one, and sees every micro-batch."""
     places = []
     monkeypatch.setattr(
-        loop.Watchdog, "at", lambda self, phase, update=None: places.append((self._ranks.timeout, phase))
+        start.Watchdog, "at", lambda self, phase, update=None: places.append((self._ranks.timeout, phase))
     )
     settings = ("updates=1", "accumulate=2", "distributed.timeout=77")
     pretrain(load_config("text_demo", overrides(text_folder, tmp_path / "run", *settings)))
@@ -219,7 +219,7 @@ def test_errors_inside_an_update_save_nothing(text_folder, tmp_path, monkeypatch
     def broken(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(loop, "train_step", broken)
+    monkeypatch.setattr(start, "train_step", broken)
     with pytest.raises(KeyboardInterrupt):
         pretrain(load_config("text_demo", overrides(text_folder, out)))
     assert [p.name for p in checkpoint.checkpoints(out)] == ["checkpoint-00000004"]
@@ -278,14 +278,14 @@ def test_collapse_guard_stops_with_a_reason(text_folder, tmp_path):
 
 
 def test_nan_guard_stops_with_a_reason(text_folder, tmp_path, monkeypatch):
-    real = loop.train_step
+    real = start.train_step
 
     def poisoned(model, *args, **kwargs):
         with torch.no_grad():
             model.head[0].bias.fill_(float("nan"))
         return real(model, *args, **kwargs)
 
-    monkeypatch.setattr(loop, "train_step", poisoned)
+    monkeypatch.setattr(start, "train_step", poisoned)
     with pytest.raises(TrainingStopped, match="not finite for 6 updates in a row"):
         pretrain(load_config("text_demo", overrides(text_folder, tmp_path / "run", "guards.max_nonfinite=5")))
 

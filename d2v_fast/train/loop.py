@@ -3,39 +3,31 @@
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from functools import partial
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from omegaconf import OmegaConf
-
-from d2v_fast.nn import Batch, Data2Vec
-from d2v_fast.train import checkpoint, lock
+from d2v_fast.nn import Batch
+from d2v_fast.train import checkpoint
 from d2v_fast.train.checkpoint import Progress
-from d2v_fast.train.config import RANK_KEYS, TrainConfig, config_to_dict, flatten
-from d2v_fast.train.data import DataConfig, PretrainData, TextData, TextDataConfig, batches, build_data
+from d2v_fast.train.config import TrainConfig, config_to_dict
+from d2v_fast.train.data import batches
 from d2v_fast.train.data.stand_in import stand_in
-from d2v_fast.train.distributed import Ranks, describe, join
-from d2v_fast.train.errors import CheckpointError, ConfigError
-from d2v_fast.train.files import replace_file
+from d2v_fast.train.distributed import describe, join
+from d2v_fast.train.errors import CheckpointError
 from d2v_fast.train.graph import CapturedStep
 from d2v_fast.train.guards import SHARED, Guards, Window
 from d2v_fast.train.interrupt import Interrupt, preemptible
 from d2v_fast.train.logging import MetricLog, number, plot_curves, read_metrics
 from d2v_fast.train.metrics import Meter, combine, peak_memory
-from d2v_fast.train.optim import build_optimizer, learning_rate
-from d2v_fast.train.parallel import compile_layers, parallelise
+from d2v_fast.train.optim import learning_rate
+from d2v_fast.train.run_folder import writing
 from d2v_fast.train.seeds import layerdrop_seed, seed_micro_batch
-from d2v_fast.train.spikes import SpikeLog
-from d2v_fast.train.step import StepMetrics, train_step
+from d2v_fast.train.start import Run, started
+from d2v_fast.train.step import StepMetrics
 from d2v_fast.train.vote import Abandoned, Vote
-from d2v_fast.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
-
-PATIENCE = 6 * 3600.0  # seconds that the ranks wait for the one that scans, tokenizes or unpacks the data
 
 
 @dataclass(frozen=True)
@@ -54,151 +46,21 @@ class PretrainResult:
     peak_memory: int  # bytes: of the GPU, or of this process on a CPU
 
 
-def resolve_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
-    """``config`` with "auto" replaced by what it means on ``device``, so that a checkpoint says what was computed."""
-    if config.precision != "auto":
-        return config
-    return replace(config, precision="bf16" if device.type == "cuda" else "fp32")
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn a failing write of logs or settings into an error that names the folder.
-
-    Raises:
-        CheckpointError: no space, no permission, or something in the way.
-    """
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"cannot write to the run's folder {folder}: {error}") from error
-
-
-@contextmanager
-def open_run(config: TrainConfig, ranks: Ranks, resume: bool) -> Iterator[Path]:
-    """Make the run's folder, and keep other runs out of it until the end; every rank calls this.
-
-    Raises:
-        ConfigError: the folder cannot be made.
-        CheckpointError: another run uses it, it cannot be written to, or it holds a run and ``resume`` is False.
-    """
-    folder = Path(config.out).expanduser()
-    with ExitStack() as held:
-        with ranks.together("opening the run"):
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise ConfigError(f"out: cannot make the folder {folder}: {error.strerror}") from None
-            if ranks.first:
-                with writing(folder):  # the others wait for this one, no longer than the time-out
-                    held.enter_context(lock.locked(folder, min(lock.PATIENCE, ranks.timeout / 2)))
-            found = checkpoint.checkpoints(folder)
-            if found and not resume:
-                newest = found[-1].name
-                raise CheckpointError(f"{folder} already holds a run (newest: {newest}); choose another out=...")
-        yield folder
-
-
 class Trainer:
-    """One session of a run, on one of its ranks: built from a configuration, continued from the newest checkpoint.
+    """One session of a run, on one of its ranks: updates from where it is to its end, or until it is stopped."""
 
-    No other run can use its folder until :meth:`run` has ended.
-    """
-
-    def __init__(self, config: TrainConfig, ranks: Ranks, resume: bool = True) -> None:
-        self.ranks, self.device = ranks, ranks.device
-        self.config = config = resolve_precision(config, self.device)
-        settings = flatten(config_to_dict(config))
-        ranks.check_same("the configuration", {k: v for k, v in settings.items() if k not in RANK_KEYS})
-        self.watchdog = Watchdog(ranks)
-        with ExitStack() as held:  # which lets the folder go if the start fails
-            with self.watchdog:
-                self.folder = held.enter_context(open_run(config, ranks, resume))
-                checking = partial(self.watchdog.at, "checking the newest checkpoint")
-                found = checkpoint.newest_valid(self.folder, ranks, checking)
-            self._open_data(found)  # which may take hours
-            with self.watchdog:
-                self.watchdog.at("starting")
-                self._start(found)
-            self._held = held.pop_all()
-
-    def _open_data(self, found: Path | None) -> None:
-        config, ranks = self.config, self.ranks
-        with ranks.together("opening the data", PATIENCE):
-            self.data: PretrainData = build_data(
-                self._data_config(found), config.model, config.seed, static_shapes=config.cuda_graph != "off"
-            )
-            self.described = checkpoint.describe_data(self.data)
-        ranks.check_same("the data", self.described)
-        logger.info("%s", self.data.describe())
-
-    def _start(self, found: Path | None) -> None:
-        config, ranks = self.config, self.ranks
-        with ranks.together("building the model"):
-            self._build()
-        self.progress = Progress()
-        if found:
-            self.progress = checkpoint.restore(found, self.model, self.optimizer, ranks, config, self.described)
-            logger.info("continuing from %s (update %d)", found, self.progress.update)
-        self.writer = checkpoint.Writer(
-            self.folder,
-            self.model,
-            self.optimizer,
-            ranks,
-            config,
-            self.described,
-            timeout=config.distributed.timeout,
-            newest=found,
-        )
-        self.meter = Meter(config.model, self.device)
-        self.guards = Guards(config.guards)
-        self.spikes: SpikeLog | None = None  # of rank 0
-        self.optimizer.register_step_pre_hook(lambda *_: self.watchdog.at("optimizer"))
-        self.empty = stand_in(config.model)
+    def __init__(self, run: Run) -> None:
+        self.config, self.ranks, self.watchdog = run.config, run.ranks, run.watchdog
+        self.folder, self.data, self.model, self.step = run.folder, run.data, run.model, run.step
+        self.progress, self.writer, self.spikes = run.progress, run.writer, run.spikes
+        self.device = run.ranks.device
+        self.meter = Meter(run.config.model, self.device)
+        self.guards = Guards(run.config.guards)
+        self.empty = stand_in(run.config.model)
         self.consistent = True  # False while an update is under way
-        self.agreed = ranks.control is None  # whether all ranks are at this place
+        self.agreed = run.ranks.control is None  # whether all ranks are at this place
         self.failure: Exception | None = None  # of this rank, of which the others do not know yet
         self.skipped_files: set[str] = set()  # by this rank; those that the scan found are the same everywhere
-        with ranks.together("writing to the run's folder"), writing(self.folder):
-            if ranks.first:
-                self._write_settings()
-                self.spikes = SpikeLog(
-                    self.folder, self.data, config.guards, ranks.world_size, config.accumulate, self.progress.update
-                )
-
-    def _data_config(self, found: Path | None) -> DataConfig:
-        """The data's configuration; a continued text run keeps the tokenizer that it was started with."""
-        data, tokenizer = self.config.data, self.folder / "tokenizer.json"
-        if found and isinstance(data, TextDataConfig) and data.tokenizer is None and tokenizer.exists():
-            return replace(data, tokenizer=str(tokenizer))
-        return data
-
-    def _build(self) -> None:
-        config, ranks, bf16 = self.config, self.ranks, self.config.precision == "bf16"
-        if config.cuda_graph == "strict" and (self.device.type != "cuda" or config.accumulate > 1):
-            given = f"{self.device.type} and {config.accumulate}"
-            raise ConfigError(f'cuda_graph: "strict" needs a CUDA device and accumulate = 1, got {given}')
-        if config.cuda_graph != "off" and ranks.mode != "none":
-            raise ConfigError(f"cuda_graph must be off with distributed.mode={ranks.mode}, got {config.cuda_graph!r}")
-        torch.manual_seed(config.seed)
-        self.model = Data2Vec(config.model).to(self.device)
-        if config.compile:
-            compile_layers(self.model)
-        parallel = parallelise(
-            self.model, ranks, accumulate=config.accumulate, shard_size=config.distributed.shard_size, bf16=bf16
-        )
-        self.optimizer = build_optimizer(self.model, config.optim)
-        how = {"clip_norm": config.optim.clip_norm, "autocast": bf16}
-        self.captured: CapturedStep | None = None
-        if config.cuda_graph != "off":
-            self.captured = CapturedStep(self.model, self.optimizer, strict=config.cuda_graph == "strict", **how)
-        self.step = self.captured or partial(train_step, self.model, optimizer=self.optimizer, parallel=parallel, **how)
-
-    def _write_settings(self) -> None:
-        text = OmegaConf.to_yaml(OmegaConf.create(config_to_dict(self.config)))
-        replace_file(self.folder / "config.yaml", lambda file: file.write(text.encode()))
-        if isinstance(self.data, TextData):
-            self.data.save_tokenizer(self.folder / "tokenizer.json")
 
     def _micro_batches(self) -> Iterator[tuple[int, int, Batch | None]]:
         loader = batches(
@@ -218,10 +80,6 @@ class Trainer:
 
     def run(self) -> PretrainResult:
         """Train to the end, an interruption, or an error; the newest whole state is in a checkpoint afterwards."""
-        with self._held:
-            return self._run()
-
-    def _run(self) -> PretrainResult:
         config, start = self.config, time.monotonic()
         first = self.progress.update
         last = min(config.updates, first + config.stop_after) if config.stop_after else config.updates
@@ -383,8 +241,8 @@ class Trainer:
         record = {"update": self.progress.update, **dict(zip(SHARED, shared, strict=False)), **record}
         record |= self.meter.record([row[first:last] for row in rows])
         record |= {"epoch": self.progress.epoch, "skipped_files": int(shared[-1]) + len(self.data.skipped)}
-        if self.captured is not None:
-            record |= {"graph_replays": self.captured.replays, "graph_fallbacks": self.captured.fallbacks}
+        if isinstance(self.step, CapturedStep):
+            record |= {"graph_replays": self.step.replays, "graph_fallbacks": self.step.fallbacks}
         with self._announced(), writing(self.folder):
             if log is not None:
                 log.write(record)
@@ -423,5 +281,5 @@ def pretrain(config: TrainConfig, *, resume: bool = True) -> PretrainResult:
     Raises:
         UserError: ConfigError, DataError, CheckpointError, TrainingStopped or RankLost (``train/errors.py``).
     """
-    with preemptible(), join(config.distributed, config.device) as ranks:
-        return Trainer(config, ranks, resume).run()
+    with preemptible(), join(config.distributed, config.device) as ranks, started(config, ranks, resume) as run:
+        return Trainer(run).run()
