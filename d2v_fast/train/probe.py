@@ -158,7 +158,7 @@ def probe(
         num_test=len(y_test),
         chance=float(np.mean(y_test == commonest)),
         layer=config.layer,
-        rows=tuple(_fit(name, x_train[name], y_train, x_test[name], y_test, config.seed) for name in x_train),
+        rows=tuple(fit_row(name, x_train[name], y_train, x_test[name], y_test, config.seed) for name in x_train),
         skipped=(*skipped, *also_skipped),
     )
 
@@ -218,9 +218,15 @@ def untrained_like(model: Data2Vec, seed: int = 0) -> Data2Vec:
     return fresh.to(next(model.parameters()).device)
 
 
-def _fit(
-    name: str, x_train: Features, y_train: np.ndarray, x_test: Features, y_test: np.ndarray, seed: int
+def fit_row(
+    name: str,
+    x_train: Features,  # [M, D]
+    y_train: np.ndarray,  # [M] labels
+    x_test: Features,
+    y_test: np.ndarray,
+    seed: int = 0,
 ) -> ProbeRow:
+    """Logistic regression on one kind of features, its strength by cross-validation on the training part."""
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
     from sklearn.model_selection import GridSearchCV, StratifiedKFold

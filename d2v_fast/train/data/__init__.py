@@ -1,52 +1,30 @@
 """Data loaders: audio, images or text to batches that depend only on the seed and their place in the run."""
 
-from d2v_fast.nn.config import Data2VecConfig
-from d2v_fast.train.data.audio import SpeechData, SpeechDataConfig, normalize_waveform, read_waveform
-from d2v_fast.train.data.base import PretrainData, UnreadableFile, batches
-from d2v_fast.train.data.binarized import BinarizedTextData, binarized_folders
-from d2v_fast.train.data.image import ImageData, ImageDataConfig, read_image
-from d2v_fast.train.data.text import TextData
-from d2v_fast.train.data.text_config import TextDataConfig
-from d2v_fast.train.errors import DataError
+import importlib as _importlib
 
-DataConfig = SpeechDataConfig | ImageDataConfig | TextDataConfig
-
-__all__ = [
-    "BinarizedTextData",
-    "DataConfig",
-    "DataError",
-    "ImageData",
-    "ImageDataConfig",
-    "PretrainData",
-    "SpeechData",
-    "SpeechDataConfig",
-    "TextData",
-    "TextDataConfig",
-    "UnreadableFile",
-    "batches",
-    "build_data",
-    "normalize_waveform",
-    "read_image",
-    "read_waveform",
-]
-
-_CLASSES = {SpeechDataConfig: SpeechData, ImageDataConfig: ImageData, TextDataConfig: TextData}
+_PUBLIC = {
+    "BinarizedTextData": "data.binarized",
+    "DataConfig": "data.build",
+    "DataError": "errors",
+    "ImageData": "data.image",
+    "ImageDataConfig": "data.image",
+    "PretrainData": "data.base",
+    "SpeechData": "data.audio",
+    "SpeechDataConfig": "data.audio",
+    "TextData": "data.text",
+    "TextDataConfig": "data.text_config",
+    "UnreadableFile": "data.base",
+    "batches": "data.base",
+    "build_data": "data.build",
+    "normalize_waveform": "data.audio",
+    "read_image": "data.image",
+    "read_waveform": "data.audio",
+}
+__all__ = sorted(_PUBLIC)
 
 
-def build_data(config: DataConfig, model: Data2VecConfig, seed: int, *, static_shapes: bool = False) -> PretrainData:
-    """The dataset that belongs to the type of ``config``; ``static_shapes`` as in :class:`PretrainData`.
-
-    Raises:
-        TypeError: ``config`` is none of the three data configs.
-        ConfigError: ``config`` does not fit ``model``.
-        DataError: nothing usable under ``config.path``.
-    """
-    if type(config) not in _CLASSES:
-        expected = ", ".join(c.__name__ for c in _CLASSES)
-        raise TypeError(f"config must be one of {expected}, got {type(config).__name__}")
-    cls = _CLASSES[type(config)]
-    if cls is TextData and binarized_folders(config):
-        cls = BinarizedTextData
-    data = cls(config, model, seed)
-    data.static_shapes = static_shapes
-    return data
+def __getattr__(name: str):
+    # On first use, so that the probe can be had where what decodes audio is not installed.
+    if name in _PUBLIC:
+        return getattr(_importlib.import_module(f"d2v_fast.train.{_PUBLIC[name]}"), name)
+    raise AttributeError(f"module 'd2v_fast.train.data' has no attribute {name!r}")
