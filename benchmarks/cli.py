@@ -176,7 +176,7 @@ def run(
         add_backward(bench, case, all_rows, rates)
         for row in rows:
             print(line(row, gpu), flush=True)
-            row.update({"sizes": case.sizes, "options": case.options})
+            row.update({"sizes": case.sizes, "options": case.options, "dtype": case.dtype})
         measured = [row for row in all_rows + later if not row["status"].startswith("skipped")]
         complete = len(measured) == sum(len(round_.reported) for round_ in rounds)
         save({**record, "complete": complete}, all_rows + later)

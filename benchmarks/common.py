@@ -9,6 +9,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +116,7 @@ def environment(commit: str | None = None) -> dict[str, str]:
         "python": platform.python_version(),
         "d2v_fast": d2v_fast.__version__,
         "commit": git_commit(commit),
+        "date": datetime.now(timezone.utc).date().isoformat(),
     }
 
 

@@ -5,6 +5,7 @@ And what ``info()`` says about the drop-in.
 
 import importlib.metadata
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,33 @@ def test_upstream_runs_where_ours_is_slower(monkeypatch):
         assert torch.equal(layer(x=x), factor * layer.linear(x))
     reason = "bias_gelu takes 1.25 times as long at 2 x 4, float32 on cpu (cpu/bias_gelu.json)"
     assert patch.fallbacks()["Layer.forward", reason] == 2 and reason in str(patch)
+
+
+def test_some_losses_are_those_of_compiled_code(monkeypatch):
+    """Where upstream's code is the faster one only when compiled, ours runs otherwise; and vice versa."""
+    for compiled, factors in ((True, (2, 1)), (False, (1, 2))):
+        monkeypatch.setattr(_rules, "SLOWER", (replace(LOSS, compiled=compiled),))
+        layer = toy.Layer()
+        seam = Seam("norms", "forward", toy.make_double, "twice as much", op="bias_gelu")
+        patch = Patch("toy").apply([Site("", layer, seam)], Options())
+        x, together = torch.ones(2, 4), torch.compile(layer, backend="aot_eager")
+        for call, factor in zip((layer, together), factors, strict=True):
+            torch.testing.assert_close(call(x), factor * layer.linear(x))
+        assert ("compiled, on cpu" in str(patch)) == compiled
+
+
+def test_the_device_is_no_reason_to_leave_a_graph(monkeypatch):
+    """The name of a GPU is asked for while a compiler traces, which cannot look into that call."""
+    monkeypatch.setattr(_rules, "SLOWER", (replace(LOSS, compiled=True, device="Some GPU"),))
+    monkeypatch.setattr(torch.cuda, "get_device_name", torch.compiler.disable(lambda device: "Some GPU"))
+    found = []
+
+    def asks(x):
+        device = torch.device("cuda", 0)
+        found.append(_rules.use("bias_gelu", rows=2, width=4, dtype=x.dtype, device=device)[0])
+        return x + found[-1]
+
+    assert torch.equal(torch.compile(asks, fullgraph=True, backend="aot_eager")(torch.zeros(2)), torch.zeros(2))
 
 
 def test_tested_releases_are_those_that_are_required():

@@ -1,9 +1,10 @@
-"""Sizes at which an op of ours was measured to be no faster than what it replaces, so that upstream's code runs there.
+"""Sizes at which an op of ours was measured to be slower than what it replaces, so that upstream's code runs there.
 
-An entry comes from a committed benchmark. After ``make gpu-check`` on a GPU, for every case of
-``benchmarks/results/<gpu>/<op>.json`` in which eager code took less time than ours (``ratio`` below 1, mode
-``fwd+bwd`` where there is one), add a :class:`Slower` with that file as its source, and the GPU to ``TIMED``;
-``tests/test_patches_rules.py`` compares both with the files. On a GPU that nobody timed, ours runs.
+An entry comes from a committed benchmark. After ``make gpu-check`` on a GPU,
+``python benchmarks/publish.py benchmarks/results/<gpu> --rules`` prints both tables below: an entry for every size at
+which upstream's code took less time than ours (mode ``fwd+bwd`` where there is one), and one that holds under
+torch.compile where upstream's code was faster when compiled. ``tests/test_patches_rules.py`` compares both with the
+files. On a GPU that nobody timed, ours runs.
 """
 
 from collections.abc import Callable
@@ -25,6 +26,7 @@ class Slower:
     width: tuple[int, int]
     ratio: float  # upstream's time over ours
     source: str  # file below benchmarks/results
+    compiled: bool = False  # it holds while torch.compile traces, and only then: upstream's code was compiled too
 
 
 SLOWER: tuple[Slower, ...] = ()
@@ -35,15 +37,16 @@ TIMED: dict[str, frozenset[str]] = {"cpu": frozenset({"conv_encoder"})}
 
 def use(op: str, *, rows: int, width: int, dtype: torch.dtype, device: torch.device) -> tuple[bool, str]:
     """Whether ours should run at this size, and what that is known from."""
-    name = device_name(device)
+    name, compiling = device_name(device), torch.compiler.is_compiling()
     for case in SLOWER:
         inside = case.rows[0] <= rows <= case.rows[1] and case.width[0] <= width <= case.width[1]
-        if inside and (case.op, case.device, case.dtype) == (op, name, dtype):
-            size = f"{rows} x {width}, {str(dtype).removeprefix('torch.')}"
+        if inside and (case.op, case.device, case.dtype, case.compiled) == (op, name, dtype, compiling):
+            size = f"{rows} x {width}, {str(dtype).removeprefix('torch.')}" + (", compiled," if compiling else "")
             return False, f"{op} takes {1 / case.ratio:.2f} times as long at {size} on {name} ({case.source})"
     return True, f"{'timed' if op in TIMED.get(name, ()) else 'not timed'} on {name}"
 
 
+@torch.compiler.assume_constant_result  # a string is nothing that a traced call of torch.cuda could give
 def device_name(device: torch.device) -> str:
     """What entries call a device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
