@@ -97,16 +97,17 @@ def info(run: str | os.PathLike[str] | None = None) -> str:
     cores, threads, processes = _cores(), torch.get_num_threads(), _processes(torch)
     omp = os.environ.get("OMP_NUM_THREADS", "unset")
     lines.append(
-        f"threads       {cores} cores, {processes} processes, torch uses {threads} in each, OMP_NUM_THREADS={omp}"
+        f"threads       cores: {cores}, processes: {processes}, torch uses {threads} in each, OMP_NUM_THREADS={omp}"
     )
     advice = _advice(torch.cuda.is_available(), cores, threads, processes, omp)
     if INTERPRET:
         advice.append("advice: TRITON_INTERPRET=1 is for tests; it is hundreds of times slower than the reference")
+    about = []
     if run is not None:
         from d2v_fast.train.doctor import examine
 
-        advice += examine(Path(run), cores)
-    return "\n".join([*lines, *advice])
+        about = [*examine(Path(run), cores), ""]  # in front, as all the rest is long
+    return "\n".join([*about, *lines, *advice])
 
 
 def _processes(torch) -> int:
@@ -121,7 +122,8 @@ def _advice(gpu: bool, cores: int, threads: int, processes: int, omp: str) -> li
         return ["advice: set OMP_NUM_THREADS=1 when training on a GPU; many CPU threads starve the data loader"]
     if threads * processes > cores:
         wanted = 1 if gpu else each
-        return [f"advice: {processes} x {threads} threads are more than {cores} cores: set OMP_NUM_THREADS={wanted}"]
+        there = f"{cores} core{'s' * (cores > 1)}"
+        return [f"advice: {processes} x {threads} threads are more than {there}: set OMP_NUM_THREADS={wanted}"]
     if not gpu and omp != "unset" and threads < each:
         return [f"advice: training on the CPU would use more of its cores with OMP_NUM_THREADS={each}"]
     return []

@@ -1,5 +1,6 @@
 """The ``d2v-fast`` command."""
 
+import difflib
 import logging
 import os
 import sys
@@ -27,6 +28,7 @@ class Format(str, Enum):
 
 RANK = os.environ.get("RANK", "0")  # among the processes that torchrun started
 INTERRUPTED = 130  # exit code of a run that Ctrl-C ended, as shells use it
+SETTINGS = {"ignore_unknown_options": True}  # of commands with key=value arguments: see _refuse_options
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 
@@ -37,21 +39,39 @@ def _setup() -> None:
     logging.basicConfig(level=level, format=f"{name}%(message)s", stream=sys.stderr)
 
 
-@app.command()
+def _refuse_options(context: typer.Context, arguments: list[str]) -> None:
+    """Refuse an option that ``context``'s command does not have, and say how a setting is written."""
+    for argument, following in zip(arguments, [*arguments[1:], ""], strict=True):
+        if not argument.startswith("-"):
+            continue
+        option, _, value = argument.partition("=")
+        options = [name for p in context.command.params for name in (*p.opts, *p.secondary_opts)]
+        close = difflib.get_close_matches(option, options, n=1, cutoff=0.75)
+        if close:
+            raise UserError(f"unknown option {option!r}: did you mean {close[0]!r}?")
+        key = option.lstrip("-").replace("-", "_")
+        value = value or (following if following and following[0] != "-" else "VALUE")
+        raise UserError(f"unknown option {option!r}: settings are written without dashes: {key}={value}")
+
+
+@app.command(context_settings=SETTINGS)
 def pretrain(
+    context: typer.Context,
     preset: Annotated[str, typer.Argument(help="a preset (speech_base, image_base, text_base, ...) or a YAML file")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. data.path=DIR")] = None,
     gpus: Annotated[int | None, typer.Option(help="keep the preset's batch on so many GPUs")] = None,
     lr_rule: Annotated[
         str, typer.Option(help="sqrt or linear: the learning rate where that needs another batch")
     ] = "sqrt",
-    resume: Annotated[bool, typer.Option(help="go on from the newest checkpoint in out=...")] = True,
+    resume: Annotated[
+        bool, typer.Option(help="go on from the newest checkpoint in out=..., or refuse a folder with one")
+    ] = True,
 ) -> None:
     """Pretrain a model; run the same command again to continue it, torchrun's in front of it included."""
     from d2v_fast.train import load_config
-    from d2v_fast.train import pretrain as run
 
     overrides = overrides or []
+    _refuse_options(context, [preset, *overrides])
     if gpus is not None:
         from d2v_fast.train.recipes import check_processes, describe, recipe_overrides
 
@@ -59,7 +79,10 @@ def pretrain(
         check_processes(gpus, int(os.environ.get("WORLD_SIZE", "1")))
         if RANK == "0":
             print(describe(recipe, load_config(preset, overrides)), file=sys.stderr)
-    result = run(load_config(preset, overrides), resume=resume)
+    config = load_config(preset, overrides)
+    from d2v_fast.train import pretrain as run  # after the settings are known to be right, as it takes a second
+
+    result = run(config, resume=resume)
     if RANK == "0":
         losses = f"{result.first_loss:.4f} -> {result.last_loss:.4f}"
         print(f"update {result.updates}: loss {losses}; saved {result.checkpoint}")
@@ -69,8 +92,9 @@ def pretrain(
         raise typer.Exit(INTERRUPTED)
 
 
-@app.command()
+@app.command(context_settings=SETTINGS)
 def recipe(
+    context: typer.Context,
     preset: Annotated[str, typer.Argument(help="a preset or a YAML file")],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. data.batch_size=32")
@@ -81,7 +105,9 @@ def recipe(
     """How a preset runs on other numbers of GPUs: accumulation, learning rate, schedules, memory."""
     from d2v_fast.train.recipes import gpu_counts, table
 
-    print(table(preset, overrides or [], gpu_counts(gpus), lr_rule))
+    overrides = overrides or []
+    _refuse_options(context, [preset, *overrides])
+    print(table(preset, overrides, gpu_counts(gpus), lr_rule))
 
 
 @app.command()
@@ -122,12 +148,12 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="replace what is there")] = False,
 ) -> None:
     """Write the model of a run's checkpoint, without the state of its training."""
-    from d2v_fast.checkpoints import averaged, check_target, write_as
+    from d2v_fast.checkpoints import check_target, write_as
     from d2v_fast.train.checkpoint import load_model
 
     check_target(target, to.value, force)
-    model = load_model(checkpoint)
-    print(f"wrote {target}\n{write_as(averaged(model) if teacher else model, target, to.value, force).table()}")
+    report = write_as(load_model(checkpoint), target, to.value, force, teacher=teacher)
+    print(f"wrote {target}\n{report.table()}")
 
 
 @app.command(

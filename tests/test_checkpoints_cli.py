@@ -129,7 +129,10 @@ def test_export(command, run_checkpoint, tmp_path):
     assert exported.config == model.config
     assert all(torch.equal(x, state[name]) for name, x in exported.state_dict().items())
 
-    assert command("export", path, tmp_path / "hf", "--to", "transformers", "--teacher")[0] == 0
+    assert "the teacher's" not in out
+    code, out, _ = command("export", path, tmp_path / "hf", "--to", "transformers", "--teacher")
+    assert code == 0 and "dropped: teacher" not in out and "dropped: head.*" in out
+    assert "note: written are the teacher's averages, under the student's names" in out
     averages = load_transformers(tmp_path / "hf")
     name = "encoder.layers.0.fc1.weight"
     assert torch.equal(averages.state_dict()[name], state[f"teacher.module.{name}"])

@@ -248,7 +248,8 @@ def test_blocks_that_are_too_long_are_no_damage(tmp_path, caplog):
     config = TextDataConfig(path=str(folder), batch_size=4, tokens_per_sample=6, break_mode="eos", max_bad_fraction=0)
     data = build_data(config, binarized_model(45), 0)
     assert not data.skipped and "1 skipped" in data.describe()
-    assert caplog.messages == [f"{folder / 'train'}: left out 1 blocks of more than 5 tokens"]
+    more = "of more than data.tokens_per_sample - 1 = 5 tokens"
+    assert caplog.messages == [f"{folder / 'train'}: left out 1 of 2 blocks (50.0%), {more}"]
 
 
 def test_ids_of_64_bits_stay_whole(tmp_path):

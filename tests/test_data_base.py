@@ -11,6 +11,7 @@ import torch
 from d2v_fast.nn.batch import make_batch
 from d2v_fast.train.data import DataError, PretrainData, UnreadableFile, batches, build_data
 from d2v_fast.train.data.base import fixed_batches, list_files, relative_names
+from d2v_fast.train.data.formats import find
 from d2v_fast.train.errors import ConfigError
 
 
@@ -221,3 +222,18 @@ def test_list_files_missing_or_empty(tmp_path):
         list_files(tmp_path / "nowhere", (".wav",), "audio")
     with pytest.raises(DataError, match=r"holds no audio \(.wav\)"):
         list_files(tmp_path, (".wav",), "audio")
+
+
+def test_packed_files_are_named_with_what_unpacks_them(tmp_path):
+    for name in ("a.txt", "b.tgz", "c.tar.zip", "d.wav.gz", "e.tar.xz"):
+        (tmp_path / name).touch()
+    for suffix, words in (
+        (".tar", "; b.tgz is compressed, which is not read: gunzip b.tgz"),
+        (".wav", "; d.wav.gz is compressed, which is not read: gunzip d.wav.gz"),
+        (".flac", ""),
+    ):
+        with pytest.raises(DataError) as refusal:
+            list_files(tmp_path, (suffix,), "audio")
+        assert str(refusal.value).endswith(f"holds no audio ({suffix}){words}")
+    with pytest.raises(DataError, match=r"holds no audio \(\.tar\); e\.tar\.xz is compressed.*: unxz e\.tar\.xz"):
+        find(str(tmp_path / "e.tar.xz"), {"webdataset": (".tar",)}, "auto", "train", "audio")

@@ -294,7 +294,7 @@ def test_other_settings_that_do_not_fit(folder, tmp_path):
     (tmp_path / "plain.txt").write_text("some text\n" * 50)
     with pytest.raises(ConfigError, match="break_mode must be none"):
         build_data(config(tmp_path / "plain.txt", break_mode="eos"), model(300), 0)
-    with pytest.raises(DataError, match="gives no block of at most 1 tokens"):
+    with pytest.raises(DataError, match=r"no block of at most data\.tokens_per_sample - 1 = 1 tokens"):
         build_data(
             config(write_folder(tmp_path / "d", [[4, 5, 2]]), break_mode="eos", tokens_per_sample=2), model(45), 0
         )

@@ -217,8 +217,10 @@ def test_nothing_usable(tmp_path, cache):
     with pytest.raises(DataError, match="does not exist"):
         TextData(config(texts, **kwargs), MODEL, 0)
     texts.mkdir()
-    with pytest.raises(DataError, match="holds no UTF-8 text files"):
+    with pytest.raises(DataError, match="holds no UTF-8 text files, tables or a data-bin of fairseq-preprocess"):
         TextData(config(texts, **kwargs), MODEL, 0)
+    with pytest.raises(ConfigError, match=r"data\.format must be auto or one of files, parquet, arrow, fairseq here"):
+        TextData(config(texts, format="fairseqq", **kwargs), MODEL, 0)
     (texts / "a.txt").write_bytes(b"\xff")
     with pytest.raises(DataError, match=r"none of the 1 files .* a\.txt: not readable as UTF-8"):
         TextData(config(texts, **kwargs), MODEL, 0)

@@ -83,9 +83,9 @@ def test_what_is_wrong_is_named_with_what_to_change(tmp_path, changes, words):
 
 def test_no_core_is_left_for_workers(tmp_path, monkeypatch):
     folder = run(tmp_path, row(data_wait=0.5), config="{workers: 2}")
-    assert "2 workers use all 3 cores: data on a local disk" in advice(folder, cores=3)[0]
+    assert "with 2 workers on 3 cores: data on a local disk" in advice(folder, cores=3)[0]
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert "use all 8 cores" in advice(folder, cores=8)[0]  # two for each process
+    assert "with 2 workers on 8 cores" in advice(folder, cores=8)[0]  # two for each process
 
 
 def test_a_run_on_a_cpu_and_an_old_one(tmp_path):
@@ -104,5 +104,8 @@ def test_no_run(tmp_path):
 def test_report_of_a_run(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
     report = d2v_fast.info(run(tmp_path, row(data_wait=0.5)))
-    assert "3 processes, torch uses" in report and "loader wait   50.0 % of the time" in report
-    assert report.splitlines()[-1].startswith("advice: updates wait for data")
+    assert "processes: 3, torch uses" in report and "loader wait   50.0 % of the time" in report
+    lines = report.splitlines()
+    end = lines.index("")  # of what is said of the run, in front of the rest
+    assert lines[0].startswith(f"run           {tmp_path}: update 100") and lines[end + 1].startswith("d2v_fast ")
+    assert lines[end - 1].startswith("advice: updates wait for data")

@@ -1,6 +1,9 @@
 """Bytes of a run's state against those of real tensors, and times only where something was measured."""
 
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
@@ -8,13 +11,14 @@ from tiny import tiny_batch, tiny_config
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from d2v_fast.nn import Data2Vec
+from d2v_fast.nn import Data2Vec, Data2VecConfig
 from d2v_fast.train.config import load_config
 from d2v_fast.train.optim import OptimConfig, build_optimizer
 from d2v_fast.train.parallel import shard
 from d2v_fast.train.predict import measurements, seconds_to_train, state_memory, suitable, units
 from d2v_fast.train.step import train_step
 
+ROOT = Path(__file__).parent.parent
 MODALITIES = ["speech", "image", "text"]
 
 
@@ -70,6 +74,18 @@ def test_published_sizes():
     memory = state_memory(config)
     assert memory.parameters == 4 * 93_754_880 and memory.moments == 8 * 93_754_880
     assert 0.9 < memory.averages / memory.parameters < 1
+
+
+def test_nothing_is_computed():
+    """Initial values would bring Dynamo along, which takes longer than all the rest."""
+    code = (
+        "import sys; from d2v_fast.nn import Data2VecConfig; from d2v_fast.train.predict import state_memory\n"
+        "print([state_memory(getattr(Data2VecConfig, m)('base')).parameters for m in ('speech', 'text')])\n"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    sizes = [state_memory(getattr(Data2VecConfig, modality)("base")).parameters for modality in ("speech", "text")]
+    assert done.stdout.splitlines() == [str(sizes), "False"]
 
 
 def result(folder, device, rows) -> None:

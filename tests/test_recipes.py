@@ -135,6 +135,11 @@ def test_words():
     assert "one copy on each GPU: 1.76 GiB (parameters 0.32 GiB," in text and "computed, without activations" in text
 
 
+def test_one_gpu_is_no_plural():
+    config, recipe = load_recipe("image_base", [DATA], 1)
+    assert describe(recipe, config).startswith("recipe for 1 GPU: 1 x 16 x 128 ")
+
+
 def test_table_needs_no_data():
     lines = table("speech_base", [], [1, 16]).splitlines()
     assert lines[0].split()[:4] == ["GPUs", "accumulate", "per", "GPU"]

@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 import json
+import logging
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -149,10 +150,13 @@ def test_another_run_is_refused(trained, tmp_path):
         with pytest.raises(CheckpointError, match=match):
             checkpoint.restore(path, run.model, run.optimizer, ranks, config, data)
 
-    refused(r"another configuration \(seed: 1 -> 2\)", replace(run.config, seed=2))
+    refused(r"another configuration \(seed: 1 -> 2\).* to start afresh\.$", replace(run.config, seed=2))
+    refused(
+        r"\(updates: .*give all of them from the start, and stop_after=N to do a part", replace(run.config, updates=9)
+    )
     refused("the data has changed since .* Then: y. Now: z.", data={"fingerprint": "other", "description": "z"})
     refused(
-        "was written by 1 ranks with accumulate=1, 1 micro-batches an update; 1 ranks with accumulate=3 would take 3. "
+        "was written by 1 rank with accumulate=1, 1 micro-batch an update; 1 rank with accumulate=3 would take 3. "
         "To continue it, set accumulate=1",
         replace(run.config, accumulate=3),
     )
@@ -166,6 +170,23 @@ def test_another_run_is_refused(trained, tmp_path):
     with pytest.raises(CheckpointError, match="set accumulate=2"):
         checkpoint.restore(saved, run.model, run.optimizer, two_ranks, four, DATA)
     assert checkpoint.restore(saved, run.model, run.optimizer, two_ranks, replace(four, accumulate=2), DATA).update == 2
+
+
+def test_what_changes_when_a_run_goes_on_is_said(trained, tmp_path, caplog):
+    caplog.set_level(logging.INFO)
+    run, two = Run(), replace(trained.config, accumulate=2)
+    path = save(tmp_path, trained.model, trained.optimizer, Progress(1), two)
+    for ranks, config, words in (
+        (ALONE, two, ""),
+        (replace(ALONE, mode="fsdp2"), two, ", with another layout: mode none -> fsdp2"),
+        (
+            replace(ALONE, world_size=2, mode="ddp"),
+            replace(two, accumulate=1),
+            ", with another layout: ranks 1 -> 2, mode none -> ddp, accumulate 2 -> 1",
+        ),
+    ):
+        checkpoint.restore(path, run.model, run.optimizer, ranks, config, DATA)
+        assert caplog.messages[-1] == f"continuing from {path} (update 1){words}"
 
 
 def test_another_model_is_refused(trained, tmp_path):

@@ -13,10 +13,11 @@ import pytest
 import text_runs
 import torch
 
+from d2v_fast.cli import app
 from d2v_fast.train import checkpoint, load_config, load_model, loop, pretrain, start
 from d2v_fast.train.checkpoint.shards import ShardWriter
 from d2v_fast.train.distributed import resolve_device
-from d2v_fast.train.errors import CheckpointError, ConfigError, DataError, TrainingStopped
+from d2v_fast.train.errors import CheckpointError, ConfigError, DataError, TrainingStopped, UserError
 from d2v_fast.train.logging import plot_curves, read_metrics
 
 
@@ -340,6 +341,21 @@ def test_command_errors_are_one_line(tmp_path):
     assert done.returncode == 1 and done.stderr.startswith("error: unknown preset 'speech_bse'")
     done = cli("pretrain", "text_demo", f"data.path={tmp_path / 'nothing'}", f"out={tmp_path / 'run'}")
     assert done.returncode == 1 and "does not exist" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("name", ["pretrain", "recipe"])
+def test_settings_are_no_options(name):
+    how = "settings are written without dashes"
+    for arguments, message in (
+        ("text_demo data.path=x --out runs/x", f"unknown option '--out': {how}: out=runs/x"),
+        ("--out runs/x text_demo", f"unknown option '--out': {how}: out=runs/x"),
+        ("text_demo --batch-size=4 updates=1", f"unknown option '--batch-size': {how}: batch_size=4"),
+        ("text_demo --compile", f"unknown option '--compile': {how}: compile=VALUE"),
+        ("text_demo --gpu 2", "unknown option '--gpu': did you mean '--gpus'?"),
+    ):
+        with pytest.raises(UserError) as refusal:
+            app([name, *arguments.split()], standalone_mode=False)
+        assert str(refusal.value) == message
 
 
 def test_unusable_device_and_folders(text_folder, tmp_path):

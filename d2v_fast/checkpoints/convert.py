@@ -69,14 +69,22 @@ def check_target(path: str | Path, format: str, force: bool = False) -> None:
         raise CheckpointError(f"{path} exists: choose another name, or replace it with --force")
 
 
-def write_as(model: Data2Vec, path: str | Path, format: str, force: bool = False) -> Report:
+def write_as(model: Data2Vec, path: str | Path, format: str, force: bool = False, *, teacher: bool = False) -> Report:
     """Write ``model`` as ``format``, a key of ``WRITERS``, to a file or directory.
+
+    ``teacher``: write :func:`averaged` of it, and say so in the report.
 
     Raises:
         CheckpointError: as :func:`check_target`, or what the writer of the format raises.
     """
     check_target(path, format, force)
-    return WRITERS[format](model, path)
+    if not teacher:
+        return WRITERS[format](model, path)
+    report = WRITERS[format](averaged(model), path)
+    report.dropped = [name for name in report.dropped if not name.startswith("teacher.")]  # written as the student
+    said = "written are the teacher's averages, under the student's names; what is not averaged is the student's"
+    report.notes.insert(0, said)
+    return report
 
 
 def averaged(model: Data2Vec) -> Data2Vec:

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -131,24 +131,50 @@ def _nearest(name: str, known: Sequence[str]) -> str:
     return f"did you mean {close[0]!r}? " if close else ""
 
 
+def _all_keys(config: Any, path: str) -> Iterator[str]:
+    """Keys and groups of the dataclass ``config``, nested ones too, behind ``path``."""
+    for one in dataclasses.fields(config):
+        yield f"{path}{one.name}"
+        value = getattr(config, one.name)
+        if dataclasses.is_dataclass(value):
+            yield from _all_keys(value, f"{path}{one.name}.")
+
+
+def _nearest_key(name: str, path: str, everywhere: Sequence[str]) -> str:
+    """Keys like ``name``: behind ``path``, or further away if they are more like it."""
+    likeness = {}
+    for key in everywhere:
+        group, _, last = key.rpartition(".")
+        here = group == path.removesuffix(".")
+        ratio = difflib.SequenceMatcher(None, name, last).ratio()
+        if ratio >= (0.5 if here else 0.8):
+            likeness[key] = (ratio, here)
+    best = max(likeness.values(), default=None)
+    close = [repr(key) for key, value in likeness.items() if value == best]
+    return f"did you mean {' or '.join(close[:3])}? " if close else ""
+
+
 def _one_line(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def _override(config: Any, values: dict[str, Any], path: str = "") -> Any:
+def _override(config: Any, values: dict[str, Any], path: str = "", everywhere: Sequence[str] = ()) -> Any:
     """A copy of the dataclass ``config`` with ``values`` put in, nested ones included; refuses what does not fit."""
     hints = get_type_hints(type(config))
     known = [f.name for f in dataclasses.fields(config)]
+    everywhere = everywhere or [*_all_keys(config, path)]
     changes = {}
     for key, value in values.items():
         where = f"{path}{key}"
         if key not in known:
-            raise ConfigError(f"unknown key {where!r}: {_nearest(key, known)}known here: {', '.join(known)}")
+            raise ConfigError(
+                f"unknown key {where!r}: {_nearest_key(key, path, everywhere)}known here: {', '.join(known)}"
+            )
         current = getattr(config, key)
         if dataclasses.is_dataclass(current):
             if not isinstance(value, dict):
                 raise ConfigError(f"{where} is a group of keys, got the single value {value!r}")
-            changes[key] = _override(current, value, f"{where}.")
+            changes[key] = _override(current, value, f"{where}.", everywhere)
             continue
         try:
             changes[key] = TypeAdapter(hints[key], config=COERCE).validate_python(value)

@@ -263,7 +263,8 @@ def resolve_device(name: str, local_rank: int = 0) -> torch.device:
     if device.index is not None and local_rank > 0:
         raise ConfigError(f"device must be auto, cpu or cuda with several ranks on a machine, got {name!r}")
     if index >= count:
-        raise ConfigError(f"device cuda:{index} was asked for, and there are {count} CUDA devices")
+        there = "there is 1 CUDA device" if count == 1 else f"there are {count} CUDA devices"
+        raise ConfigError(f"device cuda:{index} was asked for, and {there} here")
     return torch.device("cuda", index)
 
 

@@ -11,6 +11,7 @@ from yaml import YAMLError
 
 from d2v_fast.train.errors import DataError
 from d2v_fast.train.logging import number, read_lines
+from d2v_fast.train.words import counted
 
 WAITS = 0.05  # share of the time from which on waiting for data is worth a remark
 IDLES = 0.10  # the same for a GPU without work
@@ -136,8 +137,10 @@ def _loader_advice(config: dict[str, int], cores: int) -> str:
     workers = config.get("workers", 0)
     room = cores // ranks - 1  # one core for the process itself
     if workers < room:
-        return f"updates wait for data: workers={min(room, 2 * max(workers, 1))} (now {workers}; {cores} cores)"
+        return (
+            f"updates wait for data: workers={min(room, 2 * max(workers, 1))} (now {workers}; {counted(cores, 'core')})"
+        )
     return (
-        f"updates wait for data, and {workers} workers use all {cores} cores: data on a local disk, in a format that "
-        "is quicker to decode, or smaller images (data.decode_size)"
+        f"updates wait for data, with {counted(workers, 'worker')} on {counted(cores, 'core')}: data on a local disk, "
+        "in a format that is quicker to decode, or smaller images (data.decode_size)"
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from d2v_fast.nn import Data2Vec, Data2VecConfig
 from d2v_fast.train.config import TrainConfig
@@ -42,7 +43,7 @@ def state_memory(config: Data2VecConfig, shards: int = 1, *, bf16: bool = True) 
             for HSDP. Each tensor is cut along its first dimension; the first GPU has the longest part.
         bf16: whether the run is in bfloat16, where a teacher that is not sharded has its matrices twice.
     """
-    with torch.device("meta"):
+    with _Unset(), torch.device("meta"):
         model = Data2Vec(config)
     teacher = model.teacher
     student = [p for p in model.parameters() if p.requires_grad]
@@ -56,6 +57,15 @@ def state_memory(config: Data2VecConfig, shards: int = 1, *, bf16: bool = True) 
         layers = [m for m in teacher.module.modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
         copies = BF16 * sum(m.weight.numel() for m in layers if id(m.weight) in averaged)
     return StateMemory(trained, trained, MOMENTS * trained, FLOAT * _largest(mine, shards), copies)
+
+
+class _Unset(TorchFunctionMode):
+    """Leaves out initial values, which are nothing on the meta device but load Dynamo for a second."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if getattr(func, "__module__", "") == "torch.nn.init" or func in (Tensor.normal_, Tensor.uniform_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def _largest(tensors: list[Tensor], shards: int) -> int:

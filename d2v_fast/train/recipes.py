@@ -27,6 +27,7 @@ from d2v_fast.train.data import SpeechDataConfig
 from d2v_fast.train.data.audio import SAMPLE_RATE
 from d2v_fast.train.errors import ConfigError
 from d2v_fast.train.predict import measurements, seconds_to_train, state_memory, suitable
+from d2v_fast.train.words import counted
 
 LrRule = Literal["sqrt", "linear"]
 LR_RULES: tuple[LrRule, ...] = ("sqrt", "linear")
@@ -227,7 +228,7 @@ def _key(override: str) -> str:
 def describe(recipe: Recipe, config: TrainConfig) -> str:
     """The recipe, what differs from the published one, and what the run will need, for people. ``config`` has it."""
     batch = f"{recipe.gpus} x {recipe.accumulate} x {recipe.per_gpu} = {recipe.batch} {recipe.unit} an update"
-    lines = [f"recipe for {recipe.gpus} GPUs: {batch} (published: {recipe.published})"]
+    lines = [f"recipe for {counted(recipe.gpus, 'GPU')}: {batch} (published: {recipe.published})"]
     lines += [f"  {note}" for note in recipe.notes]
     lines += [f"  {key} = {value}" for key, value in recipe.changes.items()]
     lines += [f"  {line}" for line in [*_memory_lines(config, recipe.gpus), *_time_lines(config, recipe)]]

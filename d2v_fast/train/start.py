@@ -102,9 +102,7 @@ def _build(
     """The model, with the state of the checkpoint ``found``, and what writes to the folder."""
     with ranks.together("building the model"):
         model, optimizer, step = _model(config, ranks)
-    progress = Progress()
-    if found:
-        progress = checkpoint.restore(found, model, optimizer, ranks, config, described)
+    progress = checkpoint.restore(found, model, optimizer, ranks, config, described) if found else Progress()
     timeout, spikes = config.distributed.timeout, None
     writer = checkpoint.Writer(folder, model, optimizer, ranks, config, described, timeout=timeout, newest=found)
     optimizer.register_step_pre_hook(lambda *_: watchdog.at("optimizer"))

@@ -26,6 +26,7 @@ from d2v_fast.train.config import (
 )
 from d2v_fast.train.distributed import Ranks
 from d2v_fast.train.errors import CheckpointError
+from d2v_fast.train.words import counted
 
 logger = logging.getLogger(__name__)
 
@@ -169,12 +170,13 @@ def restore(
         CheckpointError: configuration, data or micro-batches of an update differ in anything that changes what is
             computed, or the checkpoint cannot be read; on every rank, whichever found it.
     """
-    error, progress = None, None
+    error, progress, changed = None, None, ""
     try:
-        progress = _restore(path, model, optimizer, ranks, config, data)
+        progress, changed = _restore(path, model, optimizer, ranks, config, data)
     except CheckpointError as problem:
         error = problem
     raise_first(ranks.gather(error))
+    logger.info("continuing from %s (update %d)%s", path, progress.update, changed)
     return progress
 
 
@@ -185,7 +187,8 @@ def _restore(
     ranks: Ranks,
     config: TrainConfig,
     data: dict[str, str],
-) -> Progress:
+) -> tuple[Progress, str]:
+    """Where it was, and what has changed."""
     folder = path.is_dir()
     content = _completed(read_manifest(path) if folder else read_single_file(path), path)
     _check_same_run(path, content, ranks, config, data)
@@ -206,7 +209,17 @@ def _restore(
     except Exception as error:  # whatever a file that has changed since makes the readers do
         raise _unreadable(path, error) from error
     model.teacher.follow_()
-    return Progress(**content["progress"])
+    return Progress(**content["progress"]), _moved(content, ranks, config)
+
+
+def _moved(content: dict[str, Any], ranks: Ranks, config: TrainConfig) -> str:
+    """How a run goes on otherwise than it was, in words; empty if it does not."""
+    mode, alone = content["config"]["distributed"]["mode"], content["world_size"] == 1
+    mode = ("none" if alone else "ddp") if mode == "auto" else mode
+    then = {"ranks": content["world_size"], "mode": mode, "accumulate": content["config"]["accumulate"]}
+    now = {"ranks": ranks.world_size, "mode": ranks.mode, "accumulate": config.accumulate}
+    changes = [f"{name} {then[name]} -> {now[name]}" for name in then if then[name] != now[name]]
+    return f", with another layout: {', '.join(changes)}" if changes else ""
 
 
 def _check_same_run(
@@ -214,9 +227,12 @@ def _check_same_run(
 ) -> None:
     changed = differences(content["config"], config_to_dict(config), RUN_KEYS)
     if changed:
+        longer = any(line.startswith("updates: ") for line in changed)
         raise CheckpointError(
             f"{path} belongs to a run with another configuration ({'; '.join(changed[:6])}). "
             "Use the same settings to continue it, or another out=... to start afresh."
+            + " The learning rate goes by updates: give all of them from the start, and stop_after=N to do a part."
+            * longer
         )
     _check_micro_batches(path, content["world_size"], content["config"]["accumulate"], ranks, config)
     if content["data"]["fingerprint"] != data["fingerprint"]:
@@ -233,8 +249,9 @@ def _check_micro_batches(path: Path, world_size: int, accumulate: int, ranks: Ra
     wanted, rest = divmod(then, ranks.world_size)
     remedy = f"set accumulate={wanted}" if not rest else f"use a number of ranks that divides {then}"
     raise CheckpointError(
-        f"{path} was written by {world_size} ranks with accumulate={accumulate}, {then} micro-batches an update; "
-        f"{ranks.world_size} ranks with accumulate={config.accumulate} would take {now}. To continue it, {remedy}."
+        f"{path} was written by {counted(world_size, 'rank')} with accumulate={accumulate}, "
+        f"{counted(then, 'micro-batch', 'micro-batches')} an update; {counted(ranks.world_size, 'rank')} with "
+        f"accumulate={config.accumulate} would take {now}. To continue it, {remedy}."
     )
 
 

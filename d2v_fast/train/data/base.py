@@ -13,7 +13,7 @@ import signal
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 Skipped = tuple[tuple[str, str], ...]  # (file, reason)
 Spec = tuple[int, int, tuple[int, ...]]  # epoch, index of the batch in the epoch, its items
+UNPACK = {".gz": "gunzip", ".tgz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd"}  # by suffix
 NO_MEMORY = "it takes more memory than there is; its header may be damaged"
 T = TypeVar("T")
 
@@ -321,10 +322,21 @@ def list_files(path: str | Path, extensions: tuple[str, ...], what: str) -> list
             # links may lead back up, or to a folder that is there already: each is entered once
             subfolders[:] = [name for target, name in real.items() if target not in seen]
             seen.update(real)
-    files = sorted(f for f in files if f.suffix.lower() in extensions)
-    if not files:
-        raise DataError(f"data path {root} holds no {expected}")
-    return files
+    fitting = sorted(f for f in files if f.suffix.lower() in extensions)
+    if not fitting:
+        raise DataError(f"data path {root} holds no {expected}{compressed(files, extensions)}")
+    return fitting
+
+
+def compressed(files: Iterable[Path], extensions: Container[str]) -> str:
+    """What to do with the first of ``files`` that would be read if it were unpacked, for messages; else empty."""
+    for path in sorted(files):
+        program, inner = UNPACK.get(path.suffix.lower()), Path(path.stem).suffix.lower()
+        if path.suffix.lower() == ".tgz":
+            inner = ".tar"
+        if program and inner in extensions:
+            return f"; {path.name} is compressed, which is not read: {program} {path.name}"
+    return ""
 
 
 def relative_names(root: str | Path, files: Sequence[Path]) -> list[str]:

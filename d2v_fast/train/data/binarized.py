@@ -70,8 +70,9 @@ class BinarizedTextData(PretrainData):
                 raise DataError(f"{other / 'dict.txt'} differs from {folders[0] / 'dict.txt'}; expected one dictionary")
         for shard in self.shards:
             if shard.too_long:
-                limit = config.tokens_per_sample - 1
-                logger.warning("%s: left out %d blocks of more than %d tokens", shard.prefix, shard.too_long, limit)
+                blocks = shard.too_long + len(shard.blocks)
+                left_out = f"left out {shard.too_long} of {blocks} blocks ({shard.too_long / blocks:.1%})"
+                logger.warning("%s: %s, of more than %s", shard.prefix, left_out, _limit(config))
 
     def describe(self) -> str:
         """Folders, sentences, tokens, blocks and what was left out."""
@@ -118,6 +119,10 @@ class BinarizedTextData(PretrainData):
         return make_batch(torch.from_numpy(inputs), mask, lengths if padded else None, num_masked=num_masked)
 
 
+def _limit(config: TextDataConfig) -> str:
+    return f"data.tokens_per_sample - 1 = {config.tokens_per_sample - 1} tokens"
+
+
 class _Shard:
     """The ids of a split in one folder, memory-mapped, and the blocks that they are cut into.
 
@@ -141,7 +146,7 @@ class _Shard:
         fits = blocks[:, 1] - blocks[:, 0] < config.tokens_per_sample
         self.blocks, self.too_long = blocks[fits], int((~fits).sum())
         if not len(self.blocks):
-            raise DataError(f"{self.prefix}.bin gives no block of at most {config.tokens_per_sample - 1} tokens")
+            raise DataError(f"{self.prefix}.bin gives no block of at most {_limit(config)}")
         self._open()
 
     def _open(self) -> None:

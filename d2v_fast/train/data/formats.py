@@ -8,7 +8,7 @@ from glob import glob, has_magic
 from pathlib import Path
 
 from d2v_fast.train.data.bad_items import check_files
-from d2v_fast.train.data.base import list_files, relative_names, require
+from d2v_fast.train.data.base import compressed, list_files, relative_names, require
 from d2v_fast.train.data.names import Names
 from d2v_fast.train.data.sources import Files, Source
 from d2v_fast.train.data.tables import Tables
@@ -76,7 +76,14 @@ def open_source(found: Found, config: LocationConfig, suffixes: Sequence[str]) -
     return source
 
 
-def find(path: str, kinds: Mapping[str, Sequence[str]], wanted: str, split: str, what: str) -> Found:
+def find(
+    path: str,
+    kinds: Mapping[str, Sequence[str]],
+    wanted: str,
+    split: str,
+    what: str,
+    elsewhere: Sequence[str] = (),
+) -> Found:
     """The files at ``path`` and their format.
 
     ``path`` is a file, a folder, or a pattern: ``*``, ``?`` and ``[...]`` as in a shell, ``{000..127}`` and ``{a,b}``
@@ -89,12 +96,18 @@ def find(path: str, kinds: Mapping[str, Sequence[str]], wanted: str, split: str,
         wanted: one of ``kinds``, or "auto".
         split: which part of the data.
         what: the expected contents, for messages.
+        elsewhere: formats that ``wanted`` may be, but that are not read here; for messages.
 
     Raises:
         ConfigError: ``wanted`` is not a format that can be read.
         DataError: nothing there, or files of several formats.
     """
-    require(wanted == "auto" or wanted in kinds, "data.format", f"auto or one of {', '.join(kinds)} here", wanted)
+    require(
+        wanted == "auto" or wanted in kinds,
+        "data.format",
+        f"auto or one of {', '.join([*kinds, *elsewhere])} here",
+        wanted,
+    )
     kinds = kinds if wanted == "auto" else {wanted: kinds[wanted]}
     root = Path(path).expanduser()
     if not root.exists() and (has_magic(path) or BRACES.search(path)):
@@ -122,8 +135,8 @@ def _kind_of_file(path: Path, kinds: Mapping[str, Sequence[str]], wanted: str, w
     for kind, suffixes in kinds.items():
         if path.suffix.lower() in suffixes:
             return kind
-    known = ", ".join(suffix for suffixes in kinds.values() for suffix in suffixes)
-    raise DataError(f"data path {path} holds no {what} ({known})")
+    known = [suffix for suffixes in kinds.values() for suffix in suffixes]
+    raise DataError(f"data path {path} holds no {what} ({', '.join(known)}){compressed([path], known)}")
 
 
 def _groups(files: list[Path], kinds: Mapping[str, Sequence[str]]) -> dict[str, list[Path]]:

@@ -53,10 +53,11 @@ class TextData(PretrainData):
     def __init__(self, config: TextDataConfig, model: Data2VecConfig, seed: int) -> None:
         super().__init__(seed)
         check_text_model(config, model)
+        self.config, self.model, self.max_bad_fraction = config, model, config.max_bad_fraction
+        what = "UTF-8 text files, tables or a data-bin of fairseq-preprocess with its dict.txt"
+        found = find(config.path, KINDS, config.format, config.split, what, elsewhere=("fairseq",))
         binarised = "none, the only one for text that fairseq-preprocess has not binarised"
         require(config.break_mode == "none", "data.break_mode", binarised, config.break_mode)
-        self.config, self.model, self.max_bad_fraction = config, model, config.max_bad_fraction
-        found = find(config.path, KINDS, config.format, config.split, "UTF-8 text files or tables")
         files, names = found.files, relative_names(found.root, found.files)
         vocab_size, cache = model.frontend.vocab_size, _Cache(config.cache_dir, files, names, config.column)
         corpus = _Corpus(config, files, names)
