@@ -7,14 +7,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import TypeAdapter, ValidationError
 from yaml import YAMLError
 
-from d2v_fast.nn.config import Data2VecConfig
+from d2v_fast.nn.config import Data2VecConfig, Profile
 from d2v_fast.train.data import ImageDataConfig, SpeechDataConfig, TextDataConfig
 from d2v_fast.train.distributed import DistributedConfig
 from d2v_fast.train.errors import ConfigError
@@ -203,7 +203,8 @@ def model_config(values: dict[str, Any]) -> Data2VecConfig:
     try:
         base = getattr(Data2VecConfig, modality)(size, profile=profile)
     except ValueError as error:
-        raise ConfigError(f"model: {error}") from None
+        key = "size" if profile in get_args(Profile) else "profile"
+        raise ConfigError(f"model.{key}: {error}") from None
     return _override(base, values, "model.")
 
 
