@@ -35,28 +35,30 @@ def summary(outcomes: Sequence[Outcome], out: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+STEP_COLUMNS = (  # of a row: key, label, digits
+    ("ratio", "time / ours", 2),
+    ("ms", "ms", 1),
+    ("samples_per_s", "samples/s", 1),
+    ("percent_of_matmul", "% of matmul", 1),
+    ("peak_mib", "peak MiB", 0),
+    ("host_ms", "host ms", 2),
+    ("launches", "launches", 0),
+    ("ms_p20", "ms p20", 1),
+    ("ms_p80", "p80", 1),
+    ("units_per_s", "units/s", 0),
+    ("percent_of_peak", "% of peak", 1),
+    ("memory_ratio", "memory / as written", 2),
+)
+
+
 def step_table(record: dict) -> list[str]:
     """Whole training steps, a line for each provider."""
-    columns = {
-        "ratio": 2,
-        "ms": 1,
-        "samples_per_s": 1,
-        "percent_of_matmul": 1,
-        "peak_mib": 0,
-        "host_ms": 2,
-        "launches": 0,
-    }
-    lines = [
-        "",
-        "## training step",
-        "",
-        f"{record['environment']['device']}, torch {record['environment']['torch']}",
-        "",
-    ]
-    lines += ["| case | provider | time / ours | ms | samples/s | % of matmul | peak MiB | host ms | launches |"]
-    lines += ["|---" * 9 + "|"]
+    environment = record["environment"]
+    lines = ["", "## training step", "", f"{environment['device']}, torch {environment['torch']}", ""]
+    lines += [f"| case | provider | {' | '.join(label for _, label, _ in STEP_COLUMNS)} |"]
+    lines += ["|---" * (2 + len(STEP_COLUMNS)) + "|"]
     for row in record["results"]:
-        values = [f"{row[name]:.{digits}f}" if name in row else "" for name, digits in columns.items()]
+        values = [f"{row[name]:.{digits}f}" if name in row else "" for name, _, digits in STEP_COLUMNS]
         values[0] = values[0] or ("" if row["status"] == "ok" else row["status"])
         lines.append(f"| {row['case']} | {row['provider']} | {' | '.join(values)} |")
     return lines

@@ -5,7 +5,7 @@
 
 from dataclasses import dataclass
 
-from measured import GRAPH, STEP, STEP_MODE
+from measured import GRAPH, STEP, STEP_MODE, WRITTEN_AUTOCAST
 
 BOTH = "fwd+bwd"
 ROOFLINE = "percent_of_roofline"
@@ -163,8 +163,8 @@ ENCODER_CASES = ("speech, 15 x 780", "images, 128 x 197", "text, 16 x 512")
 def patched(part: str, recipe: str, reference: float) -> Limit:
     return Limit(
         part, STEP, (recipe,), STEP_MODE,
-        ((Reach("speedup", reference, ("reference",), "{} times as fast as unpatched", "patched"),
-          Reach("peak_share", 75, ("reference",), "{} % of its memory", "patched", most=True)),),
+        ((Reach("speedup", reference, (WRITTEN_AUTOCAST,), "{} times as fast as unpatched", "patched"),
+          Reach("peak_share", 75, (WRITTEN_AUTOCAST,), "{} % of its memory", "patched", most=True)),),
     )  # fmt: skip
 
 

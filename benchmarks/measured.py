@@ -10,7 +10,7 @@ OURS, GRAPH = "d2v_fast", "d2v_fast graph"
 STEP = "train_step"
 STEP_MODE = "step"
 COMPILED = ("eager+compile", "fairseq+compile", "torch.compile")
-OF_STEPS = (GRAPH, OURS, "patched", "eager", *COMPILED)  # every other provider of a step is its reference
+WRITTEN, WRITTEN_AUTOCAST = "as written", "as written, autocast"  # the references of a step
 SAME = ("device", "torch", "triton", "cuda", "driver", "commit")  # of an environment
 
 
@@ -55,16 +55,15 @@ class Results:
     parts: dict[str, dict]
 
     def providers(self, op: str, case: str, mode: str) -> dict[str, Row]:
-        """The rows of one case, by provider; "ours" and, for steps, "reference" are other names of some."""
+        """The rows of one case, by provider; "ours" (the faster one) and, for steps, "reference" are names of some."""
         found = {row.provider: row for row in self.rows if (row.op, row.case, row.mode) == (op, case, mode)}
         mine = [found[name] for name in (OURS, GRAPH) if name in found and found[name].ms is not None]
         if mine:
             found["ours"] = min(mine, key=lambda row: row.ms)
         elif OURS in found:
             found["ours"] = found[OURS]
-        if op == STEP:
-            others = [row for name, row in found.items() if name not in (*OF_STEPS, "ours")]
-            found |= {"reference": others[0]} if others else {}
+        if WRITTEN in found:
+            found["reference"] = found[WRITTEN]
         return found
 
     def cases(self, op: str, mode: str) -> list[str]:
@@ -80,18 +79,16 @@ def read(file: Path) -> dict | None:
         raise UnfitResults(f"{file} is no JSON: {error}") from error
     if not isinstance(record, dict):
         return None
-    if record.get("kind") == "gpu" or (record.get("benchmark") == STEP and isinstance(record.get("results"), list)):
-        return record
-    return None
+    is_step = record.get("benchmark") == STEP and isinstance(record.get("results"), list) and not record.get("smoke")
+    return record if record.get("kind") == "gpu" or is_step else None
 
 
-def rows_of(file: Path, record: dict) -> list[Row]:
+def rows_of(record: dict) -> list[Row]:
     """The rows of one file."""
     if record.get("benchmark") != STEP:
         rows = [(record["op"], row["case"], row["mode"], row) for row in record["results"]]
     else:
-        recipe = file.stem.removeprefix(STEP).strip("_")
-        rows = [(STEP, recipe or row["case"], STEP_MODE, row) for row in record["results"]]
+        rows = [(STEP, row["case"], STEP_MODE, row) for row in record["results"]]
     return [Row(op, case, mode, row["provider"], row["status"], row) for op, case, mode, row in rows]
 
 
@@ -115,7 +112,7 @@ def load(folder: Path, commit: str | None = None) -> Results:
         if len(found) > 1:
             which = ", ".join(f"{value} ({file})" for value, file in found.items())
             raise UnfitResults(f"results of several {name}s in {folder}: {which}")
-    rows = [row for file, record in records.items() for row in rows_of(file, record)]
+    rows = [row for record in records.values() for row in rows_of(record)]
     environment = next(iter(records.values()))["environment"]
     parts = {}
     for file in sorted((folder / "parts").glob("*.json")):

@@ -45,7 +45,7 @@ def op_row(case, mode, provider, ms, **more):
 
 
 def step_row(provider, ms, **more):
-    row = {"case": "any", "provider": provider, "status": "ok", "ms": ms, "peak_mib": 300 * ms, "host_ms": 0.02 * ms}
+    row = {"provider": provider, "status": "ok", "ms": ms, "peak_mib": 300 * ms, "host_ms": 0.02 * ms}
     return row | {"percent_of_matmul": 51.0, "launches": 3} | more
 
 
@@ -72,10 +72,10 @@ def write(folder, change=lambda row: row):
         (folder / f"{op}.json").write_text(json.dumps(record))
     for recipe in ("speech_base", "text_base", "image_base", "speech_large", "image_large"):
         sides = {"d2v_fast graph": 13.1, "d2v_fast": 14.2, "patched": 20.3, "eager": 40.4, "torch.compile": 23.5}
-        sides |= {"as it was": 71.6}
+        sides |= {"as written, autocast": 70.2, "as written": 71.6}
         rows = [step_row(name, ms, **({"peak_mib": 1000.0} if name == "patched" else {})) for name, ms in sides.items()]
-        rows = [new for row in rows if (new := change({**row, "op": recipe})) is not None]
-        record = {"environment": ENVIRONMENT, "benchmark": "train_step", "results": rows}
+        rows = [new for row in rows if (new := change({**row, "op": recipe, "case": recipe})) is not None]
+        record = {"environment": ENVIRONMENT, "benchmark": "train_step", "smoke": False, "results": rows}
         (folder / f"train_step_{recipe}.json").write_text(json.dumps(record))
     for name in publish.part_names():
         part = {"name": name, "status": "passed", "commit": COMMIT, "seconds": 1.0, "detail": ""}
