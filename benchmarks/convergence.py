@@ -90,23 +90,28 @@ def _finished(args: argparse.Namespace, commit: str) -> dict[Key, dict[str, Any]
     from common import names_code
     from convergence_data import Prepared
 
-    if not args.json.is_file() or not names_code(commit):
+    if not args.json.is_file():
+        return {}
+    if not names_code(commit):
+        print(f"{args.json} is written anew: commit {commit!r} does not say which code ran; --commit does")
         return {}
     try:
         record = json.loads(args.json.read_text(encoding="utf-8"))
         runs, before = record["runs"], record["environment"]["commit"]
     except (ValueError, KeyError, TypeError) as error:
         sys.exit(f"error: --json {args.json} holds something else than runs: {type(error).__name__}: {error}")
-    if before != commit:
-        return {}
     digests = {modality: Prepared.load(args.data / f"{modality}.npz").digest for modality in args.modality}
     asked = {"updates": args.updates, "asked": [args.precision, args.graph]}
-    return {
+    kept = {
         (run["modality"], run["seed"], run["arm"]): run
         for run in runs
-        if all(run[name] == value for name, value in asked.items())
+        if before == commit
         and run["data"] == digests.get(run["modality"], run["data"])
+        and all(run[name] == value for name, value in asked.items())
     }
+    if len(kept) < len(runs):
+        print(f"{len(runs) - len(kept)} runs of another commit, data or settings are dropped from {args.json}")
+    return kept
 
 
 def _run_apart(args: argparse.Namespace, key: Key) -> tuple[dict[str, Any] | None, str]:

@@ -56,7 +56,7 @@ def plain_step(model: Data2Vec, optim: OptimConfig) -> Step:
     groups = [
         {name: g[name] for name in ("params", "weight_decay")} for g in build_optimizer(model, optim).param_groups
     ]
-    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, foreach=False, fused=False)
+    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
     students, averages = zip(*model.teacher.averages().items(), strict=True)
     parameters = [p for group in groups for p in group["params"]]
 

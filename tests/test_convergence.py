@@ -233,7 +233,7 @@ def test_runs_that_do_not_belong_together(tmp_path, change, message):
 def test_files_that_do_not_belong_together(tmp_path):
     runs = synthetic()
     files = [written(tmp_path, runs, "a.json"), written(tmp_path, runs, "b.json")]
-    with pytest.raises(ValueError, match="b.json: text, seed 1, fused is there twice"):
+    with pytest.raises(ValueError, match=r"b.json: text, seed 1, fused is there twice"):
         convergence_report.load(files, 3)
     half = dict(islice(runs.items(), 4))
     files = [
