@@ -1,4 +1,5 @@
-"""Draws the JSON of the benchmarks: one figure an op, the time of every provider over that of d2v_fast.
+"""Draws the JSON of the benchmarks: a figure an op, the time of every provider over that of d2v_fast, and one of whole
+updates, the milliseconds of every provider for each recipe.
 
 python benchmarks/plot.py benchmarks/results/nvidia-h100-80gb-hbm3 --out docs/img
 """
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 OURS = "d2v_fast"
+STEP = "train_step"
 BAR = 0.16  # height in inches
 
 
@@ -18,13 +20,14 @@ def load(folder: Path) -> list[dict]:
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder of results")
     records = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
-    records = [record for record in records if "op" in record and "results" in record]
-    if not records:
+    steps = [record for record in records if isinstance(record, dict) and record.get("benchmark") == STEP]
+    records = [record for record in records if isinstance(record, dict) and "op" in record and "results" in record]
+    if not records and not steps:
         raise ValueError(f"no results of benchmarks in {folder}: run one with --json or --out first")
     for record in records:
         if not any("ratio" in row for row in record["results"]):
             raise ValueError(f"nothing was timed in the results of {record['op']}")
-    return records
+    return records + steps
 
 
 def bars(record: dict) -> list[tuple[str, list[tuple[str, float, str]]]]:
@@ -40,8 +43,40 @@ def bars(record: dict) -> list[tuple[str, list[tuple[str, float, str]]]]:
     return list(groups.items())
 
 
+def draw_steps(records: list[dict], file: Path) -> None:
+    """Whole updates: a group of bars for each recipe, a bar for each provider that was timed."""
+    from matplotlib.figure import Figure
+
+    rows = [row for record in records for row in record["results"] if row.get("ms") is not None]
+    if not rows:
+        raise ValueError("no update was timed")
+    recipes, providers = (list(dict.fromkeys(row[key] for row in rows)) for key in ("case", "provider"))
+    colors = {name: "black" if name.startswith(OURS) else f"C{i}" for i, name in enumerate(providers)}
+    height = BAR * sum(1 + sum(row["case"] == recipe for row in rows) for recipe in recipes)
+    figure = Figure(figsize=(9, height + 1.2), layout="constrained")
+    axes = figure.add_subplot()
+    y, ticks = 0, []
+    for recipe in recipes:
+        bars_of = [row for row in rows if row["case"] == recipe]
+        ticks.append((y + (len(bars_of) - 1) / 2, recipe))
+        for row in bars_of:
+            name = row["provider"]
+            axes.barh(y, row["ms"], color=colors[name], height=0.85, alpha=0.6 if name == OURS else 1.0)
+            axes.text(row["ms"], y, f" {row['ms']:.1f} ms, {name}", va="center", fontsize=7)
+            y += 1
+        y += 1
+    axes.set_yticks([tick for tick, _ in ticks], [label for _, label in ticks], fontsize=7)
+    axes.invert_yaxis()
+    axes.margins(x=0.25)
+    environment = records[0]["environment"]
+    versions = f"torch {environment['torch']}, {environment['commit'][:10]}"
+    axes.set_title(f"one update: {environment['device']}\n{versions}", fontsize=9)
+    axes.set_xlabel("ms", fontsize=8)
+    figure.savefig(file, dpi=120)
+
+
 def draw(record: dict, file: Path) -> None:
-    """One figure."""
+    """One figure of an op."""
     from matplotlib.figure import Figure
 
     groups = bars(record)
@@ -87,9 +122,13 @@ def main() -> None:
         sys.exit(f"error: {error}")
     args.out.mkdir(parents=True, exist_ok=True)
     for record in records:
-        file = args.out / f"{record['op']}.png"
-        draw(record, file)
-        print(file)
+        if record.get("benchmark") != STEP:
+            draw(record, args.out / f"{record['op']}.png")
+            print(args.out / f"{record['op']}.png")
+    steps = [record for record in records if record.get("benchmark") == STEP and isinstance(record["results"], list)]
+    if any(row.get("ms") is not None for record in steps for row in record["results"]):
+        draw_steps(steps, args.out / f"{STEP}.png")
+        print(args.out / f"{STEP}.png")
 
 
 if __name__ == "__main__":

@@ -199,3 +199,20 @@ def test_summary_and_plot(fake_gpu_times, tmp_path):
     pytest.importorskip("matplotlib")
     plot.draw(plot.load(tmp_path)[0], tmp_path / "ema.png")
     assert (tmp_path / "ema.png").stat().st_size > 5000
+
+
+def test_plot_of_steps(tmp_path, monkeypatch, capsys):
+    """A figure of all recipes; a recipe without a time makes none."""
+    pytest.importorskip("matplotlib")
+    environment = {"device": "GPU", "torch": "2", "commit": "0" * 40}
+    for recipe in ("text_base", "speech_base"):
+        rows = [{"case": recipe, "provider": p, "status": "ok", "ms": t} for p, t in ((OURS, 2.0), ("as written", 9.0))]
+        rows.append({"case": recipe, "provider": "torch.compile", "status": "skipped: out of time"})
+        record = {"environment": environment, "benchmark": "train_step", "results": rows}
+        (tmp_path / f"train_step_{recipe}.json").write_text(json.dumps(record))
+    monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path), "--out", str(tmp_path / "img")])
+    plot.main()
+    assert capsys.readouterr().out.split() == [str(tmp_path / "img" / "train_step.png")]
+    assert (tmp_path / "img" / "train_step.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match="no update was timed"):
+        plot.draw_steps([{"environment": environment, "results": [{"status": "x"}]}], tmp_path / "x.png")
