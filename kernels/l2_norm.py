@@ -20,6 +20,11 @@ GPU_CONFIG = LaunchConfig(chunk=32768, block=2048, num_warps=4)
 _FINISH_BLOCK, _FINISH_WARPS = 4096, 8
 
 
+def config_for(x: Tensor) -> LaunchConfig:
+    """Chunks for tensors on the device of ``x``."""
+    return chunks.INTERPRETER_CONFIG if launch.interpreted(x) else GPU_CONFIG
+
+
 @triton.jit(do_not_specialize=["num_tensors", "first_partial"])
 def _sum_of_squares_kernel(
     table_ptr,  # [3, num_tensors] int64: first program, size, address
@@ -59,7 +64,7 @@ def _root_of_sum_kernel(partials_ptr, out_ptr, num_partials, BLOCK: tl.constexpr
 def l2_norm(tensors: Sequence[Tensor], config: LaunchConfig | None = None) -> Tensor:
     """Norm [] fp32 of all elements of dense ``tensors`` (fp32, bf16, fp16) on one device."""
     device = tensors[0].device
-    config = config or (chunks.INTERPRETER_CONFIG if launch.interpreted(tensors[0]) else GPU_CONFIG)
+    config = config or config_for(tensors[0])
     key = (
         tuple(map(Tensor.numel, tensors)),
         tuple(map(Tensor.data_ptr, tensors)),
