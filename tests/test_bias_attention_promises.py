@@ -224,3 +224,21 @@ def test_memory_of_a_vision_transformer():
     values_and_grads(bias_attention, upstream, tensors, p=0.05)
     rows = tensors["q"].numel() * 2
     assert torch.cuda.max_memory_allocated() - before < 4 * rows + 40 * 2**20
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_elements():
+    """The last sample of many: as if it were alone. The others are zeros, and give the bias no gradient."""
+    if torch.cuda.mem_get_info()[0] < 28 * 2**30:
+        pytest.skip("needs 28 GB of GPU memory")
+    B, T, H, D = 2**15 + 4, 64, 16, 64
+    q = torch.zeros(B, T, H, D, dtype=BF16, device=DEVICE)
+    q[-1] = torch.randn(T, H, D)
+    bias = torch.randn(H, T, T, device=DEVICE)
+    got = values_and_grads(bias_attention, q, {"q": q, "k": q, "v": q, "bias": bias})
+    last = q[-1:].clone()
+    want = values_and_grads(bias_attention, last, {"q": last, "k": last, "v": last, "bias": bias})
+    for name in ("o", "q", "k", "v"):
+        torch.testing.assert_close(got[name][-1:], want[name], rtol=1e-2, atol=1e-2)
+        assert not got[name][:-1].any(), name
+    torch.testing.assert_close(got["bias"], want["bias"], rtol=1e-2, atol=1e-3)

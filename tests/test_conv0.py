@@ -359,3 +359,22 @@ def test_captured_graph_reads_the_tensors_again(norm):
 @pytest.mark.gpu
 def test_real_size():
     check_against_fp64(make_inputs(2, 20000, 512, 10, 5), 5, "layer", BF16, floor=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("norm", ["layer", "group"])
+@pytest.mark.usefixtures("kernels")
+def test_more_than_2_31_elements(norm):
+    """The second of two long clips: as if it were alone. The first is zeros, and gives no gradient."""
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GB of GPU memory")
+    T = 2**21 + 3
+    x, *parameters = make_inputs(1, T, 512, 10, 5)
+    both = torch.cat([torch.zeros_like(x), x])
+    upstream = torch.zeros(2, T, 512, dtype=BF16, device=DEVICE)
+    upstream[1] = torch.randn(T, 512, device=DEVICE)
+    got = value_and_grads(ours(5, norm, BF16), upstream, both, *parameters)
+    want = value_and_grads(ours(5, norm, BF16), upstream[1:], x, *parameters)
+    torch.testing.assert_close(got[0][1:], want[0], rtol=2e-2, atol=2e-2)
+    for a, b in zip(got[1:], want[1:], strict=True):
+        assert (a - b).norm() <= 1e-2 * b.norm() + 1e-6

@@ -353,6 +353,16 @@ def test_fallback_on_a_gpu_without_triton(monkeypatch, student_dtype, tensor):
         assert torch.equal(e, w) and torch.equal(c, w.bfloat16())
 
 
+def test_repeats_bit_for_bit():
+    teacher, student = make(student_dtype=BF16)
+    runs = []
+    for _ in range(2):
+        again, copies = [e.clone() for e in teacher], [torch.empty_like(p) for p in student]
+        ema_update_(again, student, 0.999, copies=copies)
+        runs.append([*again, *copies])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
 @pytest.mark.gpu
 def test_does_not_wait_for_the_device():
     teacher, student = make(student_dtype=BF16)

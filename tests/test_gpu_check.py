@@ -1,7 +1,9 @@
 """The one command for a GPU: which parts it finds, how it spends its budget, what it reports."""
 
+import ast
 import json
 import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -140,6 +142,47 @@ def test_commands_of_benchmarks(tmp_path):
 def test_every_published_preset_is_timed():
     presets = {file.stem for file in (ROOT / "d2v_fast" / "train" / "presets").glob("*.yaml")}
     assert set(gpu_parts.RECIPES) == {name for name in presets if not name.endswith("_demo")}
+
+
+# what a GPU must show of every op, the names of tests that show it, and whether these need the mark
+KINDS = {
+    "waits for nothing": ("wait", True),
+    "is captured in a graph": ("captur", True),
+    "offsets beyond 2**31": ("2_31|beyond_int32", True),
+    "the same bits again": ("determin|repeat|order_of_threads", False),
+    "compiled as eager": ("compile", False),
+}
+
+
+@pytest.mark.parametrize("op", sorted(p.stem for p in (ROOT / "d2v_fast" / "ops").glob("[a-z]*.py")))
+def test_every_op_has_every_kind_of_gpu_test(op):
+    """By the names of tests in test_OP.py and test_OP_*.py that run on a GPU there."""
+    marked, all_names = set(), set()
+    for file in [ROOT / "tests" / f"test_{op}.py", *(ROOT / "tests").glob(f"test_{op}_*.py")]:
+        tree = ast.parse(file.read_text())
+        on_device = any(isinstance(node, ast.Name) and node.id == "DEVICE" for node in ast.walk(tree))
+        for node in tree.body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                all_names |= {node.name} if on_device else set()
+                if "pytest.mark.gpu" in map(ast.unparse, node.decorator_list):
+                    marked.add(node.name)
+    for kind, (pattern, needs_mark) in KINDS.items():
+        assert any(re.search(pattern, name) for name in (marked if needs_mark else all_names)), f"{op}: {kind}"
+
+
+def test_every_kernel_of_the_extension_is_checked_under_the_sanitizers():
+    """Both ops of csrc/, both 16-bit types, whole rows and segments; each call ends with gradients of all leaves."""
+    import extension_check
+
+    sources = {p.stem for p in (ROOT / "csrc").glob("*.cu")} - {"runtime"}
+    names = [name for name, _ in extension_check.checks("cpu")]
+    for source in sources:
+        for dtype in ("bfloat16", "float16"):
+            of = [name for name in names if name.startswith(source) and dtype in name]
+            assert of and any("segments" in name for name in of) and not all("segments" in name for name in of)
+    assert sources == {"conv0", "pos_conv"} and any("group" in name for name in names)
+    call = dict(extension_check.checks("cpu"))["pos_conv 64 k4 torch.bfloat16"]
+    assert [x.shape for x in call()] == [(1, 133, 128), (1, 133, 128), (128, 64, 4), (128,)]
 
 
 def test_long_logs_keep_their_ends_and_no_paths(tmp_path):

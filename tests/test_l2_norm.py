@@ -197,6 +197,15 @@ def test_does_not_wait_for_the_device_and_is_captured():
     assert norm.item() == pytest.approx(exact(tensors).item(), rel=6e-8)
 
 
+@pytest.mark.gpu
+def test_offsets_beyond_int32():
+    if torch.cuda.mem_get_info()[0] < 6 * 2**30:
+        pytest.skip("needs 6 GB of GPU memory")
+    x = torch.zeros(2**31 + 5, dtype=BF16, device=DEVICE)
+    x[0], x[-1] = 4, 3
+    assert l2_norm([x[:7], x]).item() == pytest.approx(41**0.5)
+
+
 @pytest.mark.skipif(not INTERPRET, reason="needs TRITON_INTERPRET=1")
 def test_interpreter_runs_the_kernel(monkeypatch):
     """Guards the suite itself: the CPU key must not fall back to the reference here."""

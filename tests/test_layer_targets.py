@@ -286,6 +286,13 @@ def test_check_looks_at_the_ranges_before_the_op_runs(monkeypatch):
         layer_targets(layers, lengths=torch.tensor([6, -1], device=DEVICE), check=True)
 
 
+@pytest.mark.parametrize("norm", NORMS)
+def test_is_deterministic(norm):
+    layers, positions = make_layers(4, 3, 150, 96, BF16), some_positions(3, 150)
+    runs = [layer_targets(layers, norm=norm, post_norm="layer", positions=positions) for _ in range(2)]
+    assert torch.equal(*runs)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("post_norm", POST_NORMS)

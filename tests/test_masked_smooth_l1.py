@@ -271,6 +271,23 @@ def test_offsets_beyond_int32():
     check_against_fp64(pred, target, None, 0.5, None, "none")
 
 
+@pytest.mark.gpu
+def test_captured_graph_reads_the_tensors_again():
+    pred, target, mask = make_inputs(64, 768, BF16)
+    grad = torch.randn(64, device=DEVICE)
+
+    def step():
+        return _fwd(pred, target, mask, 0.5, 2.0), _bwd(grad, pred, target, mask, 0.5, 2.0)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        got = step()
+    pred.copy_(torch.randn_like(pred)), mask.copy_(~mask)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(got, step(), strict=True))
+
+
 def test_interpreter_rounds_to_nearest_even():
     if not INTERPRET:
         pytest.skip("needs TRITON_INTERPRET=1")

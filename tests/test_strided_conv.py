@@ -387,3 +387,20 @@ def test_copies_no_activations_on_the_device(B):
         call()
         extra = torch.cuda.max_memory_allocated() - before - result.numel() * result.element_size()
         assert extra < 12 * 2**20  # 1.5 MB of weights, cuBLAS' workspace
+
+
+@pytest.mark.gpu
+def test_more_than_2_31_elements():
+    """The second of two long rows: as if it were alone. The first is zeros, and gives no gradient."""
+    if torch.cuda.mem_get_info()[0] < 24 * 2**30:
+        pytest.skip("needs 24 GB of GPU memory")
+    S = 2**21 + 7
+    x = torch.zeros(2, S, 512, dtype=BF16, device=DEVICE)
+    x[1] = torch.randn(S, 512, device=DEVICE)
+    _, weight, _ = make_inputs(1, 3, 512, 512, 3, BF16)
+    y, alone = _fwd(x, weight, None, 2), _fwd(x[1:], weight, None, 2)
+    torch.testing.assert_close(y[1:], alone, rtol=2e-2, atol=2e-2)
+    assert not y[0].any()
+    torch.testing.assert_close(_grad_x(y, weight, S, 2)[1:], _grad_x(alone, weight, S, 2), rtol=2e-2, atol=2e-2)
+    want = _grad_weight(alone, x[1:], weight, 2)
+    assert (_grad_weight(y, x, weight, 2) - want).float().norm() <= 1e-2 * want.float().norm()
