@@ -2,13 +2,19 @@
 
 python benchmarks/bench_train_step.py --smoke                 # CPU, float32: one ratio for each modality
 python benchmarks/bench_train_step.py --modality text --rounds 5
-python benchmarks/bench_train_step.py --json out.json         # GPU: step_gpu.py says what is measured there
+python benchmarks/bench_train_step.py --recipe speech_base --json out.json --resume      # GPU; step_gpu.py says what
 
 On a CPU: speech base on 2 clips of 5 s, text base on 4 rows of 512 tokens (the teacher reads the masked ones, as
-released), ViT-B on 2 images. All sides run in one process on the same inputs and masks, taking turns; before anything
-is timed, their losses must be equal, with equal weights, and without dropout. "patched" is the peer with
-``d2v_fast.patch``: its own model and optimizer, our ops. Without ve-fairseq
-(requirements/peers.txt) only the image step has a peer.
+released), ViT-B on 2 images. All sides run in one process on the same inputs and masks, taking turns. "patched" is the
+peer with ``d2v_fast.patch``: its own model and optimizer, our ops. Without ve-fairseq (requirements/peers.txt) speech
+and text are compared with its restatement in plain PyTorch (``reference_*.py``), which is not patched.
+
+On a GPU: the published recipes at their batch for one GPU (``step_recipes.py``), a provider after the other. A provider
+that runs out of memory or fails is a row that says so. The file is written after each provider; ``--resume`` keeps its
+rows of the same code, on the same device and PyTorch, and tries those again last that failed.
+
+Before anything is timed, losses and norms of the gradients of all sides must be equal, with equal weights and without
+dropout, for two layers of the full width in float32.
 """
 
 import argparse
@@ -16,50 +22,26 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from pathlib import Path
 
-import numpy as np
 import step_peers
+import step_plain
 import torch
-from common import DEVICE, write_json
-from step_peers import Peer
+from cli import earlier
+from common import DEVICE, environment, write_json
+from step_recipes import RECIPES, make_config, random_batch
+from torch import Tensor, nn
 
-from d2v_fast.nn import Batch, Data2Vec, Data2VecConfig, make_batch
+from d2v_fast.nn import Batch, Data2Vec
 from d2v_fast.train.optim import OptimConfig, build_optimizer
 from d2v_fast.train.step import train_step
 
 OPTIM = OptimConfig(lr=5e-4)
 SIZES = {"speech": (2, 5 * 16_000), "text": (4, 512), "image": (2, 224)}  # rows; samples, tokens or pixels
 FIRST = {"speech": (2, 16_000), "text": (1, 32), "image": (1, 224)}  # of the step that allocates and is not timed
-NO_DROPOUT = {"dropout": 0.0, "attention_dropout": 0.0, "drop_path": 0.0}
-
-
-def make_config(modality: str, dropout: bool = True, layers: int = 12) -> Data2VecConfig:
-    """The released base recipe, without LayerDrop, which would make the two sides do different work in a round."""
-    config = getattr(Data2VecConfig, modality)(profile="fairseq")
-    encoder = replace(config.encoder, layerdrop=0.0, layers=layers, **({} if dropout else NO_DROPOUT))
-    frontend = config.frontend
-    if modality == "text" and not dropout:
-        frontend = replace(frontend, dropout=0.0)
-    top_k = min(config.targets.top_k, layers)
-    return replace(config, encoder=encoder, frontend=frontend, targets=replace(config.targets, top_k=top_k))
-
-
-def random_batch(config: Data2VecConfig, rows: int, size: int, static: bool = False) -> Batch:
-    """Noise, and a mask of the recipe; ``static`` computes as many masked rows as any mask can have."""
-    frontend = config.frontend
-    if config.modality == "text":
-        inputs = torch.randint(4, frontend.vocab_size - 1, (rows, size))
-    else:
-        inputs = torch.randn((rows, size) if config.modality == "speech" else (rows, 3, size, size))
-    positions = {
-        "speech": lambda: frontend.num_frames(size),
-        "text": lambda: size,
-        "image": lambda: frontend.num_patches,
-    }
-    T = positions[config.modality]()
-    mask = config.mask.draw(np.random.default_rng(0), np.full(rows, T), T)
-    return make_batch(inputs, mask, num_masked=rows * config.mask.most(T) if static else None).to(DEVICE)
+# relative, of losses and of norms of gradients; on a GPU convolutions are TF32
+APART = {"loss": 1e-5, "norm": 1e-4} if DEVICE.type == "cpu" else {"loss": 1e-4, "norm": 1e-3}
 
 
 def our_step(model: Data2Vec) -> Callable[[Batch], None]:
@@ -72,41 +54,41 @@ def our_step(model: Data2Vec) -> Callable[[Batch], None]:
     return step
 
 
-def peer_step(peer: Peer) -> Callable[[Batch], None]:
-    """One update of ``peer``."""
-    settings = {"lr": OPTIM.lr, "betas": OPTIM.betas, "eps": OPTIM.eps, "weight_decay": OPTIM.weight_decay}
-    optimizer, updates = peer.adamw(peer.parameters, **settings), iter(range(1, 1_000_000))
-
-    def step(batch: Batch) -> None:
-        with torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
-            loss = peer.loss(batch)
-        loss.backward()
-        peer.norm(peer.parameters)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        peer.follow(next(updates))
-
-    return step
+def loss_and_norm(loss: Tensor, parameters: list[nn.Parameter]) -> dict[str, float]:
+    """A loss, and the norm of its gradients, which are gone afterwards."""
+    loss.backward()
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    for p in parameters:
+        p.grad = None
+    return {"loss": loss.item(), "norm": norm.item()}
 
 
-def check_equal_losses(modality: str) -> None:
-    """Refuse to time two models that do not compute the same thing; two layers of the full width show it."""
+def check_equal(modality: str, model: str = "base") -> None:
+    """Refuse to time models that do not compute the same thing; two layers of the full width show it."""
     torch.manual_seed(1)
-    ours = Data2Vec(make_config(modality, dropout=False, layers=2)).to(DEVICE).train()
+    ours = Data2Vec(make_config(modality, model, dropout=False, layers=2)).to(DEVICE).train()
     peer = step_peers.load(ours)
-    if peer is None:
-        return
-    batch = random_batch(ours.config, *FIRST[modality])
-    with torch.no_grad():
-        wanted = peer.loss(batch).item()
-        patch = peer.patch()
-        print(patch)
-        found = {"d2v_fast": ours(batch).loss.item() / batch.num_masked, "patched": peer.loss(batch).item()}
-    for name, loss in found.items():
-        apart = abs(loss - wanted) / wanted
-        print(f"{modality}: loss on equal weights: {name} {loss:.6f}, {peer.name} {wanted:.6f}, apart {apart:.1e}")
-        if not apart <= (1e-5 if DEVICE.type == "cpu" else 1e-4):  # convolutions are TF32 there
-            sys.exit("the losses differ: nothing was timed")
+    plain = Data2Vec(step_plain.plain_config(ours.config)).to(DEVICE).train()
+    plain.load_state_dict(ours.state_dict())
+    batch = random_batch(ours.config, *FIRST[modality]).to(DEVICE)
+
+    def of(side: Data2Vec) -> dict[str, float]:
+        parameters = [p for p in side.parameters() if p.requires_grad]
+        return loss_and_norm(side(batch).loss / batch.num_masked, parameters)
+
+    wanted = loss_and_norm(peer.loss(batch), peer.parameters)
+    found = {"d2v_fast": of(ours)}
+    with step_plain.plain_ops():
+        found["eager"] = of(plain)
+    if peer.patch is not None:
+        print(peer.patch())
+        found["patched"] = loss_and_norm(peer.loss(batch), peer.parameters)
+    for name, values in found.items():
+        apart = {what: abs(values[what] - wanted[what]) / wanted[what] for what in wanted}
+        words = [f"{what} {values[what]:.6f}, {wanted[what]:.6f}, apart {apart[what]:.1e}" for what in wanted]
+        print(f"{modality} {model} on equal weights, {name} and {peer.name}: " + "; ".join(words), flush=True)
+        if not all(apart[what] <= APART[what] for what in apart):
+            sys.exit("losses or gradients differ: nothing was timed")
 
 
 @dataclass
@@ -117,19 +99,20 @@ class Taken:
     processor: list[float] = field(default_factory=list)
 
 
-def measure(modality: str, rounds: int, layers: int = 12) -> dict[str, Taken]:
-    """All sides, taking turns; the first name is the peer's, if there is one."""
+def measure(modality: str, rounds: int, layers: int | None = None) -> dict[str, Taken]:
+    """All sides on a CPU, taking turns; the first name is the peer's."""
     torch.manual_seed(0)
     model = Data2Vec(make_config(modality, layers=layers)).to(DEVICE).train()
-    peer, steps = step_peers.load(model), {}
-    if peer is not None:
+    peer = step_peers.load(model)
+    steps = {peer.name: step_peers.autocast_step(peer, OPTIM)}
+    if peer.patch is not None:
         patched = step_peers.load(model)
         patched.patch()
-        steps = {peer.name: peer_step(peer), "patched": peer_step(patched)}
+        steps["patched"] = step_peers.autocast_step(patched, OPTIM)
     steps["d2v_fast"] = our_step(model)
     for step in steps.values():
-        step(random_batch(model.config, *FIRST[modality]))
-    batch = random_batch(model.config, *SIZES[modality])
+        step(random_batch(model.config, *FIRST[modality]).to(DEVICE))
+    batch = random_batch(model.config, *SIZES[modality]).to(DEVICE)
     taken = {name: Taken() for name in steps}
     for _ in range(rounds):
         for name, step in steps.items():
@@ -155,15 +138,14 @@ def ratios(taken: dict[str, Taken]) -> dict[str, dict[str, float]]:
     return found
 
 
-def on_cpu(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
+def on_cpu(args: argparse.Namespace) -> None:
     """Ratios for each modality."""
     results = {}
     for modality in args.modality:
+        check_equal(modality)
+    for modality in args.modality:
         taken = measure(modality, 1 if args.smoke else args.rounds, args.layers)
         rows, size = SIZES[modality]
-        if len(taken) == 1:
-            print(f"{modality} base, {rows} x {size}: nothing to compare with is installed")
-            continue
         results[modality] = ratios(taken)
         for name, r in results[modality].items():
             print(
@@ -171,51 +153,104 @@ def on_cpu(args: argparse.Namespace) -> dict[str, dict[str, dict[str, float]]]:
                 f"{r['wall']:.2f} ({r['least']:.2f} to {r['most']:.2f}; processor time {r['processor']:.2f})",
                 flush=True,
             )
-    return results
+    if args.json:
+        arguments = {k: str(v) for k, v in vars(args).items()}
+        write_json(args.json, {"benchmark": "train_step", "arguments": arguments, "results": results}, args.commit)
+
+
+class Results:
+    """Rows by recipe and provider, and the file that they are in after each of them."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.path, self.commit = args.json, args.commit
+        self.record = {"benchmark": "train_step", "layers": args.layers, "smoke": args.smoke}
+        before = []
+        if args.json and args.resume:
+            before = earlier(Path(args.json), self.record, environment(args.commit))
+        self.rows = {(row["case"], row["provider"]): row for row in before}
+        self.tried = {key for key, row in self.rows.items() if row["status"].startswith("failed")}
+        self.rates: dict[str, float | None] = {}
+
+    def left(self, recipe: str, names: list[str]) -> list[str]:
+        """What there is no row of; last, what failed, as that may leave a device on which everything fails."""
+        missing = [n for n in names if (recipe, n) not in self.rows or (recipe, n) in self.tried]
+        return sorted(missing, key=lambda name: (recipe, name) in self.tried)
+
+    def add(self, row: dict, relate: Callable[[list[dict]], None]) -> None:
+        """Put ``row`` in the place of the one before; ``relate`` adds to the rows of a recipe what compares them."""
+        self.rows[row["case"], row["provider"]] = row
+        relate([other for other in self.rows.values() if other["case"] == row["case"]])
+        complete = not any(other["status"].startswith(("skipped", "failed")) for other in self.rows.values())
+        if self.path:
+            content = {**self.record, **self.rates, "complete": complete, "results": list(self.rows.values())}
+            write_json(self.path, content, self.commit)
 
 
 def on_gpu(args: argparse.Namespace) -> list[dict]:
-    """A row for each modality and provider."""
+    """A row for each recipe and provider."""
     import step_gpu
 
-    deadline, rows = time.monotonic() + args.budget, []
-    for index, modality in enumerate(args.modality, start=1):
-        config = make_config(modality, layers=args.layers)
-        batch = random_batch(config, *step_gpu.SIZES[modality], static=True)
-        left = max(deadline - time.monotonic(), 0) / (len(args.modality) - index + 1)
-        until = time.monotonic() + 0.7 * left
-        found = step_gpu.measure(
-            config, batch, args.providers or step_gpu.PROVIDERS, args.rounds, OPTIM, peer_step, until
-        )
-        print("\n".join(map(step_gpu.line, found)), flush=True)
-        rows += found
-        torch.cuda.empty_cache()
-    return rows
+    results, deadline = Results(args), time.monotonic() + args.budget
+    counts = step_gpu.Counts(2, 3, 1) if args.smoke else step_gpu.Counts(args.warm_up, args.rounds)
+    todo = {recipe: results.left(recipe, args.providers or list(step_gpu.PROVIDERS)) for recipe in args.recipe}
+    count, rates = sum(map(len, todo.values())), None
+    for recipe, names in todo.items():
+        if not names:
+            continue
+        made = RECIPES[recipe]
+        check_equal(made.modality, made.model)
+        rates = rates or step_gpu.device_rates()
+        results.rates = {"matmul_tflop_per_s": rates.matmul, "peak_tflop_per_s": rates.peak}
+        torch.manual_seed(0)
+        config = make_config(made.modality, made.model, layers=args.layers)
+        batches = {}
+        for static in (False, True):
+            batches[static] = random_batch(config, made.rows, made.size, static=static).to(DEVICE)
+        about = {"case": recipe, "modality": made.modality, "layers": config.encoder.layers, "dim": config.encoder.dim}
+        for name in names:
+            batch = batches[name == step_gpu.GRAPH]
+            row = {**about, "batch": list(batch.inputs.shape), "provider": name}
+            seconds, count = (deadline - time.monotonic()) / count, count - 1
+            if seconds > 0:
+                results.add(row | {"status": step_gpu.STOPPED}, step_gpu.relate)
+                row |= step_gpu.measure(name, config, batch, made.optim, rates, counts, seconds)
+            else:
+                row |= {"status": step_gpu.OUT_OF_TIME}
+            results.add(row, step_gpu.relate)
+            print(step_gpu.line(row), flush=True)
+        del batches, batch
+    return list(results.rows.values())
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--smoke", action="store_true", help="one round")
-    parser.add_argument("--modality", nargs="+", choices=list(SIZES), default=list(SIZES))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--layers", type=int, default=12)
+    parser.add_argument("--smoke", action="store_true", help="one round; on a GPU three, of two layers")
+    parser.add_argument("--modality", nargs="+", choices=list(SIZES), help="on a CPU (default: all)")
+    parser.add_argument("--recipe", nargs="+", choices=list(RECIPES), help="on a GPU (default: all)")
+    parser.add_argument("--rounds", type=int, help="timed updates (default: 3 on a CPU, at most 200 on a GPU)")
+    parser.add_argument("--warm-up", type=int, default=50, help="on a GPU: at most so many updates before")
+    parser.add_argument("--layers", type=int, help="only so many layers")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--providers", nargs="+", help="on a GPU; see step_gpu.py")
     parser.add_argument("--budget", type=float, default=math.inf, help="on a GPU: seconds in which steps are begun")
     parser.add_argument("--json", help="write the numbers here")
+    parser.add_argument("--resume", action="store_true", help="on a GPU: keep what the file has from an earlier run")
     parser.add_argument("--commit", help="what to record where the checkout has no .git")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    for modality in args.modality:
-        check_equal_losses(modality)
-    results = (on_gpu if DEVICE.type == "cuda" else on_cpu)(args)
-    if args.json:
-        record = {
-            "benchmark": "train_step",
-            "arguments": {k: str(v) for k, v in vars(args).items()},
-            "results": results,
-        }
-        write_json(args.json, record, args.commit)
+    gpu = DEVICE.type == "cuda"
+    refused = args.modality if gpu else args.recipe
+    if refused:
+        parser.error("on a GPU give --recipe, not --modality" if gpu else "--recipe needs a GPU, here give --modality")
+    if not gpu:
+        args.modality, args.rounds = args.modality or list(SIZES), args.rounds or 3
+        on_cpu(args)
+        return
+    args.recipe, args.rounds = args.recipe or list(RECIPES), args.rounds or 200
+    args.layers = args.layers or (2 if args.smoke else None)
+    failed = [row for row in on_gpu(args) if row["status"].startswith("failed")]
+    if failed:
+        sys.exit(f"{len(failed)} providers failed: " + ", ".join(f"{r['case']} {r['provider']}" for r in failed))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 from d2v_fast.nn import Batch, Data2Vec, Data2VecConfig, SpeechFrontEnd, block, data2vec, positions
 from d2v_fast.nn.config import PruneConfig
 from d2v_fast.ops import LossOutput
-from d2v_fast.train.optim import OptimConfig
+from d2v_fast.train.optim import OptimConfig, build_optimizer
 
 
 def plain_config(config: Data2VecConfig) -> Data2VecConfig:
@@ -82,14 +82,13 @@ def plain_step(model: Data2Vec, optim: OptimConfig, compiled: bool = False) -> C
     forward = torch.compile(model) if compiled else model
     students, averages = zip(*model.teacher.averages().items(), strict=True)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    settings = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps, "weight_decay": optim.weight_decay}
-    optimizer = torch.optim.AdamW(parameters, **settings, fused=True)
+    optimizer = build_optimizer(model, replace(optim, one_pass=False))  # torch.optim.AdamW, fused
 
     def step(batch: Batch) -> None:
         with plain_ops(), torch.autocast(DEVICE.type, torch.bfloat16, enabled=DEVICE.type == "cuda"):
             loss = forward(batch).loss / batch.num_masked
         loss.backward()
-        clip_grad_norm_(parameters, math.inf, foreach=True)
+        clip_grad_norm_(parameters, optim.clip_norm or math.inf, foreach=True)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import triton
+from common import synchronize
 
 Call = Callable[[], Any]
 QUANTILES = [0.2, 0.5, 0.8]
@@ -120,11 +121,11 @@ def host_us(call: Call, count: int = 15) -> float:
     """Median microseconds until a call returns to the host, with nothing queued before it."""
     times = []
     for _ in range(count):
-        torch.cuda.synchronize()
+        synchronize()
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)
-    torch.cuda.synchronize()
+    synchronize()
     return 1e6 * statistics.median(times)
 
 
