@@ -97,10 +97,13 @@ def own_file(module: str, folder: Path) -> Path | None:
     if parts[:2] == ["d2v_fast", "kernels"]:
         parts = parts[1:]
     elif parts[0] != "d2v_fast":
-        beside = folder / f"{parts[0]}.py"
-        return beside if folder in (TESTS, BENCHMARKS) and beside.exists() else None
+        if folder not in (TESTS, BENCHMARKS):
+            return None
+        # tests of the benchmarks put these on the path
+        candidates = [where / f"{parts[0]}.py" for where in (folder, BENCHMARKS)]
+        return next((p for p in candidates if p.exists()), None)
     path = ROOT.joinpath(*parts)
-    candidates = (path.with_suffix(".py"), path / "__init__.py")
+    candidates = [path.with_suffix(".py"), path / "__init__.py"]
     return next((p for p in candidates if p.exists()), None)
 
 

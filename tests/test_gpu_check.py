@@ -42,7 +42,7 @@ def test_parts():
 def test_missing_modules_are_found_through_own_modules(monkeypatch):
     found = gpu_parts.importlib.util.find_spec
     monkeypatch.setattr(
-        gpu_parts.importlib.util, "find_spec", lambda n: None if n in ("omegaconf", "triton") else found(n)
+        gpu_parts.importlib.util, "find_spec", lambda n: None if n in ("omegaconf", "triton", "psutil") else found(n)
     )
     assert "omegaconf" in gpu_parts.missing_modules(ROOT / "d2v_fast" / "train" / "loop.py")
     assert gpu_parts.missing_modules(ROOT / "kernels" / "ema.py") == {"triton"}
@@ -51,6 +51,7 @@ def test_missing_modules_are_found_through_own_modules(monkeypatch):
     )  # Triton is imported by the first call
     assert gpu_parts.missing_modules(ROOT / "d2v_fast" / "train" / "step.py") == set()
     needs = {part.name: part.needs for part in gpu_parts.find_parts()}
+    assert gpu_parts.own_file("common", ROOT / "tests") == BENCHMARKS / "common.py"
     assert [name for name, missing in needs.items() if "omegaconf" in missing] == ["gpu-test_distributed_gpu_runs"]
     assert needs["gpu-test_distributed_gpu"] == []
 

@@ -9,8 +9,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 HERE = Path(__file__).parent
 
 
@@ -35,6 +33,8 @@ def torchrun(ranks: int, *arguments: str, timeout: float = 240, **environment: s
     try:
         out, err = process.communicate(timeout=timeout)
     except subprocess.TimeoutExpired:
+        import psutil  # here, as a machine that is only there for its GPU may not have it
+
         # ranks first: their loaders' workers then die with stacks of their own, not because torchrun has ended them
         for one in [*psutil.Process(process.pid).children(recursive=True), process]:
             with suppress(psutil.NoSuchProcess, ProcessLookupError):
