@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.weight_norm import WeightNorm
 
 from d2v_fast.patches._core import is_ours, state_of
+from d2v_fast.patches._state import outside_of_graphs
 
 if TYPE_CHECKING:  # imports all of nn, which `import d2v_fast.auto` has no time for
     from d2v_fast.checkpoints.rules import Rule
@@ -285,11 +286,8 @@ def plan_of(owner: nn.Module, key: str, make: Callable[[nn.Module], Any]) -> Any
     return plan
 
 
+@outside_of_graphs
 def _prepare(owner: nn.Module, key: str, make: Callable[[nn.Module], Any]) -> None:
     cache = state_of(owner).cache
     if key not in cache or not cache[key].valid():
         cache[key] = make(owner)
-
-
-# what torch.compiler.assume_constant_result does, less the import of the compiler
-_prepare._dynamo_marked_constant = True

@@ -6,23 +6,50 @@ from outside of the class: methods of a shallow copy are those of the original.
 """
 
 import copy
+import ctypes
+import functools
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import MethodType
-from typing import Any
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from d2v_fast.patches._seams import MARK, Options, PatchError, is_ours, logger
 
 STATE = "_d2v_fast"
+Function = TypeVar("Function", bound=Callable[..., None])
 _functions: weakref.WeakSet = weakref.WeakSet()  # all of ours that are methods of instances
 _stateful: weakref.WeakValueDictionary = weakref.WeakValueDictionary()  # id -> what has a state by its class only
 _at_classes: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # class -> State of calls in its instances
 _told: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # class -> (method, reason) that the log has
 _copies_as_upstream = False
+
+
+def outside_of_graphs(function: Function) -> Function:
+    """``function(owner, ...)``, which runs while a call is traced by a compiler and is no part of what is compiled.
+
+    It is what torch.compiler.assume_constant_result does, less the import of the compiler. That takes only Python's
+    constants for arguments before PyTorch 2.13, so that the owner is given by its address; it is alive while a call of
+    its method is traced.
+    """
+
+    def by_address(address: int, *args: Any) -> None:
+        function(ctypes.cast(address, ctypes.py_object).value, *args)
+
+    by_address._dynamo_marked_constant = True
+
+    @functools.wraps(function)
+    def outside(owner: Any, *args: Any) -> None:
+        if torch.compiler.is_compiling():
+            by_address(id(owner), *args)
+        else:
+            function(owner, *args)
+
+    return outside
 
 
 class State:
@@ -60,6 +87,7 @@ def state_of(owner: Any) -> State:
     return found
 
 
+@outside_of_graphs
 def _register(owner: Any) -> None:
     _stateful[id(owner)] = owner
 
@@ -81,6 +109,7 @@ def fall_back(owner: Any, method: str, reason: str, options: Options, *, whole: 
     note(owner, method, reason, whole)
 
 
+@outside_of_graphs
 def note(owner: Any, method: str, reason: str, whole: bool = True) -> None:
     """As :func:`fall_back`, where upstream's code is the better one."""
     kind, key = type(owner), (method, reason)
@@ -96,12 +125,6 @@ def note(owner: Any, method: str, reason: str, whole: bool = True) -> None:
         told.add(key)
         runs = "runs" if whole else "runs in part"
         logger.warning("%s.%s %s as upstream wrote it: %s", kind.__name__, method, runs, reason)
-
-
-# What torch.compiler.assume_constant_result does, less the import of the compiler: these run while a call is traced,
-# and are no part of what is compiled.
-for _function in (_register, note):
-    _function._dynamo_marked_constant = True
 
 
 def states_at(classes: tuple[type, ...]) -> list[tuple[type, State]]:
