@@ -2,8 +2,9 @@
 
 "as written" is the peer of ``step_peers.py`` as its trainer runs it (speech and text: fairseq's half-precision model
 with flat float32 weights; images: a teacher outside of autocast), "as written, autocast" the same model with float32
-parameters under one bfloat16 autocast, as all others are, "patched" that with ``d2v_fast.patch``, "eager" and
-"torch.compile" the step of ``step_plain.py``. Each provider is built, warmed up, timed and deleted before the next one.
+parameters under one bfloat16 autocast, as ours, "eager" (the step of ``step_plain.py``) and "torch.compile" (the same)
+have it, "patched" their authors' code with ``d2v_fast.patch`` (images: under one autocast). Each provider is built,
+warmed up, timed and deleted before the next one.
 
 All read the same batch. "d2v_fast graph" computes as many masked rows as any mask can have, as a run with graphs does,
 the others those of this mask; so torch.compile never meets another shape.
@@ -77,13 +78,15 @@ def provider(name: str, config: Data2VecConfig, optim: OptimConfig) -> tuple[Ste
         return step_plain.plain_step(model, optim, compiled=name == COMPILED), {}
     model = Data2Vec(config).to(DEVICE).train()
     if name in (WRITTEN, WRITTEN_AUTOCAST, PATCHED):
-        peer = step_peers.load(model)
+        # fairseq's own speech model cannot run under autocast: its mask embedding stays float32
+        peer = step_peers.load(model, restated=name == WRITTEN_AUTOCAST)
+        if name == PATCHED and peer.patch is None:
+            return None
+        trained = name == WRITTEN or (name == PATCHED and config.modality != "image")
+        step = peer.as_trained(optim) if trained else step_peers.autocast_step(peer, optim)
         if name == PATCHED:
-            if peer.patch is None:
-                return None
             peer.patch()
-        how = peer.as_trained if name == WRITTEN else lambda optim: step_peers.autocast_step(peer, optim)
-        return how(optim), {"peer": peer.name}
+        return step, {"peer": peer.name}
     optimizer, updates = build_optimizer(model, optim), iter(range(1_000_000))
     how = {"clip_norm": optim.clip_norm, "autocast": DEVICE.type == "cuda"}
     if name == OURS:
@@ -206,7 +209,7 @@ def _measure(
     now, now_reserved = _memory()
     peak = (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0) - allocated
     p20, median, p80 = torch.tensor(times).double().quantile(torch.tensor([0.2, 0.5, 0.8]).double()).tolist()
-    on_host = batch.to("cpu")
+    on_host = batch.to("cpu", non_blocking=False)
     tflop = step_tflop(config, on_host)
     computed = batch_flops(config, on_host) / 1e12 if name in (OURS, GRAPH) else tflop
     row |= {

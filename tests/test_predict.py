@@ -88,25 +88,26 @@ def test_nothing_is_computed():
     assert done.stdout.splitlines() == [str(sizes), "False"]
 
 
-def result(folder, device, rows) -> None:
-    (folder / device).mkdir(parents=True)
+def result(folder, device, rows, recipe="speech_base") -> None:
+    (folder / device).mkdir(parents=True, exist_ok=True)
     content = {"environment": {"device": device}, "benchmark": "train_step", "results": rows}
-    (folder / device / "train_step.json").write_text(json.dumps(content))
+    (folder / device / f"train_step_{recipe}.json").write_text(json.dumps(content))
 
 
-def row(provider="d2v_fast", case="speech", units_per_s=100.0, **more):
-    return {"provider": provider, "case": case, "layers": 12, "dim": 768, "units_per_s": units_per_s, **more}
+def row(provider="d2v_fast", modality="speech", units_per_s=100.0, layers=12, dim=768):
+    named = {"provider": provider, "case": f"{modality}_any", "modality": modality}
+    return {**named, "layers": layers, "dim": dim, "units_per_s": units_per_s}
 
 
 def test_no_measurement_is_no_number(tmp_path):
     assert measurements(tmp_path) == []
     result(tmp_path, "cpu", {"speech": {"patched": {"wall": 1.3}}})  # ratios only
-    result(tmp_path, "old", [{"provider": "d2v_fast", "case": "speech", "status": "skipped: out of time"}])
+    result(tmp_path, "old", [{"provider": "d2v_fast", "modality": "speech", "status": "skipped: out of time"}])
     assert measurements(tmp_path) == []
 
 
 def test_time_from_a_measurement(tmp_path):
-    rows = [row(), row("d2v_fast graph", units_per_s=200.0), row("as written", units_per_s=900.0), row(case="text")]
+    rows = [row(), row("d2v_fast graph", units_per_s=200.0), row("as written", units_per_s=900.0), row(modality="text")]
     result(tmp_path, "gpu-a", rows)
     result(tmp_path, "gpu-b", [row(units_per_s=50.0)])
     config = load_config("speech_base", ["data.path=x"])
@@ -114,7 +115,11 @@ def test_time_from_a_measurement(tmp_path):
     assert [(m.gpu, m.units_per_s) for m in found] == [("gpu-a", 200.0), ("gpu-b", 50.0)]
     # 400 k updates of 3800 s of audio on 16 GPUs of 200 s a second each
     assert seconds_to_train(config, 60_800_000, 16, found[0]) == 400_000 * 3800 / (16 * 200)
-    assert suitable(load_config("speech_large", ["data.path=x"]), measurements(tmp_path)) == []
+    large = load_config("speech_large", ["data.path=x"])
+    assert suitable(large, measurements(tmp_path)) == []
+    result(tmp_path, "gpu-a", [row(units_per_s=70.0, layers=24, dim=1024)], "speech_large")  # beside the other's file
+    assert [m.units_per_s for m in suitable(large, measurements(tmp_path))] == [70.0]
+    assert suitable(config, measurements(tmp_path)) == found
 
 
 def test_units():

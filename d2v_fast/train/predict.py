@@ -85,14 +85,14 @@ class Measurement:
 
 
 def measurements(folder: Path = RESULTS) -> list[Measurement]:
-    """The committed ones: the fastest step of ours for each GPU and model in ``<gpu>/train_step.json``."""
+    """The committed ones: the fastest step of ours for each GPU and model in ``<gpu>/train_step*.json``."""
     best: dict[tuple, Measurement] = {}
-    for path in sorted(folder.glob("*/train_step.json")):
+    for path in sorted(folder.glob("*/train_step*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         for row in content["results"] if isinstance(content["results"], list) else ():
             if not row["provider"].startswith("d2v_fast") or "units_per_s" not in row:
                 continue
-            key = content["environment"]["device"], row["case"], row["layers"], row["dim"]
+            key = content["environment"]["device"], row["modality"], row["layers"], row["dim"]
             found = Measurement(*key, row["units_per_s"])
             if key not in best or best[key].units_per_s < found.units_per_s:
                 best[key] = found
