@@ -66,11 +66,12 @@ def loss_and_norm(loss: Tensor, parameters: list[nn.Parameter]) -> dict[str, flo
 def check_equal(modality: str, model: str = "base") -> None:
     """Refuse to time models that do not compute the same thing; two layers of the full width show it."""
     torch.manual_seed(1)
-    ours = Data2Vec(make_config(modality, model, dropout=False, layers=2)).to(DEVICE).train()
+    config = make_config(modality, model, dropout=False, layers=2)
+    with DEVICE:
+        ours, plain = Data2Vec(config).train(), Data2Vec(step_plain.plain_config(config)).train()
     peer = step_peers.load(ours)
-    plain = Data2Vec(step_plain.plain_config(ours.config)).to(DEVICE).train()
     plain.load_state_dict(ours.state_dict())
-    batch = random_batch(ours.config, *FIRST[modality]).to(DEVICE)
+    batch = random_batch(config, *FIRST[modality]).to(DEVICE)
 
     def of(side: Data2Vec) -> dict[str, float]:
         parameters = [p for p in side.parameters() if p.requires_grad]

@@ -73,10 +73,11 @@ def device_rates() -> Rates:
 def provider(name: str, config: Data2VecConfig, optim: OptimConfig) -> tuple[Step, dict] | None:
     """A step of one provider, on weights of its own, and what to say of it; None where it is not installed."""
     torch.manual_seed(0)
-    if name in (EAGER, COMPILED):
-        model = Data2Vec(step_plain.plain_config(config)).to(DEVICE).train()
+    plain = name in (EAGER, COMPILED)
+    with DEVICE:  # initial values of a large model take a CPU many seconds
+        model = Data2Vec(step_plain.plain_config(config) if plain else config).train()
+    if plain:
         return step_plain.plain_step(model, optim, compiled=name == COMPILED), {}
-    model = Data2Vec(config).to(DEVICE).train()
     if name in (WRITTEN, WRITTEN_AUTOCAST, PATCHED):
         # fairseq's own speech model cannot run under autocast: its mask embedding stays float32
         peer = step_peers.load(model, restated=name == WRITTEN_AUTOCAST)
@@ -158,14 +159,19 @@ def _mark(on_device: bool) -> torch.cuda.Event | float:
 
 @contextmanager
 def released() -> Iterator[None]:
-    """Afterwards the memory of what was built inside is free again, compiled models' too."""
-    try:
-        yield
-    finally:
+    """Before and afterwards the memory of what nobody holds is free, compiled models' too."""
+
+    def release() -> None:
         torch._dynamo.reset()
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+    release()
+    try:
+        yield
+    finally:
+        release()
 
 
 def measure(

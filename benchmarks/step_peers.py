@@ -123,8 +123,8 @@ def _host_mask() -> Callable[[Batch], Tensor]:
 
 def _restated(ours: Data2Vec) -> Peer:
     speech = ours.config.modality == "speech"
-    model = (SpeechReference if speech else TextReference)(ours.config).to(DEVICE).train()
-    model.make_teacher()
+    with DEVICE:
+        model = (SpeechReference if speech else TextReference)(ours.config).train()
     _share(dict(model.state_dict()), fairseq.rules_for(ours.config), ours)
 
     host_mask = _host_mask()
@@ -254,11 +254,12 @@ def _beit(ours: Data2Vec) -> Peer:
     import beit_style
 
     config, encoder, frontend = ours.config, ours.config.encoder, ours.config.frontend
-    student = beit_style.VisionTransformerForCyclicalTraining(
-        frontend.image_size, frontend.patch_size, encoder.dim, encoder.heads, encoder.layers,
-        ratio=encoder.ffn_dim / encoder.dim, scale=encoder.layer_scale, drop_path=encoder.drop_path,
-        dropout=encoder.attention_dropout,
-    ).to(DEVICE)  # fmt: skip
+    with DEVICE:
+        student = beit_style.VisionTransformerForCyclicalTraining(
+            frontend.image_size, frontend.patch_size, encoder.dim, encoder.heads, encoder.layers,
+            ratio=encoder.ffn_dim / encoder.dim, scale=encoder.layer_scale, drop_path=encoder.drop_path,
+            dropout=encoder.attention_dropout,
+        )  # fmt: skip
     with torch.no_grad():
         for p in student.parameters():
             if p.ndim > 1:
@@ -285,11 +286,15 @@ def _beit(ours: Data2Vec) -> Peer:
         return autocast_step(replace(peer, loss=partial(loss, teacher_autocast=False)), optim)
 
     peer = Peer(
-        "BEiT, restated", list(student.parameters()), loss, lambda _: teacher.update(student), optimizer,
+        "BEiT, restated", list(student.parameters()), loss, partial(_follow, student, teacher=teacher), optimizer,
         lambda params, most: clip_grad_norm_(params, most or math.inf), as_trained,
         partial(d2v_fast.patch, student, teacher=teacher),
     )  # fmt: skip
     return peer
+
+
+def _follow(student: nn.Module, update: int, teacher: nn.Module) -> None:
+    teacher.update(student)  # by a decay that is the same at every update
 
 
 def _share_beit(student: nn.Module, ours: Data2Vec) -> None:

@@ -87,6 +87,27 @@ def test_peers_compute_the_same(modality, restated):
 
 
 @pytest.mark.parametrize("modality", MODALITIES)
+def test_restated_peers_under_autocast(modality):
+    """As on a GPU; BEiT's trainer has its teacher in float32 even so."""
+    config = without_dropout(modality)
+    peer, batch = step_peers.load(Data2Vec(config).train(), restated=True), tiny_batch(config)
+    dtypes = []
+    if modality == "image":
+        teacher = peer.follow.keywords["teacher"].module
+        teacher.blocks[0].mlp.fc1.register_forward_hook(lambda module, given, out: dtypes.append(out.dtype))
+    wanted = peer.loss(batch).item()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = peer.loss(batch)
+        assert loss.item() == pytest.approx(wanted, rel=0.02) and loss.item() != wanted
+    loss.backward()
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in peer.parameters)
+    if modality == "image":
+        with torch.autocast("cpu", torch.bfloat16):
+            peer.loss(batch, teacher_autocast=False)
+        assert dtypes == [torch.float32, torch.bfloat16, torch.float32]
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
 def test_providers_make_steps(modality):
     config, batch = without_dropout(modality), tiny_batch(without_dropout(modality))
     for name in set(step_gpu.PROVIDERS) - {step_gpu.GRAPH, step_gpu.COMPILED}:
