@@ -220,7 +220,6 @@ OTHERS = Table(
             "patched updates on a CPU, float32, two threads", stated=("never slower",),
             measured="one round each: speech 1.40, text 1.66, images 1.08 times as fast",
         ),
-        Limit("several ranks: NCCL, DDP, FSDP2, HSDP; `compile`", stated=NO_LIMIT, measured=NOT_RUN),
         Limit("MFU, idle time and GPU utilisation at log steps", stated=NO_LIMIT, measured=NOT_RUN),
     ),
 )  # fmt: skip

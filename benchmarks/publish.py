@@ -15,7 +15,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -29,7 +29,15 @@ from verdicts import Line, headline, lost_to_compile, number, verdict
 ROOT = Path(__file__).resolve().parent.parent
 OPS = {"ema_update_": "ema", "adamw_ema_": "adamw_ema", "conv0_norm_gelu": "conv0"}  # kernels called otherwise
 EXTENSION_OPS = ("conv0", "pos_conv")
-NO_WAITING = ("gpu-test_data2vec", "gpu-test_optim", "gpu-test_train_graph", "gpu-test_encoder_checkpointing")
+BEYOND = {  # what a GPU check says beside the ops: by which of its parts
+    "updates that wait for nothing outside of log steps": ("gpu-test_data2vec", "gpu-test_optim"),
+    "updates as CUDA graphs; LayerDrop, checkpointing": ("gpu-test_train_graph", "gpu-test_encoder_checkpointing"),
+    "updates that give the same bits again": ("test_updates_repeat",),
+    "the speech front-end, packed and padded": ("gpu-test_speech_frontend", "test_speech_frontend"),
+    "the loss on ranks; one rank over NCCL: DDP, FSDP2, HSDP": ("test_data2vec_loss_ranks", "gpu-test_distributed_gpu"),
+    "whole runs by the command over NCCL": ("gpu-test_distributed_gpu_runs",),
+    "patched speech models": ("gpu-test_patches_audio",),
+}
 NOT_TIMED = "not yet"
 STATUS = (
     "> Status: early. The training loop, all ops and the converters work and are tested on CPU; **nothing has been\n"
@@ -53,18 +61,22 @@ def said(results: Results) -> str:
     return f"{results.environment['device']}, {results.environment['commit'][:10]}"
 
 
-def validated(results: Results, op: str) -> str:
-    """Whether the GPU tests of an op passed, and, of the extension's kernels, the sanitizers."""
-    wanted = [name for name in part_names() if re.fullmatch(rf"(gpu-)?test_{op}(_\w+)?", name)]
-    wanted += SANITIZERS if op in EXTENSION_OPS else ()
-    states = {name: results.parts.get(name, {"status": "not run"})["status"] for name in wanted}
+def outcome(results: Results, names: Sequence[str]) -> str:
+    """Whether these parts of the GPU check passed at the commit of the results."""
+    states = {name: results.parts.get(name, {"status": "not run"})["status"] for name in names}
     failed = [name for name, state in states.items() if state == "failed"]
     if failed:
         return f"**failed**: {', '.join(failed)} ({said(results)})"
     rest = [f"{name} {state}" for name, state in states.items() if state != "passed"]
-    if not wanted or len(rest) == len(wanted):
+    if len(rest) == len(names):
         return NOT_RUN
     return f"in part: {', '.join(rest)} ({said(results)})" if rest else f"yes: {said(results)}"
+
+
+def validated(results: Results, op: str) -> str:
+    """Whether the GPU tests of an op passed, and, of the extension's kernels, the sanitizers."""
+    wanted = [name for name in part_names() if re.fullmatch(rf"(gpu-)?test_{op}(_\w+)?", name)]
+    return outcome(results, [*wanted, *(SANITIZERS if op in EXTENSION_OPS else ())])
 
 
 def timed(results: Results, op: str) -> str:
@@ -122,13 +134,13 @@ def limits_table(results: Results | None, table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-def waiting(results: Results | None) -> str:
-    """Whether updates wait for the device, by the tests that forbid it."""
-    start = "No update waits for the device outside of log steps"
-    if results is None:
-        return f"{start}: {NOT_RUN}.\n"
-    states = [f"`{name}` {results.parts.get(name, {'status': 'not run'})['status']}" for name in NO_WAITING]
-    return f"{start}: {', '.join(states)}.\n"
+def beyond(results: Results | None) -> str:
+    """What the tests of updates and ranks said."""
+    lines = ["| What | Tests | On a GPU |", "|---|---|---|"]
+    for what, names in BEYOND.items():
+        tests = ", ".join(f"`{name}`" for name in names)
+        lines.append(f"| {what} | {tests} | {NOT_RUN if results is None else outcome(results, names)} |")
+    return "\n".join(lines) + "\n"
 
 
 def compile_wins(results: Results | None) -> str:
@@ -190,7 +202,7 @@ def blocks(results: Results | None) -> dict[str, Callable[[str], str]]:
     """Name of a block -> what becomes of its text."""
     made: dict[str, Callable[[str], str]] = {f"truth{i}": lambda old: truth(results, old) for i in (1, 2, 3)}
     made |= {table.name: lambda old, table=table: limits_table(results, table) for table in TABLES}
-    made["waiting"] = lambda old: waiting(results)
+    made["beyond"] = lambda old: beyond(results)
     made["compiled"] = lambda old: compile_wins(results)
     made["source"] = lambda old: source(results)
     made["headline"] = lambda old: first_screen(results)
@@ -200,7 +212,7 @@ def blocks(results: Results | None) -> dict[str, Callable[[str], str]]:
 FILES = {
     "README.md": ("headline",),
     "benchmarks/results/README.md": (
-        "source", "truth1", "truth2", "truth3", *(table.name for table in TABLES), "waiting", "compiled",
+        "source", "truth1", "truth2", "beyond", "truth3", *(table.name for table in TABLES), "compiled",
     ),
 }  # fmt: skip
 

@@ -89,6 +89,7 @@ def test_command_on_a_gpu(fake_gpu_times, tmp_path, monkeypatch, capsys):
     timing = pytest.importorskip("timing")
     monkeypatch.setattr(timing, "copy_gb_per_s", lambda: 100.0)
     monkeypatch.setattr(timing, "l2_bytes", lambda: 2**20)
+    monkeypatch.setenv("D2V_FAST_NO_EXTENSION", "1")  # a PyTorch with CUDA would look for the device that it fits
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU-80GB")
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)

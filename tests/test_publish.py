@@ -146,6 +146,7 @@ def test_everything_reached(root, capsys):
             if limit.op:
                 assert last_cell(root, f"{limit.part} |").startswith("reached: "), limit.part
     assert "torch.compile is faster in no case" in text
+    assert all(line(root, what).endswith(f"| yes: {GPU}, cccccccccc |") for what in publish.BEYOND)
     where = f"yes: {GPU}, cccccccccc"
     assert line(root, "`bias_gelu` forward").endswith(f"| {where} | {where} |")
     assert line(root, "`conv0_norm_gelu`").endswith(f"| {where} | {where} |")
@@ -213,7 +214,7 @@ def test_not_reached_missing_and_wrong(root):
     folder = results_of(root, change)
     part = folder / "parts" / "gpu-test_ema.json"
     part.write_text(part.read_text().replace("passed", "failed"))
-    (folder / "parts" / "racecheck.json").unlink()
+    (folder / "parts" / "racecheck.json").unlink(), (folder / "parts" / "test_updates_repeat.json").unlink()
     old = folder / "parts" / "gpu-test_l2_norm.json"
     old.write_text(old.read_text().replace(COMMIT, "d" * 40))
     assert publish.main([str(folder)], root) == 0
@@ -227,6 +228,7 @@ def test_not_reached_missing_and_wrong(root):
     assert "| **failed**: gpu-test_ema (" in line(root, "`ema_update_`")
     assert "in part: gpu-test_l2_norm not run" in line(root, "`l2_norm`")
     assert "in part: racecheck not run" in line(root, "`conv0_norm_gelu`")
+    assert line(root, "updates that give the same bits").endswith("| not yet run on a GPU |")
     assert "| **no**: wrong: y" in line(root, "`pos_conv`") and line(root, "`layer_targets`").endswith("| not yet |")
     text = (root / "benchmarks" / "results" / "README.md").read_text()
     assert "| conv0 | layer norm, 15 x | fwd | 1.00 | 0.500 | fairseq+compile | 0.500 |" in text
@@ -261,6 +263,13 @@ def test_results_that_nobody_could_repeat(root, tmp_path, capsys):
     (folder / "ema.json").write_text("{")
     assert publish.main([str(folder)], root) == 2 and "ema.json is no JSON" in capsys.readouterr().err
     assert publish.main([str(tmp_path / "nothing")], root) == 2 and "not a folder" in capsys.readouterr().err
+
+
+def test_tests_that_are_named_are_parts_of_the_check():
+    assert {name for names in publish.BEYOND.values() for name in names} <= set(publish.part_names())
+    named = "".join((ROOT / "benchmarks" / "results" / "README.md").read_text().split("<!-- publish.py: truth")[1:3])
+    ops = {p.stem for p in (ROOT / "d2v_fast" / "ops").glob("[a-z]*.py")}
+    assert {publish.OPS.get(n, n) for n in publish.names_of(named)} & ops == ops
 
 
 def test_limits_are_of_cases_that_are_measured():
