@@ -46,10 +46,17 @@ def use(op: str, *, rows: int, width: int, dtype: torch.dtype, device: torch.dev
     return True, f"{'timed' if op in TIMED.get(name, ()) else 'not timed'} on {name}"
 
 
-@torch.compiler.assume_constant_result  # a string is nothing that a traced call of torch.cuda could give
 def device_name(device: torch.device) -> str:
     """What entries call a device."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return _gpu_name(device.index) if device.type == "cuda" else device.type
+
+
+def _gpu_name(index: int | None) -> str:
+    return torch.cuda.get_device_name(index)
+
+
+# torch.compile runs it while tracing: what torch.compiler.assume_constant_result does, which imports the compiler
+_gpu_name._dynamo_marked_constant = True
 
 
 def has_rules(op: str) -> bool:
