@@ -82,6 +82,11 @@ def test_ops_do_not_import_triton():
     )
 
 
+def test_the_drop_in_does_not_import_the_compiler():
+    """Which takes a second or two."""
+    assert run("import sys, torch; import d2v_fast.auto\nprint('torch._dynamo' in sys.modules)") == "False"
+
+
 def test_import_adds_little_to_torch():
     code = "import time, torch\nt = time.perf_counter()\nimport d2v_fast\nprint(time.perf_counter() - t)"
     assert min(float(run(code)) for _ in range(2)) < 0.2
