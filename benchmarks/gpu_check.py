@@ -42,7 +42,7 @@ from gpu_parts import (
 from gpu_summary import summary
 
 NO_EXTENSION = "needs the CUDA extension"  # reason of a test that is skipped
-SANITIZER_SHARE = 0.15  # of the time that tests have left; it is stopped after twice that
+SANITIZER_SHARE = 0.15  # of the time that tests have left, if others follow; it is stopped after twice that
 TEST_SHARE = 0.45  # of the budget, when benchmarks run too
 LARGE_TESTS = 2  # tests of large tensors at a time: up to 31 GB each
 SHORTEST = 15  # seconds; a part is not started with less
@@ -138,7 +138,8 @@ def run_all(parts: list[Part], out: Path, commit: str, budget: float, jobs: int,
     (out / "parts").mkdir(parents=True, exist_ok=True)
     for kind in TEST_KINDS:
         group = [part for part in parts if part.kind == kind]
-        share = SANITIZER_SHARE if kind == "sanitizer" else 1.0
+        followed = any(part.kind == "tests" for part in parts)
+        share = SANITIZER_SHARE if kind == "sanitizer" and followed else 1.0
         with ThreadPoolExecutor(min(jobs, LARGE_TESTS) if kind == "gpu tests" else jobs) as pool:
             for outcome in pool.map(lambda part, share=share: run_part(part, out, commit, tests_end, share), group):
                 record(outcome)

@@ -207,6 +207,43 @@ def test_measurements_share_the_time_by_weight(tmp_path, monkeypatch):
     assert shares == pytest.approx([1 / 6, 4 / 5, 1])
 
 
+def test_sanitizers_have_all_the_time_when_nothing_follows(tmp_path, monkeypatch):
+    shares = {}
+
+    def run_part(part, out, commit, deadline, share, *_):
+        shares.setdefault(part.name, []).append(share)
+        return gpu_parts.Outcome(part.name, "passed")
+
+    monkeypatch.setattr(gpu_check, "run_part", run_part)
+    parts = [part(tmp_path, "memcheck", "", kind="sanitizer"), part(tmp_path, "test_x", "", kind="tests")]
+    for chosen in (parts, parts[:1]):
+        gpu_check.run_all(chosen, tmp_path, "abc", 9, 1, False)
+    assert shares == {"memcheck": [gpu_check.SANITIZER_SHARE, 1.0], "test_x": [1.0]}
+
+
+def test_whole_command_on_a_device_that_only_has_a_name(tmp_path, monkeypatch, capsys):
+    """One process a part, summary, archive, exit status; and again, with nothing left to do."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    parts = [part(tmp_path, "bench_a", "print('timed')"), part(tmp_path, "bench_b", "import sys; sys.exit('wrong')")]
+    monkeypatch.setattr(gpu_check, "find_parts", lambda: parts)
+    archive = tmp_path / "x.tgz"
+    command = ["gpu_check.py", "--out", str(tmp_path / "out"), "--commit", "abc", "--resume", "--pack", str(archive)]
+    for said in ("1 passed, 1 failed", "1 passed before, 1 failed"):
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as stop:
+            gpu_check.main()
+        printed = capsys.readouterr().out
+        assert stop.value.code == 1 and said in printed and "x.tgz: 0.0 MiB" in printed and "wrong" in printed
+    with tarfile.open(archive) as content:
+        names = {member.name for member in content}
+    assert {"some-gpu/summary.md", "some-gpu/parts/bench_a.log", "some-gpu/parts/bench_b.json"} <= names
+    monkeypatch.setattr(sys, "argv", [*command[:-1], str(tmp_path / "x.zip")])
+    with pytest.raises(SystemExit) as stop:
+        gpu_check.main()
+    assert stop.value.code == 2 and "--pack must name a .tgz file" in capsys.readouterr().err
+
+
 def test_pack(tmp_path):
     out = tmp_path / "some-gpu"
     (out / "parts").mkdir(parents=True)
