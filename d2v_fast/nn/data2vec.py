@@ -77,7 +77,7 @@ class Data2Vec(Interchange, nn.Module):
         ).x
         pred = self.head(student.at_masked(x))  # [M, C]
         targets, loss = self.config.targets, self.config.loss
-        output = data2vec_loss(
+        total, target_var, pred_var, *_ = data2vec_loss(
             pred,
             results,
             positions,
@@ -87,9 +87,9 @@ class Data2Vec(Interchange, nn.Module):
             scale=loss.scale_for(pred.shape[1]),
             lengths=batch.lengths if targets.padding_aware and uses_time(targets) else None,
         )
-        features = feature_spread(teacher_input, teacher.positions).to(output.loss.dtype)
-        # num_masked is without what fills up a fixed number
-        return output._replace(num_masked=batch.num_masked, feature_var=features)
+        features = feature_spread(teacher_input, teacher.positions).to(total.dtype)
+        # num_masked is without what fills up a fixed number; Dynamo of PyTorch 2.11 cannot trace _replace
+        return LossOutput(total, target_var, pred_var, batch.num_masked, features)
 
     def _inputs(self, batch: Batch, student: Rows, teacher: Rows) -> tuple[Tensor, Tensor]:
         """What the encoders of student and teacher read; the teacher's has no gradient."""
