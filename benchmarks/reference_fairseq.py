@@ -5,10 +5,12 @@ under its names, so that weights go back and forth. ``tests/test_bench_reference
 teacher and every operator against the installed library. Between operators there is less Python than in fairseq: tiny
 models, where little else counts, need a tenth less of the processor.
 
-What is compared. fairseq's trainer keeps the model in half precision, and one flat float32 copy of all weights for
-Adam. The published runs took float16 with a loss scale; here it is bfloat16 (its ``common.bf16``), which needs none, so
-that the scaler's waiting for the device is left out, in fairseq's favour. Its trainer has no autocast: a step under
-autocast with float32 parameters, as idiomatic code has it, is timed beside. LayerDrop is not restated.
+What is compared. The published runs kept the model in float16, one flat float32 copy of all weights for Adam, and a
+loss scaler. Here the model is in bfloat16, which needs no scaler and does not wait for the device to look for
+overflows, in fairseq's favour; so is the flat copy, where its own ``common.bf16`` keeps one for each weight. Its
+trainer has no autocast: a step under autocast with float32 parameters is timed beside. Attention is what fairseq's call
+of PyTorch is today, its fused kernels; those of 2022 had all weights in memory. Left out are LayerDrop, and apex's
+kernels, which fairseq takes where apex is installed.
 """
 
 import copy

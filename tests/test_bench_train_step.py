@@ -3,6 +3,7 @@
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,20 @@ def test_plain_step_computes_the_same(modality):
     before = [p.clone() for p in plain.parameters()]
     step_plain.plain_step(plain, OPTIM)(batch)
     assert not any(torch.equal(p, old) for p, old in zip(plain.head.parameters(), before[-2:], strict=False))
+
+
+@pytest.mark.parametrize("modality", MODALITIES)
+def test_plain_step_is_one_graph(modality, monkeypatch):
+    """What ``torch.compile`` gets has no breaks, which would make it slower than it has to be."""
+    compiled = partial(torch.compile, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", compiled)
+    config = without_dropout(modality)
+    config = replace(config, encoder=replace(config.encoder, layers=1), targets=replace(config.targets, top_k=1))
+    model = Data2Vec(step_plain.plain_config(config)).train()
+    before = model.head[0].weight.clone()
+    torch._dynamo.reset()
+    step_plain.plain_step(model, OPTIM, compiled=True)(tiny_batch(config))
+    assert not torch.equal(model.head[0].weight, before)
 
 
 @pytest.mark.parametrize("restated", [False, True])
