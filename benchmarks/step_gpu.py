@@ -2,9 +2,9 @@
 
 "as written" is the peer of ``step_peers.py`` as its trainer runs it (speech and text: fairseq's half-precision model
 with flat float32 weights; images: a teacher outside of autocast), "as written, autocast" the same model with float32
-parameters under one bfloat16 autocast, as ours, "eager" (the step of ``step_plain.py``) and "torch.compile" (the same)
-have it, "patched" their authors' code with ``d2v_fast.patch`` (images: under one autocast). Each provider is built,
-warmed up, timed and deleted before the next one.
+parameters under one bfloat16 autocast, as all others have it: "patched", their authors' code with ``d2v_fast.patch``,
+"eager", the step of ``step_plain.py``, "torch.compile" of that, and ours. Each provider is built, warmed up, timed and
+deleted before the next one.
 
 All read the same batch. "d2v_fast graph" computes as many masked rows as any mask can have, as a run with graphs does,
 the others those of this mask; so torch.compile never meets another shape.
@@ -83,10 +83,9 @@ def provider(name: str, config: Data2VecConfig, optim: OptimConfig) -> tuple[Ste
         peer = step_peers.load(model, restated=name == WRITTEN_AUTOCAST)
         if name == PATCHED and peer.patch is None:
             return None
-        trained = name == WRITTEN or (name == PATCHED and config.modality != "image")
-        step = peer.as_trained(optim) if trained else step_peers.autocast_step(peer, optim)
         if name == PATCHED:
             peer.patch()
+        step = peer.as_trained(optim) if name == WRITTEN else step_peers.autocast_step(peer, optim)
         return step, {"peer": peer.name}
     optimizer, updates = build_optimizer(model, optim), iter(range(1_000_000))
     how = {"clip_norm": optim.clip_norm, "autocast": DEVICE.type == "cuda"}
