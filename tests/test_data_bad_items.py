@@ -22,8 +22,11 @@ from d2v_fast.train.data import (
     UnreadableFile,
     batches,
     build_data,
+    tables,
+    tars,
+    text,
 )
-from d2v_fast.train.data.bad_items import check_files, too_many_items
+from d2v_fast.train.data.bad_items import FILES_ALLOWED, ITEMS_ALLOWED, check_files, too_many
 from d2v_fast.train.data.sources import open_regular
 from d2v_fast.train.data.tables import read_documents
 
@@ -107,6 +110,57 @@ def test_files_are_bounded_as_files(kind, cache, tmp_path):
             build(modality, folder, max_bad_fraction=limit, **kwargs)
 
 
+def test_half_of_the_files_are_not_few(tmp_path, caplog):
+    """One of two tars is cut short: refused, or said with its share; items are counted among items."""
+    write_shards(tmp_path, {**clips(12), "short": audio(1, 0.2)}, "flac", count=2)
+    damage(tmp_path / "train-000001.tar")
+    with pytest.raises(DataError, match=r"1 of 2 files could not be read \(50\.00%\), more than .* = 0\.01"):
+        build("speech", tmp_path)
+    caplog.clear()
+    left = build("speech", tmp_path, max_bad_fraction=0.5)
+    said, items = [text.partition(":")[0] for text in caplog.messages], len(left.names) + 1
+    assert said == [
+        "skipped 1 of 2 files, or the rest of them (50.0%)",
+        f"skipped 1 of {items} items ({1 / items:.1%})",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["tars", "tables", "headers", "text"])
+def test_failures_are_not_kept(kind, tmp_path, monkeypatch):
+    """What could not be read once is there on the next start; the cache is used for all the rest."""
+    folder, failing, opened = tmp_path / "data", [True], []
+    folder.mkdir()
+    paths = write_files({"headers": "speech", "tars": "speech"}.get(kind, kind), folder)
+
+    def flaky(real):
+        def call(path, *args, **kwargs):
+            opened.append(os.path.basename(path))
+            if failing and os.path.basename(path) == paths[1].name:
+                raise UnreadableFile(path, "Input/output error")
+            return real(path, *args, **kwargs)
+
+        return call
+
+    owner, name = {
+        "tars": (tars, "open_regular"),
+        "tables": (tables, "open_regular"),
+        "headers": (tars, "open_slice"),
+        "text": (text, "open_regular"),
+    }[kind]
+    monkeypatch.setattr(owner, name, flaky(getattr(owner, name)))
+    modality, cache = "text" if kind == "text" else "speech", str(tmp_path / "cache")
+    first = build(modality, folder, cache_dir=cache)
+    assert [reason for _, reason in first.skipped] == ["Input/output error"] * (3 if kind == "headers" else 1)
+    failing.clear()
+    whole = build(modality, folder)
+    for _ in range(2):
+        opened.clear()
+        again = build(modality, folder, cache_dir=cache, max_bad_fraction=0)
+        assert not again.skipped and again.fingerprint() == whole.fingerprint() != first.fingerprint()
+    # nothing was kept as bad, so all is kept now
+    assert kind == "tables" or opened == []
+
+
 def test_texts_without_text_are_not_damaged(tmp_path):
     write_files("text", tmp_path)
     for name in "abc":
@@ -115,22 +169,24 @@ def test_texts_without_text_are_not_damaged(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("bad", "read", "different", "allowed", "expected"),
+    ("bad", "total", "allowed", "few", "expected"),
     [
-        (0, 100, 0, 0.0, False),
-        (1, 1000, 1, 0.0, True),
-        (10, 20, 10, 0.01, False),
-        (100, 400, 10, 0.01, False),
-        (10, 19, 10, 0.01, True),
-        (10, 11, 10, 0.01, True),
-        (6, 10, 6, 0.01, False),
-        (11, 1000, 11, 0.01, True),
-        (11, 1000, 11, 0.011, False),
-        (10, 11, 10, 1.0, False),
+        (0, 100, 0.0, ITEMS_ALLOWED, False),
+        (1, 1000, 0.0, ITEMS_ALLOWED, True),
+        (10, 21, 0.01, ITEMS_ALLOWED, False),
+        (10, 20, 0.01, ITEMS_ALLOWED, True),
+        (9, 10, 0.01, ITEMS_ALLOWED, False),
+        (11, 1000, 0.01, ITEMS_ALLOWED, True),
+        (11, 1000, 0.011, ITEMS_ALLOWED, False),
+        (10, 11, 1.0, ITEMS_ALLOWED, False),
+        (1, 3, 0.01, FILES_ALLOWED, False),
+        (1, 2, 0.01, FILES_ALLOWED, True),
+        (1, 2, 0.5, FILES_ALLOWED, False),
+        (1, 1, 0.01, FILES_ALLOWED, False),  # nobody knows how much of the only one it is
     ],
 )
-def test_which_items_are_too_many(bad, read, different, allowed, expected):
-    assert too_many_items(bad, read, different, allowed) is expected
+def test_how_many_are_too_many(bad, total, allowed, few, expected):
+    assert too_many(bad, total, allowed, few) is expected
 
 
 @pytest.mark.parametrize(
@@ -151,21 +207,42 @@ def test_few_items_are_no_excuse_for_most_of_them(tmp_path):
         (tmp_path / f"{number}.flac").write_bytes(content if number < 5 else b"fLaC")
     with pytest.raises(DataError, match=r"7 of 12 items could not be read"):
         build("speech", tmp_path)
-    (tmp_path / "5.flac").write_bytes(audio(5, 1.0))  # half of them
-    assert len(build("speech", tmp_path).skipped) == 6
-    with pytest.raises(DataError, match=r"6 of 12 items could not be read .* = 0;"):
+    for number in (5, 6):
+        (tmp_path / f"{number}.flac").write_bytes(audio(number, 1.0))  # less than half of them are left
+    assert len(build("speech", tmp_path).skipped) == 5
+    with pytest.raises(DataError, match=r"5 of 12 items could not be read .* = 0;"):
         build("speech", tmp_path, max_bad_fraction=0)
 
 
 def test_items_that_break_while_training():
     data = Numbers(count=12, broken=range(7))
-    with pytest.raises(DataError, match=r"\d+ of 1\d items could not be read"):
+    with pytest.raises(DataError, match=r"6 of 12 items could not be read"):
         take(data, 20)
     data = Numbers(count=200, broken=[7])
     assert len(take(data, 200)) == 200
     data.max_bad_fraction = 0
-    with pytest.raises(DataError, match=r"1 of \d+ items could not be read .* last: item7: broken"):
+    with pytest.raises(DataError, match=r"1 of 200 items could not be read .* last: item7: broken"):
         take(data, 200)
+
+
+@pytest.mark.parametrize("bad", [10, 11])
+def test_where_a_run_is_continued_changes_nothing(bad):
+    """Ten may be unreadable, whether they come in the first batch that is read or after many good ones."""
+    data = Numbers(count=200, broken=range(bad), batch_size=1)
+    data.plan = lambda epoch: [(i,) for i in range(20, 200)] + [tuple(range(20))]
+    for index in (0, 180):
+        if bad == 10:
+            assert len(take(data, 400, index=index)) == 400  # more than an epoch: nor do repeats count
+        else:
+            with pytest.raises(DataError, match=r"11 of 200 items could not be read \(5\.50%\)"):
+                take(data, 400, index=index)
+
+
+def test_repeats_are_not_counted(tmp_path):
+    """Two of three clips are gone, which is few, in every epoch."""
+    (tmp_path / "0.flac").write_bytes(audio(0, 1.0))
+    (tmp_path / "m.tsv").write_text(".\n" + "".join(f"{i}.flac\t16000\n" for i in range(3)))
+    assert len(take(build("speech", tmp_path / "m.tsv"), 20)) == 20
 
 
 def test_columns_of_another_type(tmp_path):
@@ -224,7 +301,7 @@ def test_a_table_that_is_a_pipe(tmp_path):
 def test_tars_and_links_that_lead_nowhere(tmp_path):
     write_tar(tmp_path / "a.tar", {"a.flac": audio(0, 1.0)})
     (tmp_path / "b.tar").symlink_to("nowhere")
-    assert build("speech", tmp_path).skipped == [("b.tar", "No such file or directory")]
+    assert build("speech", tmp_path, max_bad_fraction=0.5).skipped == [("b.tar", "No such file or directory")]
     with pytest.raises(UnreadableFile, match="No such file"):
         open_regular(tmp_path / "b.tar")
 

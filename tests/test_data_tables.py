@@ -200,7 +200,7 @@ def test_damaged_files_are_skipped_and_named(folder, suffix):
             path.unlink()
     victim = sorted(folder.iterdir())[1]
     victim.write_bytes(victim.read_bytes()[:-2000])
-    data = SpeechData(config(folder), MODEL, 0)
+    data = SpeechData(config(folder, max_bad_fraction=0.5), MODEL, 0)
     ((name, reason),) = data.skipped
     assert name == victim.name and "damaged or cut short" in reason and len(data.names) == 6
     for path in folder.iterdir():

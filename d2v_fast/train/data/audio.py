@@ -17,12 +17,12 @@ import torch
 
 from d2v_fast.nn.batch import Batch, make_batch
 from d2v_fast.nn.config import Data2VecConfig
-from d2v_fast.train.data.bad_items import log_skipped, nothing_left, too_many_bad, too_many_items
+from d2v_fast.train.data.bad_items import check_items, log_skipped, nothing_left
 from d2v_fast.train.data.base import PretrainData, UnreadableFile, require
 from d2v_fast.train.data.formats import SHARDS, Found, LocationConfig, find, open_source
 from d2v_fast.train.data.manifest import read_manifest
 from d2v_fast.train.data.packing import packed_batches
-from d2v_fast.train.data.sources import Source, cached
+from d2v_fast.train.data.sources import Source, measured
 from d2v_fast.train.errors import DataError
 
 SAMPLE_RATE = 16_000  # Hz
@@ -158,17 +158,18 @@ class SpeechData(PretrainData):
         self._keep(lengths, reasons)
 
     def _keep(self, lengths: np.ndarray, reasons: np.ndarray) -> None:
-        """Keep the items that are long enough; lengths are in samples at 16 kHz, a reason says why there is none."""
+        """Keep the items that are long enough; lengths are in samples at 16 kHz, or -1, and a reason says why."""
         names = self.source.names
-        bad = [(names[i], str(reasons[i])) for i in np.flatnonzero(reasons != "")]
-        if len(bad) < len(names) and too_many_items(len(bad), len(names), len(bad), self.max_bad_fraction):
-            raise too_many_bad(len(bad), len(names), self.max_bad_fraction, bad)
-        short = np.flatnonzero((reasons == "") & (lengths < self.min_samples))
-        self.skipped = [*self.source.skipped, *bad, *((names[i], self._too_short(int(lengths[i]))) for i in short)]
-        self.items = np.flatnonzero((reasons == "") & (lengths >= self.min_samples))  # of the source
+        bad = [(names[i], reasons[i]) for i in np.flatnonzero(lengths < 0)]
+        if len(bad) < len(names):
+            check_items(bad, len(names), self.max_bad_fraction)
+        short = np.flatnonzero((lengths >= 0) & (lengths < self.min_samples))
+        skipped = [*bad, *((names[i], self._too_short(int(lengths[i]))) for i in short)]
+        self.skipped = [*self.source.skipped, *skipped]
+        self.items = np.flatnonzero(lengths >= self.min_samples)  # of the source
         self.lengths = lengths[self.items]  # [items] samples
         self.names = names.take(self.items)
-        log_skipped(self.skipped, len(names) + len(self.source.skipped))
+        log_skipped(skipped, len(names), "items")
         if not self.items.size:
             raise nothing_left(self.config.path, self.skipped, f"audio of at least {self.config.min_seconds} s")
 
@@ -199,7 +200,7 @@ class SpeechData(PretrainData):
 
     def load(self, epoch: int, index: int, items: tuple[int, ...]) -> Batch | None:
         """Decode, normalise, crop to the shortest and mask; see :meth:`PretrainData.load`."""
-        waves, skipped = self.read_each(items, self.names, self._read)
+        waves, skipped = self.read_each(items, self._read)
         if not waves:
             return None
         # a manifest may understate the lengths, so the budget is enforced once more
@@ -220,7 +221,10 @@ class SpeechData(PretrainData):
 
 
 def _list_items(config: SpeechDataConfig) -> tuple[Source, np.ndarray, np.ndarray]:
-    """The items at ``config.path``, their lengths int64 [items] at 16 kHz, and why an item has none ("": it has)."""
+    """The items at ``config.path``, their lengths int64 [items] at 16 kHz, or -1 and the reason why.
+
+    What has none is looked at anew on every start.
+    """
     if config.path.endswith(".tsv") and config.format == "auto":  # also if it is missing
         found = Found("manifest", Path(), [Path(config.path).expanduser()])
     else:
@@ -231,9 +235,10 @@ def _list_items(config: SpeechDataConfig) -> tuple[Source, np.ndarray, np.ndarra
         source, lengths = read_manifest(_of_split(found.files, config))
         return source, lengths, np.full(len(lengths), "")
     source = open_source(found, config, config.extensions)
-    key = None if source.key is None else ["lengths", *source.key]
-    arrays = cached(config.cache_dir, "lengths", key, lambda: _scan(source))
-    return source, arrays["lengths"], arrays["reasons"]
+    # which items there are depends on which files could be opened this time
+    key = None if source.key is None else ["lengths", *source.key, len(source.names), [n for n, _ in source.skipped]]
+    number = len(source.names)
+    return source, *measured(config.cache_dir, "lengths", key, number, lambda items: _scan(source, items))
 
 
 def _of_split(manifests: list[Path], config: SpeechDataConfig) -> Path:
@@ -245,23 +250,20 @@ def _of_split(manifests: list[Path], config: SpeechDataConfig) -> Path:
     return chosen[0]
 
 
-def _scan(source: Source) -> dict[str, np.ndarray]:
-    """Lengths in samples at 16 kHz by the items' headers, and why there is none."""
+def _scan(source: Source, items: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Lengths in samples at 16 kHz by the headers of ``items``, or -1 and why there is none."""
 
     def length(item: int) -> tuple[int, str]:
         try:
             return source.read(item, _header_length), ""
         except UnreadableFile as error:
-            return 0, error.reason
+            return -1, error.reason
         except (soundfile.SoundFileError, OSError) as error:
-            return 0, _reason(error)
+            return -1, _reason(error)
 
     with ThreadPoolExecutor(source.threads) as pool:
-        found = list(pool.map(length, range(len(source.names))))
-    return {
-        "lengths": np.array([samples for samples, _ in found], np.int64),
-        "reasons": np.array([reason for _, reason in found], np.str_),
-    }
+        found = list(pool.map(length, items.tolist()))
+    return np.array([samples for samples, _ in found], np.int64), [reason for _, reason in found]
 
 
 def _reason(error: Exception) -> str:

@@ -12,37 +12,38 @@ from d2v_fast.train.errors import DataError
 
 logger = logging.getLogger(__name__)
 
-ITEMS_ALLOWED = 10  # different ones, whatever share of the data they are
-FILES_ALLOWED = 1
+ITEMS_ALLOWED, FILES_ALLOWED = 10, 1  # whatever share of the data they are, up to half of it: see too_many
 
 
-def too_many_items(bad: int, read: int, different: int, allowed: float) -> bool:
-    """Whether ``bad`` of ``read`` items are more than the share ``allowed``, and not just few.
+def too_many(bad: int, total: int, allowed: float, few: int) -> bool:
+    """Whether ``bad`` of ``total`` are more than the share ``allowed``, and not just few.
 
-    Few are ten ``different`` ones, unless they are more than half of more than ten. Where none are allowed, one is too
-    many.
+    Few are up to ``few``, if they are less than half of a total above it. Where none are allowed, one is too many.
     """
-    if bad <= allowed * read:
+    if bad <= allowed * total:
         return False
-    few = different <= ITEMS_ALLOWED and not 2 * bad > read > ITEMS_ALLOWED
-    return allowed == 0 or not few
+    return allowed == 0 or bad > few or 2 * bad >= total > few
+
+
+def check_items(unreadable: Sequence[tuple[str, str]], total: int, allowed: float) -> None:
+    """Raise the DataError of too many different ``unreadable`` items (name, reason) among ``total``."""
+    if too_many(len(unreadable), total, allowed, ITEMS_ALLOWED):
+        raise _too_many_bad(unreadable, total, allowed, "items")
 
 
 def check_files(unreadable: Sequence[tuple[str, str]], total: int, allowed: float) -> None:
-    """Raise the DataError of more ``unreadable`` files (name, reason) than one and than ``allowed`` of ``total``.
-
-    Where none are allowed, one is too many.
-    """
-    count = len(unreadable)
-    if count > allowed * total and (allowed == 0 or count > FILES_ALLOWED):
-        raise too_many_bad(count, total, allowed, unreadable, "files")
+    """Raise the DataError of too many ``unreadable`` files of many items (name, reason) among ``total``."""
+    if too_many(len(unreadable), total, allowed, FILES_ALLOWED):
+        raise _too_many_bad(unreadable, total, allowed, "files")
 
 
-def log_skipped(skipped: Sequence[tuple[str, str]], total: int) -> None:
-    """One warning for everything that a scan left out."""
+def log_skipped(skipped: Sequence[tuple[str, str]], total: int, what: str) -> None:
+    """One warning for everything that a scan left out, with its share of ``total``."""
     if skipped:
         examples = "; ".join(f"{name}: {reason}" for name, reason in skipped[:3])
-        logger.warning("skipped %d of %d files (%s%s)", len(skipped), total, examples, "; ..." * (len(skipped) > 3))
+        more = "; ..." * (len(skipped) > 3)
+        share = f"{len(skipped)} of {total} {what} ({len(skipped) / total:.1%})"
+        logger.warning("skipped %s: %s%s", share, examples, more)
 
 
 def nothing_left(path: str | Path, skipped: Sequence[tuple[str, str]], expected: str) -> DataError:
@@ -53,11 +54,8 @@ def nothing_left(path: str | Path, skipped: Sequence[tuple[str, str]], expected:
     return DataError(f"none of the {len(skipped)} files under {path} can be used; expected {expected}. {examples}")
 
 
-def too_many_bad(
-    bad: int, total: int, allowed: float, last: Sequence[tuple[str, str]], what: str = "items"
-) -> DataError:
-    """The error for more unreadable items, or files, than ``data.max_bad_fraction`` allows."""
-    examples = "; ".join(f"{name}: {reason}" for name, reason in last[-3:])
+def _too_many_bad(unreadable: Sequence[tuple[str, str]], total: int, allowed: float, what: str) -> DataError:
+    bad, examples = len(unreadable), "; ".join(f"{name}: {reason}" for name, reason in unreadable[-3:])
     return DataError(
         f"{bad} of {total} {what} could not be read ({bad / total:.2%}), more than data.max_bad_fraction = {allowed}; "
         f"last: {examples}. Mend the data, or raise data.max_bad_fraction."

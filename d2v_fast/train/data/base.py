@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from d2v_fast.nn.batch import Batch
 from d2v_fast.nn.config import Data2VecConfig
-from d2v_fast.train.data.bad_items import too_many_bad, too_many_items
+from d2v_fast.train.data.bad_items import check_items
 from d2v_fast.train.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,8 @@ class PretrainData(Dataset, ABC):
     static_shapes = False
     skipped: Sequence[tuple[str, str]] = ()  # (file, reason), found while scanning
     unread: Skipped = ()  # what made the last load return None
-    max_bad_fraction = 0.01  # of the items read so far; see batches
+    names: Sequence[str] = ()  # of the items, where some of them may turn out to be unreadable
+    max_bad_fraction = 0.01  # of the items; see bad_items
 
     def __init__(self, seed: int) -> None:
         require(isinstance(seed, int) and seed >= 0, "seed", "an integer >= 0", seed)
@@ -106,23 +107,21 @@ class PretrainData(Dataset, ABC):
         """A generator for one purpose (ORDER, CROP or MASK) in one batch."""
         return np.random.default_rng([self.seed, stream, epoch, index])
 
-    def read_each(
-        self, items: tuple[int, ...], names: Sequence[str], read: Callable[[int], T]
-    ) -> tuple[list[T], Skipped]:
+    def read_each(self, items: tuple[int, ...], read: Callable[[int], T]) -> tuple[list[T], Skipped]:
         """Call ``read`` on each item; an :class:`UnreadableFile` becomes (name, reason). Sets ``self.unread``."""
         found, skipped = [], []
         for item in items:
             try:
                 found.append(read(item))
             except UnreadableFile as error:
-                skipped.append((names[item], error.reason))
+                skipped.append((self.names[item], error.reason))
         self.unread = () if found else tuple(skipped)
         return found, tuple(skipped)
 
     def __getitem__(self, spec: Spec) -> "_Loaded":
         epoch, index, items = spec
         batch = self.load(epoch, index, items)
-        return _Loaded(epoch, index, batch, self.unread if batch is None else batch.skipped, len(items))
+        return _Loaded(epoch, index, batch, self.unread if batch is None else batch.skipped)
 
 
 @dataclass
@@ -133,7 +132,6 @@ class _Loaded:
     index: int
     batch: Batch | None
     skipped: Skipped
-    count: int  # items asked for
 
     def pin_memory(self) -> "_Loaded":
         return replace(self, batch=None if self.batch is None else self.batch.pin_memory())
@@ -188,8 +186,8 @@ def batches(
     """Yield (epoch, index, batch) without end, starting with batch ``index`` of ``epoch``.
 
     The batches are the same for every ``num_workers``, and torch's global generator is left alone. A batch of which
-    nothing could be read is left out; its files are named in the next one's ``skipped``. More unreadable
-    items than ``data.max_bad_fraction`` of those so far end the run, unless they are few (``bad_items``).
+    nothing could be read is left out; its files are named in the next one's ``skipped``. More different unreadable
+    items than ``data.max_bad_fraction`` of all items end the run, unless they are few (``bad_items``).
 
     Of every ``world_size`` batches in a row, one a rank, number ``rank`` is read and yielded, also across the end of
     an epoch; (epoch, index) is then the place of the last of these, the same for all ranks. So ranks that start at one
@@ -272,8 +270,7 @@ def _readable(
     Each name is logged once.
     """
     pending: Skipped = ()
-    named: set[str] = set()
-    read = bad = 0  # items since the start
+    named: dict[str, str] = {}  # what could not be read, and why
     # the epoch whose batches are being counted; one that was entered in the middle is not judged, nor is one of which
     # other ranks had all batches
     current, count, tried = start[0], int(start[1] > 0), False
@@ -284,13 +281,13 @@ def _readable(
                 raise DataError(f"nothing readable in epoch {current} of {data.describe()}; last: {name}: {reason}")
             current, count = loaded.epoch, 0
         tried = True
-        for name, reason in loaded.skipped:
-            if name not in named:
-                logger.warning("skipped %s: %s", name, reason)
-                named.add(name)
-        read, bad = read + loaded.count, bad + len(loaded.skipped)
-        if too_many_items(bad, read, len(named), data.max_bad_fraction):
-            raise too_many_bad(bad, read, data.max_bad_fraction, loaded.skipped)
+        new = {name: reason for name, reason in loaded.skipped if name not in named}
+        for name, reason in new.items():
+            logger.warning("skipped %s: %s", name, reason)
+        if new:
+            named |= new
+            # of all the items, not of those read so far: where a run was started or continued changes nothing
+            check_items(list(named.items()), len(data.names), data.max_bad_fraction)
         if loaded.batch is None:
             pending += loaded.skipped
             yield *ends.popleft(), None

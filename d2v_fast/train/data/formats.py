@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from glob import glob, has_magic
 from pathlib import Path
 
-from d2v_fast.train.data.bad_items import check_files
+from d2v_fast.train.data.bad_items import check_files, log_skipped
 from d2v_fast.train.data.base import compressed, list_files, relative_names, require
 from d2v_fast.train.data.names import Names
 from d2v_fast.train.data.sources import Files, Source
@@ -73,6 +73,7 @@ def open_source(found: Found, config: LocationConfig, suffixes: Sequence[str]) -
         source = Tables(found.root, found.files, config.column, config.cache_dir)
     if source.names:
         check_files(source.skipped, len(found.files), config.max_bad_fraction)
+        log_skipped(source.skipped, len(found.files), "files, or the rest of them")
     return source
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from d2v_fast.nn.batch import Batch, make_batch
 from d2v_fast.nn.config import Data2VecConfig
-from d2v_fast.train.data.bad_items import log_skipped, nothing_left
+from d2v_fast.train.data.bad_items import nothing_left
 from d2v_fast.train.data.base import NO_MEMORY, PretrainData, UnreadableFile, fixed_batches, require
 from d2v_fast.train.data.formats import SHARDS, LocationConfig, find, open_source
 
@@ -125,7 +125,6 @@ class ImageData(PretrainData):
         found = find(config.path, kinds, config.format, config.split, "images, uncompressed tars or tables")
         self.source = open_source(found, config, IMAGE_EXTENSIONS)
         self.names, self.skipped = self.source.names, self.source.skipped
-        log_skipped(self.skipped, len(found.files))
         if not len(self.names):
             raise nothing_left(config.path, self.skipped, "images")
         self._transform: _Augment | None = None
@@ -144,7 +143,7 @@ class ImageData(PretrainData):
 
     def load(self, epoch: int, index: int, items: tuple[int, ...]) -> Batch | None:
         """Decode, square and mask; see :meth:`PretrainData.load`."""
-        images, skipped = self.read_each(items, self.names, self._read)
+        images, skipped = self.read_each(items, self._read)
         if not images:
             return None
         inputs = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).contiguous()  # [B, C, D, D]

@@ -26,6 +26,14 @@ class Names(Sequence[str]):
         names.text, names.ends = text, ends
         return names
 
+    @classmethod
+    def joined(cls, parts: Sequence["Names"]) -> "Names":
+        """Those of all ``parts``, one part after the other."""
+        starts = np.cumsum([0, *(len(part.text) for part in parts)])
+        text = np.concatenate([cls().text, *(part.text for part in parts)])
+        ends = [part.ends + start for part, start in zip(parts, starts, strict=False)]
+        return cls.from_arrays(text, np.concatenate([cls().ends, *ends]))
+
     def __len__(self) -> int:
         return len(self.ends)
 

@@ -176,16 +176,52 @@ def missing(path: Path) -> Iterator[bool]:
         yield not path.is_file()
 
 
+def _cached_path(folder: str, kind: str, key: list[Any]) -> Path:
+    return cache_path(folder, kind, key).with_suffix(".npz")
+
+
 def cached(
     folder: str | None, kind: str, key: list[Any] | None, make: Callable[[], dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
     """The arrays that ``make`` gives, kept in ``folder`` under a digest of ``key``; just made where either is None."""
     if folder is None or key is None:
         return make()
-    path = cache_path(folder, kind, key).with_suffix(".npz")
+    path = _cached_path(folder, kind, key)
     with missing(path) as is_missing:
         if is_missing:
             arrays = make()
             replace_file(path, lambda file: np.savez(file, **arrays))
     with np.load(path) as content:
         return dict(content)
+
+
+Measure = Callable[[np.ndarray], tuple[np.ndarray, list[str]]]
+
+
+def measured(
+    folder: str | None, kind: str, key: list[Any] | None, number: int, measure: Measure
+) -> tuple[np.ndarray, np.ndarray]:
+    """A whole number >= 0 for each of ``number`` things, or -1 and a reason; as ``cached``, but failures are not kept.
+
+    What failed is measured again on every start: a disk may have been at fault, and a file that is mended can have the
+    size and the time that it had. Keeping it as failed would need somebody to know of the cache.
+
+    Args:
+        folder, kind, key: as of ``cached``.
+        number: how many things there are.
+        measure: takes which of them, int64 [n]; gives int64 [n] and n reasons, "" where there is a number.
+
+    Returns:
+        int64 [number], and the reasons [number] as objects.
+    """
+    if folder is None or key is None:
+        values, found = measure(np.arange(number))
+        return values, np.array(found, object)
+    values = cached(folder, kind, key, lambda: {"values": measure(np.arange(number))[0]})["values"]
+    reasons = np.full(number, "", object)
+    failed = np.flatnonzero(values < 0)
+    if failed.size:
+        values[failed], reasons[failed] = measure(failed)
+        if (values[failed] >= 0).any():
+            replace_file(_cached_path(folder, kind, key), lambda file: np.savez(file, values=values))
+    return values, reasons

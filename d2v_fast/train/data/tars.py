@@ -8,6 +8,7 @@ import os
 import re
 import tarfile
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,20 +20,32 @@ from d2v_fast.train.data.sources import Source, cached, describe_files, open_reg
 
 KEY = re.compile(r"((?:.*/|)[^.]+)[.]([^/]*)")  # as webdataset's base_plus_ext
 META = re.compile(r"__[^/]*__(/|$)")  # members that webdataset leaves out
-FORMAT = 1  # raise when the index changes
+FORMAT = 2  # raise when the index changes
 
 
 class Tars(Source):
-    """The members of tars that have one of ``extensions`` (``flac``; also ``mic.flac``), at most one a sample."""
+    """The members of tars that have one of ``extensions`` (``flac``; also ``mic.flac``), at most one a sample.
+
+    What is in a whole tar is kept in ``cache_dir``. One that cannot be read to its end is gone through on every start:
+    it may be mended, or the disk have been at fault.
+    """
 
     def __init__(self, root: Path, shards: Sequence[Path], extensions: Sequence[str], cache_dir: str | None) -> None:
-        self.shards = [str(shard) for shard in shards]
-        self.key = ["tars", FORMAT, describe_files(shards), sorted(extensions)]
-        short = [shard.relative_to(root).as_posix() for shard in shards]
-        index = cached(cache_dir, "tars", self.key, lambda: _index(self.shards, short, frozenset(extensions)))
-        self.names = Names.from_arrays(index["text"], index["ends"])
-        self.places = index["places"]  # [items, 3]: shard, offset, size
-        self.skipped = list(zip(index["bad"].tolist(), index["reasons"].tolist(), strict=True))
+        self.shards, wanted = [str(shard) for shard in shards], sorted(extensions)
+        self.key = ["tars", FORMAT, describe_files(shards), wanted]
+        self.skipped, found = [], []
+        for shard in shards:
+            name = shard.relative_to(root).as_posix()
+            key = ["tar", FORMAT, name, describe_files([shard]), wanted]
+            try:
+                found.append(cached(cache_dir, "tar", key, partial(_index, str(shard), name, frozenset(wanted))))
+            except _ReadInPart as error:
+                found.append(error.index)
+                self.skipped.append((name, error.reason))
+        self.names = Names.joined([Names.from_arrays(index["text"], index["ends"]) for index in found])
+        numbers = np.repeat(np.arange(len(found)), [len(index["places"]) for index in found])
+        # [items, 3]: shard, offset, size
+        self.places = np.column_stack([numbers, np.concatenate([index["places"] for index in found])])
 
     def open(self, item: int) -> BinaryIO:
         """See :meth:`Source.open`."""
@@ -40,31 +53,40 @@ class Tars(Source):
         return open_slice(self.shards[shard], offset, size)
 
 
-def _index(shards: list[str], short: list[str], extensions: frozenset[str]) -> dict[str, np.ndarray]:
-    names, places, bad = [], [], []
-    for number, (shard, name) in enumerate(zip(shards, short, strict=True)):
-        key, found = None, True
-        try:
-            for member, offset, size in _members(shard):
-                split = KEY.fullmatch(member)
-                if split is None or META.match(member):
-                    continue
-                if split[1] != key:
-                    key, found = split[1], False
-                if not found and split[2].lower() in extensions:
-                    found = True
-                    names.append(f"{name}/{member}")
-                    places.append((number, offset, size))
-        except UnreadableFile as error:  # what came before the damage is whole
-            bad.append((name, error.reason))
+class _ReadInPart(UnreadableFile):
+    """A damaged tar; ``index`` has what came before the damage, which is whole."""
+
+    def __init__(self, path: str, reason: str, index: dict[str, np.ndarray]) -> None:
+        super().__init__(path, reason)
+        self.index = index
+
+
+def _index(shard: str, short: str, extensions: frozenset[str]) -> dict[str, np.ndarray]:
+    """Names and places [items, 2] (offset, size) of the members that are wanted.
+
+    Raises:
+        _ReadInPart: the tar cannot be read, or not to its end.
+    """
+    names, places = [], []
+    key, found, reason = None, True, None
+    try:
+        for member, offset, size in _members(shard):
+            split = KEY.fullmatch(member)
+            if split is None or META.match(member):
+                continue
+            if split[1] != key:
+                key, found = split[1], False
+            if not found and split[2].lower() in extensions:
+                found = True
+                names.append(f"{short}/{member}")
+                places.append((offset, size))
+    except UnreadableFile as error:
+        reason = error.reason
     packed = Names(names)
-    return {
-        "text": packed.text,
-        "ends": packed.ends,
-        "places": np.array(places, np.int64).reshape(-1, 3),
-        "bad": np.array([name for name, _ in bad], np.str_),
-        "reasons": np.array([reason for _, reason in bad], np.str_),
-    }
+    index = {"text": packed.text, "ends": packed.ends, "places": np.array(places, np.int64).reshape(-1, 2)}
+    if reason is not None:
+        raise _ReadInPart(shard, reason, index)
+    return index
 
 
 def _members(path: str) -> Iterator[tuple[str, int, int]]:

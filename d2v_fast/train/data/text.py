@@ -6,7 +6,6 @@ Documents, each followed by ``</s>``, are laid end to end and cut into blocks of
 block starts with ``<s>``. The ids are computed once and, with a cache folder, kept in a memory-mapped file.
 """
 
-import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from io import TextIOWrapper
@@ -23,7 +22,7 @@ from d2v_fast.nn.config import Data2VecConfig
 from d2v_fast.train.data.bad_items import check_files, log_skipped, nothing_left
 from d2v_fast.train.data.base import PretrainData, UnreadableFile, fixed_batches, relative_names, require
 from d2v_fast.train.data.formats import TABLES, find
-from d2v_fast.train.data.sources import cache_path, missing, open_regular
+from d2v_fast.train.data.sources import Measure, cache_path, measured, missing, open_regular
 from d2v_fast.train.data.tables import read_documents
 from d2v_fast.train.data.text_config import BOS, EOS, TextDataConfig, check_text_model
 from d2v_fast.train.data.tokenizer import as_encoder, load_tokenizer, train_tokenizer
@@ -35,7 +34,7 @@ logger = logging.getLogger(__name__)
 ENCODE_DOCUMENTS = 1024  # handed to the tokenizer's threads at a time
 KINDS = {"files": (".txt",), **TABLES}
 NO_TEXT = "no text"  # of files that can be read
-CACHE_FORMAT = 1  # raise when the layout or the way of tokenizing changes
+CACHE_FORMAT = 2  # raise when the layout or the way of tokenizing changes
 
 
 class TextData(PretrainData):
@@ -60,16 +59,14 @@ class TextData(PretrainData):
         require(config.break_mode == "none", "data.break_mode", binarised, config.break_mode)
         files, names = found.files, relative_names(found.root, found.files)
         vocab_size, cache = model.frontend.vocab_size, _Cache(config.cache_dir, files, names, config.column)
-        corpus = _Corpus(config, files, names)
+        corpus = _Corpus(config, files, names, cache)
+        log_skipped(corpus.skipped, len(files), "files")
         if config.tokenizer is None:
             self.tokenizer = cache.tokenizer(vocab_size, lambda: train_tokenizer(corpus.documents(), vocab_size))
         else:
             self.tokenizer = load_tokenizer(config.tokenizer, vocab_size)
-        self.ids, info = cache.ids(self.tokenizer, lambda: corpus.encode(self.tokenizer, vocab_size), corpus.info)
-        self.skipped = [tuple(entry) for entry in info["skipped"]]
-        _check_unreadable(self.skipped, len(files), config)  # a cache may have been made with another limit
-        self.num_files, self.num_documents = len(files) - len(self.skipped), info["documents"]
-        log_skipped(self.skipped, len(files))
+        self.ids = cache.ids(self.tokenizer, lambda: corpus.encode(self.tokenizer, vocab_size))
+        self.skipped, self.num_files, self.num_documents = corpus.skipped, len(corpus.usable), corpus.num_documents
         self.num_blocks = len(self.ids) // (config.tokens_per_sample - 1)
         if self.num_blocks == 0:
             raise DataError(
@@ -121,37 +118,37 @@ class TextData(PretrainData):
 
 
 class _Corpus:
-    """The documents of the files that can be read throughout; which ones those are is found on first use."""
+    """The documents of the files that can be read throughout; which ones those are, ``cache`` keeps."""
 
-    def __init__(self, config: TextDataConfig, files: list[Path], names: list[str]) -> None:
-        self.config, self.files, self.names = config, files, names
-        self._usable: list[Path] | None = None
-        self.info: dict[str, Any] = {"skipped": [], "documents": 0}
+    def __init__(self, config: TextDataConfig, files: list[Path], names: list[str], cache: "_Cache") -> None:
+        self.config = config
+        documents, reasons = cache.documents(lambda chosen: self._count([files[i] for i in chosen]))
+        self.usable = [file for file, count in zip(files, documents, strict=True) if count > 0]
+        self.num_documents = int(documents[documents > 0].sum())
+        unreadable = [(names[i], reasons[i]) for i in np.flatnonzero(documents < 0)]
+        self.skipped = [(names[i], reasons[i] if documents[i] else NO_TEXT) for i in np.flatnonzero(documents <= 0)]
+        if not self.usable:
+            raise nothing_left(config.path, self.skipped, "UTF-8 text")
+        check_files(unreadable, len(files), config.max_bad_fraction)  # before hours of tokenizing
+        cache.leave_out([name for name, _ in unreadable])
 
-    def usable(self) -> list[Path]:
-        if self._usable is None:
-            self._usable = []
-            for file, name in zip(self.files, self.names, strict=True):
-                try:
-                    documents = sum(1 for _ in self._read(file))
-                except UnreadableFile as error:
-                    self.info["skipped"].append((name, error.reason))
-                    continue
-                except (UnicodeDecodeError, OSError) as error:
-                    self.info["skipped"].append((name, f"not readable as UTF-8 text: {error}"))
-                    continue
-                if documents == 0:
-                    self.info["skipped"].append((name, NO_TEXT))
-                    continue
-                self._usable.append(file)
-                self.info["documents"] += documents
-            if not self._usable:
-                raise nothing_left(self.config.path, self.info["skipped"], "UTF-8 text")
-            _check_unreadable(self.info["skipped"], len(self.files), self.config)  # before hours of tokenizing
-        return self._usable
+    def _count(self, files: Sequence[Path]) -> tuple[np.ndarray, list[str]]:
+        """The number of documents in each of ``files``, or -1 and why it cannot be read."""
+        counts, reasons = [], []
+        for file in files:
+            count, reason = -1, ""
+            try:
+                count = sum(1 for _ in self._read(file))
+            except UnreadableFile as error:
+                reason = error.reason
+            except (UnicodeDecodeError, OSError) as error:
+                reason = f"not readable as UTF-8 text: {error}"
+            counts.append(count)
+            reasons.append(reason)
+        return np.array(counts, np.int64), reasons
 
     def documents(self) -> Iterator[str]:
-        return chain.from_iterable(map(self._read, self.usable()))
+        return chain.from_iterable(map(self._read, self.usable))
 
     def _read(self, file: Path) -> Iterator[str]:
         is_table = any(file.suffix.lower() in suffixes for suffixes in TABLES.values())
@@ -166,10 +163,6 @@ class _Corpus:
             yield np.concatenate([np.array([*e.ids, EOS], dtype) for e in encodings])
 
 
-def _check_unreadable(skipped: Sequence[tuple[str, str]], total: int, config: TextDataConfig) -> None:
-    check_files([(name, reason) for name, reason in skipped if reason != NO_TEXT], total, config.max_bad_fraction)
-
-
 def _lines(file: Path) -> Iterator[str]:
     """The lines with text in them, without their line ends."""
     with TextIOWrapper(open_regular(file), encoding="utf-8-sig") as lines:
@@ -179,14 +172,25 @@ def _lines(file: Path) -> Iterator[str]:
 
 
 class _Cache:
-    """Trained tokenizers and ids under a key of what they were made from; without a folder, just makes them."""
+    """Numbers of documents, trained tokenizers and ids under a key of what they were made from, in ``folder``.
+
+    Without a folder they are just made.
+    """
 
     def __init__(self, folder: str | None, files: list[Path], names: list[str], column: str | None) -> None:
-        self.folder = folder
-        self.source: list[Any] = [CACHE_FORMAT] if column is None else [CACHE_FORMAT, column]
+        self.folder, self.number = folder, len(files)
+        self.source: list[Any] = [CACHE_FORMAT, column]
         for file, name in zip(files, names, strict=True):
             stat = file.stat() if file.exists() else None  # None: a broken link
             self.source.append((name, stat and (stat.st_size, stat.st_mtime_ns)))
+
+    def documents(self, count: Measure) -> tuple[np.ndarray, np.ndarray]:
+        """How many there are in each file, or -1 and why; see ``measured``."""
+        return measured(self.folder, "documents", self.source, self.number, count)
+
+    def leave_out(self, names: list[str]) -> None:
+        """From now on for what is made without these files."""
+        self.source.append(names)
 
     def _path(self, kind: str, *key: Any) -> Path:
         return cache_path(self.folder, kind, [self.source, *key])
@@ -203,20 +207,16 @@ class _Cache:
             replace_file(path, lambda file: file.write(tokenizer.to_str().encode()))
             return tokenizer
 
-    def ids(
-        self, tokenizer: Tokenizer, make: Callable[[], Iterator[np.ndarray]], info: dict[str, Any]
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """The ids [n] of the files' text, and ``info``, which is complete once ``make`` is exhausted."""
+    def ids(self, tokenizer: Tokenizer, make: Callable[[], Iterator[np.ndarray]]) -> np.ndarray:
+        """The ids [n] of the files' text."""
         if self.folder is None:
-            return np.concatenate([np.zeros(0, np.uint16), *make()]), info
+            return np.concatenate([np.zeros(0, np.uint16), *make()])
         path = self._path("ids", tokenizer.to_str()).with_suffix(".npy")
-        described = path.with_suffix(".json")  # written last: its presence says that the ids are complete
-        with missing(described) as is_missing:
-            if is_missing or not path.is_file():
+        with missing(path) as is_missing:
+            if is_missing:
                 logger.info("tokenizing into %s", path)
                 replace_file(path, lambda file: _write_array(file, make()))
-                replace_file(described, lambda file: file.write(json.dumps(info).encode()))
-        return np.load(path, mmap_mode="r"), json.loads(described.read_text())
+        return np.load(path, mmap_mode="r")
 
 
 def _write_array(file: BinaryIO, pieces: Iterator[np.ndarray]) -> None:
