@@ -117,8 +117,8 @@ def earlier(path: Path, record: dict, here: dict) -> list[dict]:
     if not path.exists():
         return []
     old = json.loads(path.read_text(encoding="utf-8"))
-    same = all(old[key] == value for key, value in record.items())
-    same &= all(old["environment"][key] == here[key] for key in ("device", "torch", "commit"))
+    same = all(old.get(key) == value for key, value in record.items())
+    same &= all(old["environment"].get(key) == here[key] for key in ("device", "torch", "commit"))
     same &= names_code(here["commit"])
     return [row for row in old["results"] if not row["status"].startswith("skipped")] if same else []
 

@@ -286,6 +286,13 @@ def test_recipes_are_resumed(on_gpu, capsys):
     assert not content["complete"] and "out of time" in capsys.readouterr().out
 
 
+def test_a_file_of_something_else_is_replaced(on_gpu, tmp_path):
+    other = {"environment": {}, "benchmark": "train_step", "results": {"text": {}}}  # as on a CPU
+    (tmp_path / "step.json").write_text(json.dumps(other))
+    names, rows, _ = on_gpu("--recipe", "text_base", "--providers", "d2v_fast", "--resume")
+    assert names == ["d2v_fast"] and rows["text_base", "d2v_fast"]["status"] == "ok"
+
+
 def test_failed_providers_come_last(on_gpu):
     with pytest.raises(SystemExit):
         on_gpu("--recipe", "text_base", "--providers", "d2v_fast", fail={"d2v_fast"})
