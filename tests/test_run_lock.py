@@ -22,7 +22,7 @@ from torchrun import torchrun
 from d2v_fast._info import info
 from d2v_fast.train import checkpoint, load_config, load_model, lock, loop, pretrain, run_folder, start
 from d2v_fast.train.distributed import Ranks
-from d2v_fast.train.errors import CheckpointError, DataError
+from d2v_fast.train.errors import CheckpointError, ConfigError, DataError
 
 SIGNED = rf"process \d+ on {re.escape(socket.gethostname())}, since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d [+-]\d{{4}}"
 
@@ -56,7 +56,7 @@ def test_a_lock_ends_with_the_block(tmp_path):
     for _ in range(2):
         with lock.locked(tmp_path, 0):
             assert not free(tmp_path)
-            assert re.fullmatch(SIGNED, (text := lock._held[tmp_path.resolve() / lock.FILE])), text
+            assert re.fullmatch(SIGNED, (text := lock._held[tmp_path.resolve() / lock.FILE].signed)), text
         assert free(tmp_path)
     with pytest.raises(KeyError), lock.locked(tmp_path, 0):
         raise KeyError
@@ -84,7 +84,7 @@ def test_a_run_that_ends_is_waited_for(tmp_path, caplog):
     assert re.search(rf"in use by another run \({SIGNED}\): waiting for its end, at most 60 s$", told), told
 
 
-@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, None])
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EINVAL, None])
 def test_without_locks_nobody_is_kept_out(tmp_path, caplog, monkeypatch, number):
     """On a file system without them, or a system without fcntl."""
 
@@ -94,20 +94,104 @@ def test_without_locks_nobody_is_kept_out(tmp_path, caplog, monkeypatch, number)
     monkeypatch.setitem(sys.modules, "fcntl", None) if number is None else monkeypatch.setattr(fcntl, "lockf", lockf)
     with lock.locked(tmp_path, 0), lock.locked(tmp_path, 0):
         pass
-    assert [f"{tmp_path} is on a file system without locks" in text for text in caplog.messages] == [True, True]
+    reason = "there is no fcntl" if number is None else os.strerror(number)
+    said = f"{tmp_path} is on a file system without locks (run.lock: {reason}): "
+    assert [text.startswith(said) for text in caplog.messages] == [True, True]
 
 
 def test_errors_of_the_disk_are_not_taken_for_somebody(tmp_path, monkeypatch):
-    def full(*args):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for owner, name, number in ((os, "ftruncate", errno.ENOSPC), (fcntl, "lockf", errno.EIO)):
 
-    with monkeypatch.context() as patched, pytest.raises(OSError, match="No space left"):
-        patched.setattr(os, "ftruncate", full)
-        lock.locked(tmp_path, 0).__enter__()
-    with lock.locked(tmp_path, 0):  # nothing is held on to
+        def failing(*args, number=number):
+            raise OSError(number, os.strerror(number))
+
+        said = rf"^cannot lock {tmp_path}/run\.lock, .* out: {os.strerror(number)}\. .* choose another out=\.\.\.$"
+        with monkeypatch.context() as patched, pytest.raises(CheckpointError, match=said):
+            patched.setattr(owner, name, failing)
+            lock.locked(tmp_path, 0).__enter__()
+        with lock.locked(tmp_path, 0):  # nothing is held on to
+            pass
+    with (
+        pytest.raises(CheckpointError, match=r"nowhere/run\.lock, .*: No such file"),
+        lock.locked(tmp_path / "nowhere", 0),
+    ):
         pass
-    with pytest.raises(FileNotFoundError), lock.locked(tmp_path / "nowhere", 0):
-        pass
+
+
+def test_a_lock_that_is_removed_while_it_is_taken(tmp_path, monkeypatch):
+    """The file that was locked is nobody's any more; the next try has the new one."""
+    real, removed = fcntl.lockf, []
+
+    def lockf(handle, *args):
+        real(handle, *args)
+        if not removed:
+            removed.append((tmp_path / lock.FILE).unlink())
+
+    monkeypatch.setattr(fcntl, "lockf", lockf)
+    with lock.locked(tmp_path, 60):
+        assert removed and not free(tmp_path)
+    assert free(tmp_path)
+
+
+def test_a_lock_that_is_removed_is_made_again(tmp_path, caplog):
+    with lock.locked(tmp_path, 0):
+        lock.check(tmp_path)
+        (tmp_path / lock.FILE).unlink()
+        lock.check(tmp_path)
+        assert not free(tmp_path)
+        (told,) = caplog.messages
+        assert "run.lock was removed by someone, and is made again" in told
+        lock.check(tmp_path)
+    assert free(tmp_path) and len(caplog.messages) == 1 and not lock._held
+    lock.check(tmp_path)  # nobody has it
+    assert len(caplog.messages) == 1
+
+
+def test_a_run_that_came_in_is_left_alone(tmp_path, monkeypatch):
+    """Somebody has removed the lock, and another run has the new one: the next save says so, and touches nothing."""
+    monkeypatch.setattr(loop, "plot_curves", lambda folder: None)
+    out, other = tmp_path / "run", []
+    code = """
+import fcntl, sys
+file = open(sys.argv[1], "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+file.write("somebody else")
+file.flush()
+print("locked", flush=True)
+sys.stdin.read()
+"""
+    real = start.train_step
+
+    def step(*args, **kwargs):
+        if kwargs["update"] == 4:  # after the checkpoint of update 3
+            (out / lock.FILE).unlink()
+            command = [sys.executable, "-S", "-c", code, str(out / lock.FILE)]
+            other.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+            assert other[0].stdout.readline() == "locked\n"
+            (out / ".checkpoint-00000099.tmp").mkdir()  # what it writes
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(start, "train_step", step)
+    said = (
+        r"could not write .*checkpoint-00000006: .*run\.lock was removed by someone, and another run .*: somebody else"
+    )
+    try:
+        with pytest.raises(CheckpointError, match=said):
+            pretrain(load_config("text_demo", overrides(tmp_path, out, "workers=0")))
+        assert (out / ".checkpoint-00000099.tmp").exists() and not free(out)
+        assert [path.name for path in checkpoint.checkpoints(out)] == ["checkpoint-00000003"]
+    finally:
+        for process in other:
+            process.communicate()
+
+
+def test_a_folder_that_is_a_link_to_nowhere(tmp_path):
+    (tmp_path / "link").symlink_to("gone")
+    for out in ("link", "link/run"):
+        said = rf"out: cannot make the folder .*{out}: .*link is a link to gone, which does not exist"
+        config = load_config("text_demo", overrides(tmp_path, tmp_path / out))
+        with pytest.raises(ConfigError, match=said):
+            run_folder.open_run(config, Ranks.alone(), resume=True).__enter__()
 
 
 def overrides(folder: Path, out: Path, *more: str) -> list[str]:

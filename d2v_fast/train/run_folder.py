@@ -1,5 +1,6 @@
 """The folder of a run: opened by one run at a time, with its settings in it."""
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -36,7 +37,7 @@ def open_run(config: TrainConfig, ranks: Ranks, resume: bool) -> Iterator[Path]:
 
     Raises:
         ConfigError: the folder cannot be made.
-        CheckpointError: another run uses it, it cannot be written to, or it holds a run and ``resume`` is False.
+        CheckpointError: another run uses it, it cannot be locked, or it holds a run and ``resume`` is False.
     """
     folder = Path(config.out).expanduser()
     with ExitStack() as held:
@@ -44,10 +45,12 @@ def open_run(config: TrainConfig, ranks: Ranks, resume: bool) -> Iterator[Path]:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise ConfigError(f"out: cannot make the folder {folder}: {error.strerror}") from None
-            if ranks.first:
-                with writing(folder):  # the others wait for this one, no longer than the time-out
-                    held.enter_context(lock.locked(folder, min(lock.PATIENCE, ranks.timeout / 2)))
+                reason = error.strerror
+                if os.path.islink(error.filename) and not os.path.exists(error.filename):
+                    reason = f"{error.filename} is a link to {os.readlink(error.filename)}, which does not exist"
+                raise ConfigError(f"out: cannot make the folder {folder}: {reason}") from None
+            if ranks.first:  # the others wait for this one, no longer than the time-out
+                held.enter_context(lock.locked(folder, min(lock.PATIENCE, ranks.timeout / 2)))
             found = checkpoint.checkpoints(folder)
             if found and not resume:
                 newest = found[-1].name

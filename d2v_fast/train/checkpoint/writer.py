@@ -5,6 +5,7 @@ import logging
 import secrets
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 
 from d2v_fast import __version__
 from d2v_fast.nn import Data2Vec
+from d2v_fast.train import lock
 from d2v_fast.train.checkpoint.folder import (
     FORMAT,
     Progress,
@@ -129,7 +131,9 @@ class Writer:
     def _clean(self) -> None:
         """Remove what a failed save has left. No thread writes there any more, or it is of no use."""
         if self._ranks.rank == 0:
-            remove_partial(self._folder)
+            with suppress(CheckpointError):  # then it may be what another run writes
+                lock.check(self._folder)
+                remove_partial(self._folder)
 
     def _join(self) -> None:
         if self._thread is not None:
@@ -147,8 +151,9 @@ class Writer:
 
     def _make(self, partial: Path, update: int) -> None:
         try:
+            lock.check(self._folder)
             partial.mkdir()
-        except OSError as error:
+        except (OSError, CheckpointError) as error:
             self._error = self._failed(update, reason(error))
 
     def _work(self, partial: Path, shards: ShardWriter, progress: Progress, same: dict[str, str]) -> None:
