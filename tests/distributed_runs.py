@@ -1,7 +1,8 @@
 """Run by torchrun: several short runs one after the other, each with what is to go wrong in it. Results to a JSON file.
 
 A case: ``overrides`` of text_demo; ``of_rank`` more of them for one rank; and faults, {"rank": .., "call": ..} each:
-``fail`` (the loader raises), ``empty`` (nothing could be read), ``nan`` (a loss), ``signal`` (with its ``number``).
+``fail`` (the loader raises), ``empty`` (nothing could be read), ``nan`` (a loss), ``signal`` (with its ``number``); and
+``skipped``: for each rank the items that its batches, one after the other, do not have.
 """
 
 import hashlib
@@ -10,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+from dataclasses import replace
 from datetime import timedelta
 
 import torch
@@ -38,9 +40,12 @@ def install(case: dict) -> dict:
     """Put the faults of a case in; the functions that were there."""
     kept = {"batches": loop.batches, "backward": step.backward, **{n: getattr(Ranks, n) for n in COLLECTIVES}}
     fail, empty, nan, stop = (Fault(case.get(name)) for name in ("fail", "empty", "nan", "signal"))
+    skipped = iter(case.get("skipped", {}).get(str(RANK), ()))
 
-    def batches(*args, **kwargs):
-        for epoch, index, batch in kept["batches"](*args, **kwargs):
+    def batches(data, **kwargs):
+        data.names = [""] * 200
+        for epoch, index, batch in kept["batches"](data, **kwargs):
+            batch = replace(batch, skipped=tuple((name, "broken") for name in next(skipped, ())))
             if fail.now():
                 raise DataError("the disk is gone")
             yield epoch, index, None if empty.now() else batch
@@ -89,7 +94,7 @@ def run(case: dict) -> dict:
             if ranks.mode == "ddp":
                 found["model"] = digest(started.model)
     except UserError as error:
-        found |= {"error": type(error).__name__, "message": str(error)}
+        found |= {"error": type(error).__name__, "message": str(error), "everywhere": error.everywhere}
     finally:
         restore(kept)
     everyone = [None] * dist.get_world_size()

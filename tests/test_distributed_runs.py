@@ -71,9 +71,30 @@ def two(folder, four):
             "overrides": overrides(folder, "int", *hsdp),
             "signal": {"rank": 0, "call": 2, "number": "SIGINT"},
         },
+        "skipped": {
+            "overrides": overrides(folder, "skipped"),
+            "skipped": {"0": [["a"], ["b"], [], ["b", "c"]], "1": [["a"], ["c"], ["b"], ["a"]]},
+        },
+        "too many skipped": {
+            "overrides": overrides(folder, "skipped2"),
+            "skipped": {str(rank): [[f"{rank}{i}"] for i in range(UPDATES)] for rank in (0, 1)},
+        },
         "uneven": {"overrides": overrides(folder, "y", "distributed.mode=hsdp", "distributed.shard_size=3")},
     }
     return launch("distributed_runs.py", cases, folder, ranks=2)
+
+
+def test_items_that_several_ranks_could_not_read_count_once(folder, two):
+    assert all(result["finished"] for result in two["skipped"])
+    assert [row["skipped_files"] for row in read_metrics(folder / "skipped")] == [1, 3, 3, 3, 3, 3, 3, 3]
+
+
+def test_items_that_could_not_be_read_are_bounded_for_all_ranks_together(folder, two):
+    """Each has met six of them, which is few, but they are different ones."""
+    for result in two["too many skipped"]:
+        assert result["error"] == "DataError" and result["everywhere"], result
+        assert "12 of 200 items could not be read (6.00%)" in result["message"]
+    assert checkpoint.checkpoints(folder / "skipped2")[-1].name == "checkpoint-00000006"  # nothing is lost
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

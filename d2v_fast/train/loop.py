@@ -12,9 +12,10 @@ from d2v_fast.train import checkpoint
 from d2v_fast.train.checkpoint import Progress
 from d2v_fast.train.config import TrainConfig, config_to_dict
 from d2v_fast.train.data import batches
+from d2v_fast.train.data.bad_items import check_items
 from d2v_fast.train.data.stand_in import stand_in
 from d2v_fast.train.distributed import describe, join
-from d2v_fast.train.errors import CheckpointError
+from d2v_fast.train.errors import CheckpointError, UserError
 from d2v_fast.train.graph import CapturedStep
 from d2v_fast.train.guards import SHARED, Guards, Window
 from d2v_fast.train.interrupt import Interrupt, preemptible
@@ -60,7 +61,9 @@ class Trainer:
         self.consistent = True  # False while an update is under way
         self.agreed = run.ranks.control is None  # whether all ranks are at this place
         self.failure: Exception | None = None  # of this rank, of which the others do not know yet
-        self.skipped_files: set[str] = set()  # by this rank; those that the scan found are the same everywhere
+        # items that could not be read, and why: by any rank up to the last log, and since then by this one
+        self.skipped_files: dict[str, str] = {}
+        self.newly_skipped: dict[str, str] = {}
 
     def _micro_batches(self) -> Iterator[tuple[int, int, Batch | None]]:
         loader = batches(
@@ -75,7 +78,7 @@ class Trainer:
         )
         for epoch, index, batch in loader:
             if batch is not None:
-                self.skipped_files.update(name for name, _ in batch.skipped)
+                self.newly_skipped.update(batch.skipped)
             yield epoch, index, batch
 
     def run(self) -> PretrainResult:
@@ -232,15 +235,21 @@ class Trainer:
 
         Raises:
             TrainingStopped: see :meth:`Guards.check`.
+            DataError: too many items could not be read by all ranks together.
         """
         self.watchdog.at("logging")
-        own, rates = [*window.take(), len(self.skipped_files)], self.meter.take()
+        new = {name: why for name, why in self.newly_skipped.items() if name not in self.skipped_files}
+        own, rates = [*window.take(), len(new)], self.meter.take()
         rows = self.ranks.exchange([*own, *rates, *(one.loss for one in window.taken)])
         first, last = len(own), len(own) + len(rates)
         shared = combine([row[:first] for row in rows], [*SHARED.values(), "sum"])
+        if shared[-1] > 0:
+            for skipped in self.ranks.gather(new):
+                self.skipped_files |= skipped
+        self.newly_skipped = {}
         record = {"update": self.progress.update, **dict(zip(SHARED, shared, strict=False)), **record}
         record |= self.meter.record([row[first:last] for row in rows])
-        record |= {"epoch": self.progress.epoch, "skipped_files": int(shared[-1]) + len(self.data.skipped)}
+        record |= {"epoch": self.progress.epoch, "skipped_files": len(self.skipped_files) + len(self.data.skipped)}
         if isinstance(self.step, CapturedStep):
             record |= {"graph_replays": self.step.replays, "graph_fallbacks": self.step.fallbacks}
         with self._announced(), writing(self.folder):
@@ -251,8 +260,10 @@ class Trainer:
                 )
         try:
             self.guards.check(record, window.nonfinite)
-        except Exception:
-            self.agreed = True
+            if shared[-1] > 0:  # each rank has met a part of them only
+                check_items([*self.skipped_files.items()], len(self.data.names), self.data.max_bad_fraction)
+        except UserError as error:
+            self.agreed = error.everywhere = True
             raise
 
     def _result(self, interrupt: Interrupt, seconds: float) -> PretrainResult:
