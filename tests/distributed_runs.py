@@ -1,10 +1,12 @@
 """Run by torchrun: several short runs one after the other, each with what is to go wrong in it. Results to a JSON file.
 
 A case: ``overrides`` of text_demo; ``of_rank`` more of them for one rank; and faults, {"rank": .., "call": ..} each:
-``fail`` (the loader raises), ``empty`` (nothing could be read), ``nan`` (a loss), ``signal`` (with its ``number``); and
-``skipped``: for each rank the items that its batches, one after the other, do not have.
+``fail`` (the loader raises), ``empty`` (nothing could be read), ``nan`` (a loss), ``signal`` (with its ``number``),
+``close`` (the log cannot be closed); and ``skipped``: for each rank the items that its batches, one
+after the other, do not have.
 """
 
+import errno
 import hashlib
 import json
 import logging
@@ -20,6 +22,7 @@ import torch.distributed as dist
 from d2v_fast.train import load_config, loop, start, step
 from d2v_fast.train.distributed import Ranks, join
 from d2v_fast.train.errors import DataError, UserError
+from d2v_fast.train.watchdog import Watchdog
 
 RANK = int(os.environ["RANK"])
 COLLECTIVES = ("sum", "exchange", "gather")
@@ -38,8 +41,9 @@ class Fault:
 
 def install(case: dict) -> dict:
     """Put the faults of a case in; the functions that were there."""
-    kept = {"batches": loop.batches, "backward": step.backward, **{n: getattr(Ranks, n) for n in COLLECTIVES}}
-    fail, empty, nan, stop = (Fault(case.get(name)) for name in ("fail", "empty", "nan", "signal"))
+    kept = {"batches": loop.batches, "backward": step.backward, "close": loop.MetricLog.close}
+    kept |= {n: getattr(Ranks, n) for n in COLLECTIVES}
+    fail, empty, nan, stop, full = (Fault(case.get(name)) for name in ("fail", "empty", "nan", "signal", "close"))
     skipped = iter(case.get("skipped", {}).get(str(RANK), ()))
 
     def batches(data, **kwargs):
@@ -55,7 +59,12 @@ def install(case: dict) -> dict:
             os.kill(os.getpid(), getattr(signal, stop.wanted["number"]))
         return kept["backward"](output._replace(loss=output.loss * float("nan")) if nan.now() else output, *args)
 
-    loop.batches, step.backward = batches, backward
+    def close(log):
+        kept["close"](log)
+        if full.now():
+            raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    loop.batches, step.backward, loop.MetricLog.close = batches, backward, close
     for name in COLLECTIVES:
 
         def counted(self, *args, name=name):
@@ -69,7 +78,7 @@ def install(case: dict) -> dict:
 
 
 def restore(kept: dict) -> None:
-    loop.batches, step.backward = kept["batches"], kept["backward"]
+    loop.batches, step.backward, loop.MetricLog.close = kept["batches"], kept["backward"], kept["close"]
     for name in COLLECTIVES:
         setattr(Ranks, name, kept[name])
 
@@ -87,7 +96,11 @@ def run(case: dict) -> dict:
     found = {"rank": RANK, "counts": kept["counts"]}
     try:
         config = load_config("text_demo", overrides)
-        with join(config.distributed, config.device) as ranks, start.started(config, ranks) as started:
+        with (
+            Watchdog(config.distributed.timeout) as watchdog,
+            join(config.distributed, config.device) as ranks,
+            start.started(config, ranks, watchdog) as started,
+        ):
             result = loop.Trainer(started).run()
             found |= {"updates": result.updates, "finished": result.finished, "interrupted": result.interrupted}
             found["checkpoint"] = result.checkpoint.name

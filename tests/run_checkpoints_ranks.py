@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from d2v_fast.train import checkpoint
 from d2v_fast.train.checkpoint import Progress, Writer, shards
 from d2v_fast.train.distributed import DistributedConfig, Ranks, join
-from d2v_fast.train.errors import CheckpointError
+from d2v_fast.train.errors import CheckpointError, TrainingStopped
 from d2v_fast.train.optim import build_optimizer
 from d2v_fast.train.parallel import parallelise
 from d2v_fast.train.step import Counts, train_step
@@ -56,7 +56,8 @@ class Shared(Run):
         return checkpoint.checkpoint_path(out, update)
 
     def restore(self, path: Path) -> Progress:
-        return checkpoint.restore(path, self.model, self.optimizer, self.ranks, self.config, DATA)
+        with self.ranks.together("reading"):
+            return checkpoint.restore(path, self.model, self.optimizer, self.ranks, self.config, DATA)
 
 
 def whole(run: Run) -> dict[str, torch.Tensor]:
@@ -184,7 +185,11 @@ def check_both_agree_on_the_start(ranks: Ranks, folder: Path) -> None:
     run.config = replace(config, seed=config.seed + ranks.rank)
     third = run.save(out, 3)
     run.config = replace(config, seed=config.seed + ranks.rank)  # another one on rank 1 only
-    refused(ranks, lambda: run.restore(third), "rank 1: ", "another configuration (seed: 1 -> 2)")
+    try:
+        run.restore(third)
+    except (CheckpointError, TrainingStopped) as error:
+        ends = ranks.gather(str(error))
+    assert "another configuration (seed: 1 -> 2)" in ends[1] and ends[0] == f"reading failed on rank 1: {ends[1]}"
     run.config = replace(config, accumulate=2)
     refused(ranks, lambda: run.restore(third), "2 micro-batches an update", "set accumulate=1")
 

@@ -3,6 +3,10 @@
 import itertools
 import os
 import signal
+import subprocess
+import sys
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -111,6 +115,50 @@ def test_workers_survive_one_sigterm_and_every_sigint():
     assert [next(stream)[1] for _ in range(3)] == [0, 1, 2]
     with pytest.raises(DataError, match=r"has ended .*(exited unexpectedly|killed by signal)"):
         next(stream)
+
+
+# A worker gets stuck in a batch that nobody asks for, in native code, as at a lock that was held when it was forked.
+STUCK = """
+import ctypes, os, time
+from test_data_base import Numbers, batches
+main = os.getpid()
+class Stuck(Numbers):
+    def load(self, epoch, index, items):
+        if index == 2 and os.getpid() != main:
+            mutex, libc = ctypes.create_string_buffer(256), ctypes.CDLL(None)
+            libc.pthread_mutex_lock(mutex)
+            libc.pthread_mutex_lock(mutex)
+        return super().load(epoch, index, items)
+stream = batches(Stuck(), num_workers=1, prefetch=4)
+assert [next(stream)[1] for _ in range(2)] == [0, 1]
+if {close}:
+    stream.close()
+    import multiprocessing
+    end = time.monotonic() + 20
+    while multiprocessing.active_children():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+print("ends", flush=True)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the size of a mutex; fork")
+@pytest.mark.parametrize("close", [True, False])
+def test_a_worker_that_is_stuck_holds_nobody_up(close):
+    """Neither who closes the stream, nor the end of the process."""
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+    process = subprocess.Popen(
+        [sys.executable, "-c", STUCK.replace("{close}", str(close))],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        assert process.communicate(timeout=60)[0] == "ends\n" and process.returncode == 0
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def test_broken_items_are_named(caplog):

@@ -79,6 +79,7 @@ def two(folder, four):
             "overrides": overrides(folder, "skipped2"),
             "skipped": {str(rank): [[f"{rank}{i}"] for i in range(UPDATES)] for rank in (0, 1)},
         },
+        "full disk": {"overrides": overrides(folder, "full", "stop_after=2"), "close": {"rank": 0, "call": 1}},
         "uneven": {"overrides": overrides(folder, "y", "distributed.mode=hsdp", "distributed.shard_size=3")},
     }
     return launch("distributed_runs.py", cases, folder, ranks=2)
@@ -150,6 +151,13 @@ def test_an_error_of_one_rank_ends_all_with_everything_saved(folder, two, name, 
     assert other["error"] == "TrainingStopped"
     assert other["message"] == f"update {done + 1} failed on rank {rank}: the disk is gone"
     assert [p.name for p in checkpoint.checkpoints(folder / out)] == [f"checkpoint-{done:08d}"]
+
+
+def test_a_log_that_cannot_be_closed_loses_nothing(folder, two):
+    first, other = two["full disk"]
+    assert first["error"] == "CheckpointError" and "quota exceeded" in first["message"].lower()
+    assert other["message"] == f"the last log failed on rank 0: {first['message']}"
+    assert [p.name for p in checkpoint.checkpoints(folder / "full")] == ["checkpoint-00000002"]
 
 
 def test_a_rank_without_readable_data_keeps_step(folder, two, monkeypatch):

@@ -189,6 +189,26 @@ def test_what_changes_when_a_run_goes_on_is_said(trained, tmp_path, caplog):
         assert caplog.messages[-1] == f"continuing from {path} (update 1){words}"
 
 
+def test_averages_of_micro_batches_depend_on_the_ranks(trained, tmp_path, caplog):
+    """The teacher steps as often as a rank has micro-batches, which a warning says where their number has changed."""
+    ema = replace(trained.config.model.ema, per="micro_batch")
+    for config, warned in (
+        (trained.config, 0),
+        (replace(trained.config, model=replace(trained.config.model, ema=ema)), 1),
+    ):
+        out = tmp_path / config.model.ema.per
+        out.mkdir()
+        path = save(out, trained.model, trained.optimizer, Progress(1), replace(config, accumulate=2))
+        two = replace(ALONE, world_size=2)
+        for ranks, micro_batches, count in ((ALONE, 2, 0), (two, 1, warned), (replace(two, rank=1), 1, 0)):
+            caplog.clear()
+            run = Run()
+            how = replace(config, accumulate=micro_batches)
+            checkpoint.restore(path, run.model, run.optimizer, ranks, how, DATA)
+            said = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+            assert len(said) == count and all("was written by 1 rank and goes on with 2" in one for one in said)
+
+
 def test_another_model_is_refused(trained, tmp_path):
     """Where the configuration does not tell."""
     path = trained.save(tmp_path)

@@ -3,6 +3,7 @@
 import logging
 import signal
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from text_runs import overrides, write_text
 from torchrun import torchrun
 
 from d2v_fast.train import checkpoint, load_config, loop, pretrain, start
+from d2v_fast.train.checkpoint.shards import ShardReader
 from d2v_fast.train.watchdog import Watchdog
 
 NUMBERS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -102,11 +104,25 @@ def test_a_check_of_checkpoints_that_gets_on_is_no_hang(text, tmp_path, monkeypa
     phases = []
     real = Watchdog.at
 
-    def at(self, phase, update=None):
+    def at(self, phase, *args, **kwargs):
         phases.append(phase)
-        real(self, phase, update)
+        real(self, phase, *args, **kwargs)
 
     monkeypatch.setattr(Watchdog, "at", at)
     pretrain(config)
     assert phases.count("checking the newest checkpoint") > pieces > 10
-    assert phases[phases.index("starting") - 1] == "checking the newest checkpoint"
+    tensors = len(ShardReader(path).tensors)
+    assert phases.count("reading the checkpoint") == 1 + tensors > 10  # it begins, and every piece
+    parts = [name for name, _ in groupby(phases)]
+    waiting = "waiting for the other ranks, "
+    assert parts[: parts.index("loading data")] == [
+        "starting",
+        "checking the newest checkpoint",
+        "opening the data",
+        f"{waiting}opening the data",
+        "starting",
+        "building the model",
+        "reading the checkpoint",
+        f"{waiting}reading the checkpoint",
+        "starting",
+    ]

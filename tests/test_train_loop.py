@@ -2,6 +2,8 @@
 
 import errno
 import json
+import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -159,6 +161,34 @@ def test_errors_between_updates_keep_the_state(text_folder, tmp_path, monkeypatc
     assert [p.name for p in checkpoint.checkpoints(out)] == ["checkpoint-00000006"]
 
 
+def test_a_log_that_cannot_be_closed(text_folder, tmp_path, monkeypatch):
+    """As on a disk that is full by then; what was trained is saved."""
+    out = tmp_path / "run"
+    real = loop.MetricLog.close
+
+    def close(self):
+        real(self)
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(loop.MetricLog, "close", close)
+    with pytest.raises(CheckpointError, match=r"cannot write to the run's folder .*quota exceeded"):
+        pretrain(load_config("text_demo", overrides(text_folder, out, "checkpoint_every=100", "stop_after=2")))
+    assert [p.name for p in checkpoint.checkpoints(out)] == ["checkpoint-00000002"]
+
+
+def test_workers_start_before_the_threads_of_logs(text_folder, tmp_path, monkeypatch):
+    """A lock that such a thread holds when a worker is forked is held for ever in there."""
+    real, seen = loop.MetricLog, []
+
+    def opened(*args, **kwargs):
+        seen.append(len(multiprocessing.active_children()))
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(loop, "MetricLog", opened)
+    pretrain(load_config("text_demo", overrides(text_folder, tmp_path / "run", "workers=2", "updates=1")))
+    assert seen == [2] and multiprocessing.active_children() == []
+
+
 @pytest.mark.parametrize("failures", [1, 2])
 def test_disk_that_is_full(text_folder, tmp_path, monkeypatch, caplog, failures):
     """For one save: nothing is lost. For the next one as well: the run ends, and says so."""
@@ -186,13 +216,16 @@ def test_timeout_of_one_process(text_folder, tmp_path, monkeypatch):
     """The watchdog takes the configured one, and sees every micro-batch."""
     places = []
     monkeypatch.setattr(
-        start.Watchdog, "at", lambda self, phase, update=None: places.append((self._ranks.timeout, phase))
+        start.Watchdog, "at", lambda self, phase, *_, **how: places.append((how.get("limit", self._timeout), phase))
     )
     settings = ("updates=1", "accumulate=2", "distributed.timeout=77")
     pretrain(load_config("text_demo", overrides(text_folder, tmp_path / "run", *settings)))
-    assert {seconds for seconds, _ in places} == {77}
+    limits = {77, math.inf, start.PATIENCE + 77}  # alone, the data may take as long as they need
+    assert {seconds for seconds, _ in places} == limits
     phases = ["starting", *["loading data"] * 2, *["forward and backward"] * 3]
-    assert [phase for _, phase in places[: len(phases)]] == phases
+    begin = max(i for i, (_, phase) in enumerate(places) if phase == "starting")
+    assert places[begin : begin + len(phases)] == [(77, phase) for phase in phases]
+    assert places[-1] == (77, "leaving")
 
 
 def test_failed_start_leaves_no_run(text_folder, tmp_path, monkeypatch):

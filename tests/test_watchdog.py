@@ -6,20 +6,18 @@ import subprocess
 import sys
 import time
 
-# argv: what to do. The watchdog of rank 3 of 4 has 1.5 s
+# argv: what to do. The watchdog of rank 3 of 4 has 1.5 s, and 2 s where it is told so
 SCRIPT = """
 import multiprocessing, os, signal, sys, threading, time
-from dataclasses import replace
-from d2v_fast.train.distributed import Ranks
 from d2v_fast.train.watchdog import Watchdog
 
-ranks = replace(Ranks.alone(), rank=3, world_size=4, timeout=1.5)
+os.environ |= {"RANK": "3", "WORLD_SIZE": "4"}
 
 def the_place_that_hangs():
     threading.Event().wait(60)
 
 def working(seconds):
-    with Watchdog(ranks) as watchdog:
+    with Watchdog(1.5) as watchdog:
         for update in range(10):
             watchdog.at("loading data", update)
             time.sleep(seconds / 20)
@@ -30,14 +28,21 @@ if sys.argv[1] == "hang":
     child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,), daemon=True)
     child.start()
     print(child.pid, flush=True)
-    with Watchdog(ranks) as watchdog:
+    with Watchdog(1.5) as watchdog:
         watchdog.at("loading data", 17)
         watchdog.at("optimizer")
+        the_place_that_hangs()
+elif sys.argv[1] == "slow":
+    with Watchdog(1.5) as watchdog:
+        watchdog.at("meeting", limit=30)
+        time.sleep(3)
+        print("allowed", flush=True)
+        watchdog.at("opening", limit=2)
         the_place_that_hangs()
 else:
     working(4)
     print("worked", threading.active_count(), flush=True)
-    with Watchdog(ranks) as watchdog:
+    with Watchdog(1.5) as watchdog:
         watchdog.at("logging", 1)
         os.kill(os.getpid(), signal.SIGSTOP)
         print("woke up", flush=True)
@@ -68,6 +73,16 @@ def test_a_process_that_hangs():
     while alive(int(done.stdout)) and time.monotonic() - start < 60:  # it was killed, which takes a moment
         time.sleep(0.05)
     assert time.monotonic() - start < 60
+
+
+def test_a_phase_may_have_a_limit_of_its_own():
+    command = [sys.executable, "-c", SCRIPT, "slow"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    assert done.returncode == 124 and done.stdout == "allowed\n", done.stderr
+    assert (
+        "error: rank 3 of 4 hangs: no progress for 2 s in update 0, opening. It ends now; the same command continues "
+        "from the newest checkpoint. What its threads do:"
+    ) in done.stderr
 
 
 def test_a_process_that_gets_on_or_was_stopped():

@@ -7,6 +7,7 @@ own, the control group, which waits for no device.
 
 import logging
 import os
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 Mode = Literal["none", "ddp", "fsdp2", "hsdp"]
 LONGEST = 30 * 24 * 3600  # seconds of a time-out
+SAID_AFTER = 10.0  # seconds that a rank which failed waits for the others before it says so itself
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # as torchrun sets them
 
 
@@ -116,7 +118,8 @@ class Ranks:
     def together(self, doing: str, patience: float = 0.0) -> Iterator[None]:
         """Around what every rank does: if it fails on one, it fails on all.
 
-        ``patience``: seconds, more than ``timeout``, that it may take some ranks longer than others.
+        ``patience``: seconds, more than ``timeout``, that it may take some ranks longer than others. A rank that
+        has failed logs why if it has to wait for them.
 
         Raises:
             TrainingStopped: it failed on another rank, whose own error says why.
@@ -126,14 +129,36 @@ class Ranks:
             yield
         except Exception as error:
             failure = error
-        if self.control is not None and patience > 0:
-            patience = max(patience, self.timeout)
-            with self.waiting(doing, patience):
-                dist.monitored_barrier(self.control, timeout=timedelta(seconds=patience))
-        found = self.gather(None if failure is None else describe(failure))
+        told = None if failure is None else describe(failure)
+        found: list[str | None] = []
+        try:
+            if patience > 0:
+                with _said(f"{doing} failed: {told}; waiting for the other ranks", wanted=failure is not None):
+                    self._meet(doing, patience)
+            found = self.gather(told)
+        except RankLost:
+            if failure is None:
+                raise
         if failure is not None:
+            if isinstance(failure, UserError) and found and set(found) == {told}:
+                failure.everywhere = True
             raise failure
         self.raise_first(doing, found)
+
+    def _meet(self, doing: str, patience: float) -> None:
+        """Wait until all ranks are here, some of them up to ``patience`` seconds later than others.
+
+        Rank 0 hears from each, then answers each. Collectives, ``monitored_barrier`` on ranks other than 0 among them,
+        wait no longer than their group does, and a group that waits for hours would do so while it is made as well.
+        """
+        if self.control is None:
+            return
+        token, limit = torch.zeros(1), timedelta(seconds=patience)
+        others = range(1, self.world_size) if self.first else [0]
+        with self.waiting(doing, patience):
+            for transfer in (dist.irecv, dist.isend) if self.first else (dist.isend, dist.irecv):
+                for other in others:
+                    transfer(token, other, self.control).wait(limit)
 
     def raise_first(self, doing: str, failures: Sequence[str | None]) -> None:
         """Raise TrainingStopped for the first of ``failures``, one of every rank, unless there is none."""
@@ -180,6 +205,19 @@ class Ranks:
                 f"rank {self.rank} waited for {what} in vain, at most {most}: a rank has ended or hangs "
                 f"({reason}). Its own message says more; the same command continues the run."
             ) from error
+
+
+@contextmanager
+def _said(text: str, wanted: bool) -> Iterator[None]:
+    """Log ``text``, if it is wanted, when what is inside has taken a while."""
+    timer = threading.Timer(SAID_AFTER, logger.error, ["%s", text])
+    timer.daemon = True
+    if wanted:
+        timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def describe(error: BaseException) -> str:
@@ -286,12 +324,13 @@ def join(config: DistributedConfig, device: str = "auto") -> Iterator[Ranks]:
         yield Ranks.alone(own, config.timeout)
         return
     where = where or _Environment(0, 1, 0, 1)
-    made = not dist.is_initialized()
+    made, control, ended_well = not dist.is_initialized(), None, False
     if made:
-        _meet(where, own, config.timeout)
-    control, ended_well = None, False
+        with _meeting(where, config.timeout):
+            _meet(where, own, config.timeout)
     try:
-        control = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout))
+        with _meeting(where, config.timeout):
+            control = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.timeout))
         yield Ranks(
             rank=where.rank,
             world_size=where.world_size,
@@ -318,10 +357,14 @@ def _meet(where: _Environment, device: torch.device, timeout: float) -> None:
         options["device_id"] = device
     if "MASTER_PORT" not in os.environ:  # one process without torchrun
         options["store"] = dist.HashStore()
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=where.rank, world_size=where.world_size, **options)
+
+
+@contextmanager
+def _meeting(where: _Environment, timeout: float) -> Iterator[None]:
     try:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo", rank=where.rank, world_size=where.world_size, **options
-        )
+        yield
     except (RuntimeError, ValueError) as error:
         address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise ConfigError(

@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from d2v_fast.train.seeds import layerdrop_seed, seed_micro_batch
 from d2v_fast.train.start import Run, started
 from d2v_fast.train.step import StepMetrics
 from d2v_fast.train.vote import Abandoned, Vote
+from d2v_fast.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ class Trainer:
         self.newly_skipped: dict[str, str] = {}
 
     def _micro_batches(self) -> Iterator[tuple[int, int, Batch | None]]:
-        loader = batches(
+        return batches(
             self.data,
             epoch=self.progress.epoch,
             index=self.progress.index,
@@ -76,33 +77,32 @@ class Trainer:
             world_size=self.ranks.world_size,
             keep_empty=True,
         )
-        for epoch, index, batch in loader:
-            if batch is not None:
-                self.newly_skipped.update(batch.skipped)
-            yield epoch, index, batch
 
     def run(self) -> PretrainResult:
         """Train to the end, an interruption, or an error; the newest whole state is in a checkpoint afterwards."""
         config, start = self.config, time.monotonic()
         first = self.progress.update
         last = min(config.updates, first + config.stop_after) if config.stop_after else config.updates
-        stream = self._micro_batches()
-        with self.watchdog, Interrupt() as interrupt:
+        stream = None
+        with Interrupt() as interrupt:
             try:
+                if first < last:
+                    # the workers are forked here, before writers of logs start threads, whose locks they would inherit
+                    with self._announced():
+                        stream = self._micro_batches()
                 with self._open_log(first) as log:
                     self._updates(log, last, interrupt, stream)
-                with self.ranks.together("the last log"):
-                    if self.failure is not None:
-                        raise self.failure
-                self.agreed = True
+                self._raise_failure("the last log")
             finally:
                 self.watchdog.at("ending")
-                stream.close()  # ends the loader's workers
+                if stream is not None:
+                    stream.close()  # ends the workers
                 # not if others may be elsewhere, as a save is made together; nor after a start that failed
                 if self.consistent and self.agreed and self.progress.update > 0:
                     self._save()
                 self.writer.close()
             self._save()
+        self.watchdog.at("drawing the curves")
         with self.ranks.together("drawing the curves"), writing(self.folder):
             if self.ranks.first:
                 plot_curves(self.folder)
@@ -141,8 +141,12 @@ class Trainer:
                     wandb_project=config.log.wandb_project,
                     settings=config_to_dict(config),
                 )
-        with writing(self.folder), nullcontext() if log is None else closing(log):
+        try:
             yield log
+        finally:
+            if log is not None:
+                with self._announced(), writing(self.folder):
+                    log.close()
 
     def _updates(self, log: MetricLog | None, last: int, interrupt: Interrupt, stream: Iterator) -> None:
         config, window, stop = self.config, Window(), False
@@ -159,7 +163,8 @@ class Trainer:
                     metrics, lr = self._update(micro_batches, vote)
             except Abandoned:
                 self.consistent = True
-                self._raise_failure(vote)
+                if vote.failed:
+                    self._raise_failure(f"update {self.progress.update + 1}")
                 self.progress = Progress(self.progress.update, group[-1][0], group[-1][1] + 1)
                 continue
             update = self.progress.update + 1
@@ -175,14 +180,18 @@ class Trainer:
             if update % config.checkpoint_every == 0:
                 self._save(wait=False)
 
-    def _next(self, stream: Iterator) -> list[tuple[int, int, Batch | None]]:
+    def _next(self, stream: Iterator | None) -> list[tuple[int, int, Batch | None]]:
         """This rank's micro-batches of an update; empty ones where they cannot be had any more."""
-        with self._announced():
-            group = []
-            for _ in range(self.config.accumulate):
-                self.watchdog.at("loading data", self.progress.update + 1)
-                group.append(next(stream))
-            return group
+        if self.failure is None:
+            with self._announced():
+                group = []
+                for _ in range(self.config.accumulate):
+                    self.watchdog.at("loading data", self.progress.update + 1)
+                    group.append(next(stream))
+                for _, _, batch in group:
+                    if batch is not None:
+                        self.newly_skipped.update(batch.skipped)
+                return group
         return [(0, 0, None)] * self.config.accumulate
 
     @contextmanager
@@ -195,15 +204,13 @@ class Trainer:
                 raise
             self.failure = error
 
-    def _raise_failure(self, vote: Vote) -> None:
-        """After a vote: the error of this rank, or TrainingStopped for that of another one; nothing if none failed."""
-        if not vote.failed:
-            return
+    def _raise_failure(self, doing: str) -> None:
+        """Where all ranks are: the error of this one, or TrainingStopped for another one's; nothing if none failed."""
         failures = self.ranks.gather(None if self.failure is None else describe(self.failure))
         self.agreed = True
         if self.failure is not None:
             raise self.failure
-        self.ranks.raise_first(f"update {self.progress.update + 1}", failures)
+        self.ranks.raise_first(doing, failures)
 
     def _update(self, micro_batches: list[Batch], vote: Vote) -> tuple[StepMetrics, float]:
         """Make the next update with these micro-batches; its metrics and learning rate.
@@ -292,5 +299,13 @@ def pretrain(config: TrainConfig, *, resume: bool = True) -> PretrainResult:
     Raises:
         UserError: ConfigError, DataError, CheckpointError, TrainingStopped or RankLost (``train/errors.py``).
     """
-    with preemptible(), join(config.distributed, config.device) as ranks, started(config, ranks, resume) as run:
-        return Trainer(run).run()
+    with (
+        preemptible(),
+        Watchdog(config.distributed.timeout) as watchdog,
+        join(config.distributed, config.device) as ranks,
+    ):
+        try:
+            with started(config, ranks, watchdog, resume) as run:
+                return Trainer(run).run()
+        finally:
+            watchdog.at("leaving")

@@ -1,8 +1,9 @@
 """The start of a session: folder, data, model and optimizer, as they were in the newest checkpoint."""
 
 import logging
+import math
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -14,6 +15,7 @@ from d2v_fast.train import checkpoint
 from d2v_fast.train.checkpoint import Progress
 from d2v_fast.train.config import RANK_KEYS, TrainConfig, config_to_dict, flatten
 from d2v_fast.train.data import PretrainData, build_data
+from d2v_fast.train.data.sources import PATIENCE
 from d2v_fast.train.distributed import Ranks
 from d2v_fast.train.errors import ConfigError
 from d2v_fast.train.graph import CapturedStep
@@ -25,8 +27,6 @@ from d2v_fast.train.step import StepMetrics, train_step
 from d2v_fast.train.watchdog import Watchdog
 
 logger = logging.getLogger(__name__)
-
-PATIENCE = 6 * 3600.0  # seconds that the ranks wait for the one that scans, tokenizes or unpacks the data
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +46,7 @@ class Run:
 
 
 @contextmanager
-def started(config: TrainConfig, ranks: Ranks, resume: bool = True) -> Iterator[Run]:
+def started(config: TrainConfig, ranks: Ranks, watchdog: Watchdog, resume: bool = True) -> Iterator[Run]:
     """The run of ``config``, new or as it is in the newest checkpoint; every rank calls this.
 
     No other run can use its folder until the end.
@@ -57,17 +57,11 @@ def started(config: TrainConfig, ranks: Ranks, resume: bool = True) -> Iterator[
     config = resolve_precision(config, ranks.device)
     settings = flatten(config_to_dict(config))
     ranks.check_same("the configuration", {k: v for k, v in settings.items() if k not in RANK_KEYS})
-    watchdog = Watchdog(ranks)
-    with ExitStack() as held:
-        with watchdog:
-            folder = held.enter_context(open_run(config, ranks, resume))
-            checking = partial(watchdog.at, "checking the newest checkpoint")
-            found = checkpoint.newest_valid(folder, ranks, checking)
-        data, described = _open_data(config, ranks, folder, found)  # which may take hours
-        with watchdog:
-            watchdog.at("starting")
-            run = _build(config, ranks, watchdog, folder, data, described, found)
-        yield run
+    watchdog.at("starting")
+    with open_run(config, ranks, resume) as folder:
+        found = checkpoint.newest_valid(folder, ranks, partial(watchdog.at, "checking the newest checkpoint"))
+        data, described = _open_data(config, ranks, watchdog, folder, found)
+        yield _build(config, ranks, watchdog, folder, data, described, found)
 
 
 def resolve_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
@@ -77,14 +71,33 @@ def resolve_precision(config: TrainConfig, device: torch.device) -> TrainConfig:
     return replace(config, precision="bf16" if device.type == "cuda" else "fp32")
 
 
+@contextmanager
+def _patiently(ranks: Ranks, watchdog: Watchdog, doing: str, limit: float | None = None) -> Iterator[None]:
+    """What may take some ranks hours longer than others; ``limit``: seconds in which the watchdog has to hear of it."""
+    watchdog.at(doing, limit=limit)
+    with ranks.together(doing, max(PATIENCE, ranks.timeout)):
+        try:
+            yield
+        finally:
+            watchdog.at(f"waiting for the other ranks, {doing}", limit=_longest(ranks))
+
+
+def _longest(ranks: Ranks) -> float:
+    """Seconds that a rank may be busy with something slow, or wait for others that are."""
+    return max(PATIENCE, ranks.timeout) + ranks.timeout  # whatever else ends the wait says more than the watchdog
+
+
 def _open_data(
-    config: TrainConfig, ranks: Ranks, folder: Path, found: Path | None
+    config: TrainConfig, ranks: Ranks, watchdog: Watchdog, folder: Path, found: Path | None
 ) -> tuple[PretrainData, dict[str, str]]:
-    """The data, and what checkpoints keep of it."""
-    with ranks.together("opening the data", PATIENCE):
+    """The data, and what checkpoints keep of it; scanning, tokenizing or unpacking them may take hours."""
+    # nobody waits for a run of one process
+    limit = math.inf if ranks.control is None else _longest(ranks)
+    with _patiently(ranks, watchdog, "opening the data", limit):
         where = with_own_tokenizer(config.data, folder) if found else config.data
         data = build_data(where, config.model, config.seed, static_shapes=config.cuda_graph != "off")
         described = checkpoint.describe_data(data)
+    watchdog.at("starting")
     ranks.check_same("the data", described)
     logger.info("%s", data.describe())
     return data, described
@@ -100,9 +113,16 @@ def _build(
     found: Path | None,
 ) -> Run:
     """The model, with the state of the checkpoint ``found``, and what writes to the folder."""
+    watchdog.at("building the model")
     with ranks.together("building the model"):
         model, optimizer, step = _model(config, ranks)
-    progress = checkpoint.restore(found, model, optimizer, ranks, config, described) if found else Progress()
+    progress = Progress()
+    if found:
+        reading = "reading the checkpoint"
+        tick = partial(watchdog.at, reading)
+        with _patiently(ranks, watchdog, reading):
+            progress = checkpoint.restore(found, model, optimizer, ranks, config, described, tick)
+    watchdog.at("starting")
     timeout, spikes = config.distributed.timeout, None
     writer = checkpoint.Writer(folder, model, optimizer, ranks, config, described, timeout=timeout, newest=found)
     optimizer.register_step_pre_hook(lambda *_: watchdog.at("optimizer"))

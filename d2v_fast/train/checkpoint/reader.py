@@ -152,11 +152,12 @@ def restore(
     ranks: Ranks,
     config: TrainConfig,
     data: dict[str, str],
+    tick: Callable[[], None] = lambda: None,
 ) -> Progress:
     """Put a checkpoint back into a run of the same configuration on the same data; return where it was.
 
-    Every rank calls this, and reads what it has of the model. Their number may differ from the one that wrote the
-    checkpoint if ``config.accumulate`` makes up for it: an update takes the same micro-batches then.
+    Every rank does this for itself, and reads what it has of the model. Their number may differ from the one that wrote
+    the checkpoint if ``config.accumulate`` makes up for it: an update takes the same micro-batches then.
 
     Args:
         path: of :func:`newest_valid`, which has checked the files.
@@ -165,30 +166,12 @@ def restore(
         ranks: of the run.
         config: of the run.
         data: of :func:`describe_data`.
+        tick: called for every piece that was read.
 
     Raises:
         CheckpointError: configuration, data or micro-batches of an update differ in anything that changes what is
-            computed, or the checkpoint cannot be read; on every rank, whichever found it.
+            computed, or the checkpoint cannot be read.
     """
-    error, progress, changed = None, None, ""
-    try:
-        progress, changed = _restore(path, model, optimizer, ranks, config, data)
-    except CheckpointError as problem:
-        error = problem
-    raise_first(ranks.gather(error))
-    logger.info("continuing from %s (update %d)%s", path, progress.update, changed)
-    return progress
-
-
-def _restore(
-    path: Path,
-    model: Data2Vec,
-    optimizer: torch.optim.Optimizer,
-    ranks: Ranks,
-    config: TrainConfig,
-    data: dict[str, str],
-) -> tuple[Progress, str]:
-    """Where it was, and what has changed."""
     folder = path.is_dir()
     content = _completed(read_manifest(path) if folder else read_single_file(path), path)
     _check_same_run(path, content, ranks, config, data)
@@ -198,7 +181,7 @@ def _restore(
             reader = ShardReader(path)
             saved = {name: shape for name, shape in reader.tensors.items() if name.startswith(OPTIMIZER)}
             _check_names(path, state, reader.tensors.keys() - saved.keys())
-            reader.fill(state | start_optimizer(model, optimizer, saved))
+            reader.fill(state | start_optimizer(model, optimizer, saved), tick)
         else:
             whole = named_optimizer(content, model, optimizer)
             shapes = {name: (x.shape, x.dtype) for name, x in whole.items()}
@@ -209,7 +192,17 @@ def _restore(
     except Exception as error:  # whatever a file that has changed since makes the readers do
         raise _unreadable(path, error) from error
     model.teacher.follow_()
-    return Progress(**content["progress"]), _moved(content, ranks, config)
+    progress = Progress(**content["progress"])
+    logger.info("continuing from %s (update %d)%s", path, progress.update, _moved(content, ranks, config))
+    if ranks.first and content["world_size"] != ranks.world_size and config.model.ema.per == "micro_batch":
+        logger.warning(
+            "%s was written by %s and goes on with %d: the teacher steps once for each micro-batch of a rank "
+            "(model.ema.per=micro_batch), so that this is not the run that it would have been on as many as before",
+            path,
+            counted(content["world_size"], "rank"),
+            ranks.world_size,
+        )
+    return progress
 
 
 def _moved(content: dict[str, Any], ranks: Ranks, config: TrainConfig) -> str:

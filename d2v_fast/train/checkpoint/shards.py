@@ -5,6 +5,7 @@ belongs, so that any other number of ranks can read them. Nothing in them is exe
 are called one by one and not through ``dcp.async_save``: that talks to the other ranks from its thread.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import safetensors.torch  # noqa: F401  what writes the files; a run without it should not get as far as its first save
@@ -19,6 +20,7 @@ from torch.distributed.checkpoint import (
     SavePlan,
 )
 from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import ReadItem
 
 from d2v_fast.ops._lists import local_shard
 
@@ -76,6 +78,17 @@ def _file_numbers(state: dict[str, Tensor]) -> dict[str, int]:
     return numbers
 
 
+class _TickingPlanner(DefaultLoadPlanner):
+    """Calls ``tick`` after each piece that was read."""
+
+    def __init__(self, tick: Callable[[], None]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self._tick = tick
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        self._tick()
+
+
 class ShardReader:
     """The files of a checkpoint; every rank reads for itself."""
 
@@ -88,13 +101,13 @@ class ShardReader:
         }
 
     @torch.no_grad()
-    def fill(self, state: dict[str, Tensor]) -> None:
-        """Read into the tensors of ``state``: of sharded ones, what this rank has.
+    def fill(self, state: dict[str, Tensor], tick: Callable[[], None] = lambda: None) -> None:
+        """Read into the tensors of ``state``: of sharded ones, what this rank has; ``tick`` is called after each piece.
 
         Raises:
             ValueError, RuntimeError, OSError: a shape differs, or a file cannot be read.
         """
-        planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+        planner = _TickingPlanner(tick)
         planner.set_up_planner(state, self._metadata, is_coordinator=True)
         plan = self._reader.prepare_local_plan(planner.create_local_plan())
         plan = planner.finish_plan(self._reader.prepare_global_plan([plan])[0])

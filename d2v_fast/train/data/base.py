@@ -8,6 +8,7 @@ exactly those that the interrupted one would have seen.
 import hashlib
 import itertools
 import logging
+import multiprocessing
 import os
 import signal
 import threading
@@ -15,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from multiprocessing.util import Finalize
 from pathlib import Path
 from typing import TypeVar
 
@@ -185,8 +187,9 @@ def batches(
 ) -> Iterator[tuple[int, int, Batch | None]]:
     """Yield (epoch, index, batch) without end, starting with batch ``index`` of ``epoch``.
 
-    The batches are the same for every ``num_workers``, and torch's global generator is left alone. A batch of which
-    nothing could be read is left out; its files are named in the next one's ``skipped``. More different unreadable
+    The batches are the same for every ``num_workers``, and torch's global generator is left alone. Workers start at
+    once, and end when what is returned is closed, or no longer used. A batch of which nothing could be read is left
+    out; its files are named in the next one's ``skipped``. More different unreadable
     items than ``data.max_bad_fraction`` of all items end the run, unless they are few (``bad_items``).
 
     Of every ``world_size`` batches in a row, one a rank, number ``rank`` is read and yielded, also across the end of
@@ -222,7 +225,7 @@ def batches(
         prefetch_factor=prefetch if num_workers else None,
         generator=torch.Generator(),  # else the loader takes its workers' seed from the global generator
     )
-    placed = _readable(data, loader, specs.ends, (epoch, index))
+    placed = _readable(data, _loaded(loader), specs.ends, (epoch, index))
     return placed if keep_empty else (one for one in placed if one[2] is not None)
 
 
@@ -240,18 +243,33 @@ def _unchanged(loaded: _Loaded) -> _Loaded:
 
 
 def _loaded(loader: DataLoader) -> Iterator[_Loaded]:
-    """What the loader gives.
+    """What the loader gives; its workers start here, not when the first batch is asked for.
 
     Raises:
         DataError: one of its workers has died.
     """
     handler = signal.getsignal(signal.SIGCHLD) if hasattr(signal, "SIGCHLD") else None
+    before = multiprocessing.active_children()
+    iterator = iter(loader)
+    if handler is not None and threading.current_thread() is threading.main_thread():
+        # PyTorch's would raise its error wherever the main thread is when a worker dies, in the middle of an update as
+        # well. It is seen without that, when the next batch is asked for.
+        signal.signal(signal.SIGCHLD, handler)
+    workers = [child for child in multiprocessing.active_children() if child not in before]
+    # after the iterator has ended those that can hear it; or when the process ends, which would wait for the others
+    if workers:
+        Finalize(iterator, _kill, [workers], exitpriority=0)
+    return _told_of_dead_workers(iterator)
+
+
+def _kill(workers: list[multiprocessing.Process]) -> None:
+    """End those that are stuck, in a read of a file server that is gone or a lock that nobody holds any more."""
+    for worker in workers:
+        worker.kill()
+
+
+def _told_of_dead_workers(iterator: Iterator[_Loaded]) -> Iterator[_Loaded]:
     try:
-        iterator = iter(loader)
-        if handler is not None and threading.current_thread() is threading.main_thread():
-            # PyTorch's would raise its error wherever the main thread is when a worker dies, in the middle of an update
-            # as well. It is seen without that, when the next batch is asked for.
-            signal.signal(signal.SIGCHLD, handler)
         yield from iterator
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
@@ -263,7 +281,7 @@ def _loaded(loader: DataLoader) -> Iterator[_Loaded]:
 
 
 def _readable(
-    data: PretrainData, loader: DataLoader, ends: deque[tuple[int, int]], start: tuple[int, int]
+    data: PretrainData, stream: Iterator[_Loaded], ends: deque[tuple[int, int]], start: tuple[int, int]
 ) -> Iterator[tuple[int, int, Batch | None]]:
     """Batches with the places in ``ends``; None for empty ones, whose files' names the next one takes along.
 
@@ -274,7 +292,7 @@ def _readable(
     # the epoch whose batches are being counted; one that was entered in the middle is not judged, nor is one of which
     # other ranks had all batches
     current, count, tried = start[0], int(start[1] > 0), False
-    for loaded in _loaded(loader):
+    for loaded in stream:
         if loaded.epoch != current:
             if count == 0 and tried:
                 name, reason = pending[-1] if pending else ("?", "unknown")

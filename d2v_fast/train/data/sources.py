@@ -18,11 +18,13 @@ from filelock import FileLock, Timeout  # torch needs it as well
 
 from d2v_fast.train.data.base import NO_MEMORY, UnreadableFile
 from d2v_fast.train.data.names import Names
+from d2v_fast.train.errors import DataError
 from d2v_fast.train.files import replace_file
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+PATIENCE = 6 * 3600.0  # seconds to wait for another process that scans, tokenizes or unpacks the data
 SLICE = re.compile(r"(.+):(\d{1,18}):(\d{1,18})")  # archive:offset:length, in bytes, as fairseq's manifests name them
 
 
@@ -159,6 +161,9 @@ def missing(path: Path) -> Iterator[bool]:
 
     So of the ranks that start together one makes a cache, and the others wait for it. The lock goes with its process;
     on a file system without locks everyone is told to make the file.
+
+    Raises:
+        DataError: another process has had the lock for ``PATIENCE`` seconds.
     """
     if path.is_file():
         yield False
@@ -170,7 +175,13 @@ def missing(path: Path) -> Iterator[bool]:
             stack.enter_context(lock.acquire(timeout=1))
         except Timeout:
             logger.info("waiting for another process that makes %s", path)
-            stack.enter_context(lock)
+            try:
+                stack.enter_context(lock.acquire(timeout=PATIENCE))
+            except Timeout:
+                raise DataError(
+                    f"another process has made {path} for {PATIENCE:g} s, and still has the lock {lock.lock_file}. End "
+                    f"it if it hangs, or use another data.cache_dir; the same command goes on."
+                ) from None
         except NotImplementedError:
             logger.warning("%s is on a file system without locks: other processes may make it as well", path)
         yield not path.is_file()
