@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from d2v_fast.nn.config import Data2VecConfig, TextFrontEndConfig
-from d2v_fast.train.data import DataError, TextData, TextDataConfig, batches, build_data
+from d2v_fast.train.data import DataError, TextData, TextDataConfig, batches, build_data, sources
 from d2v_fast.train.data.tokenizer import load_tokenizer, train_tokenizer
 from d2v_fast.train.errors import ConfigError
 from d2v_fast.train.graph import signature
@@ -131,6 +131,16 @@ def test_epochs_shuffle_all_blocks(folder):
 def kept(folder):
     """What a cache holds besides locks."""
     return [path.name for path in folder.iterdir() if path.suffix != ".lock"]
+
+
+def test_a_cache_that_another_process_makes_for_ever(tmp_path, monkeypatch):
+    """It may hang, with the lock: nobody waits for it without end."""
+    monkeypatch.setattr(sources, "PATIENCE", 0.1)
+    path = tmp_path / "ids.npy"
+    with sources.missing(path) as first:
+        with pytest.raises(DataError, match=rf"has made {path} for 0\.1 s, .* the lock {tmp_path}/\.ids\.npy\.lock"):
+            sources.missing(path).__enter__()
+        assert first
 
 
 def test_cache_is_reused(folder, tmp_path, caplog):

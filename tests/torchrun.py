@@ -2,14 +2,19 @@
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
+import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
+LAST_WORDS = 10.0  # seconds for what is told to end
+MARK = "D2V_FAST_TEST_LAUNCH"  # in the environment of all processes of a launch
 
 
 def launch(script: str, cases: dict[str, dict], folder: Path, ranks: int, timeout: float = 240) -> dict[str, Any]:
@@ -24,20 +29,44 @@ def torchrun(ranks: int, *arguments: str, timeout: float = 240, **environment: s
     """``torchrun --nproc_per_node=ranks arguments`` on this machine, one thread a rank.
 
     After ``timeout`` seconds all of its processes end, and write what their threads did to the standard error that is
-    returned; the return code is -6 then.
+    returned; the return code is -6 then. What is left of them in any case (a loader's worker whose rank has ended) is
+    killed, and holds nobody up: they write to files, not to pipes.
     """
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", *arguments]
-    path = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
+    path, mark = os.pathsep.join([str(HERE.parent), str(HERE), os.environ.get("PYTHONPATH", "")]), secrets.token_hex(8)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, "PYTHONFAULTHANDLER": "1", **environment}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
-    try:
-        out, err = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        import psutil  # here, as a machine that is only there for its GPU may not have it
+    environment[MARK] = mark
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(command, stdout=out, stderr=err, env=environment)
+        try:
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            # ranks first: their loaders' workers then die with stacks of their own, not because torchrun has ended them
+            _signal(mark, signal.SIGABRT, last=process.pid)
+            end = time.monotonic() + LAST_WORDS
+            while _marked(mark) and time.monotonic() < end:
+                time.sleep(0.1)
+                process.poll()
+        finally:
+            _signal(mark, signal.SIGKILL, last=process.pid)
+            process.kill()
+            process.wait()
+        for file in (out, err):
+            file.seek(0)
+        return subprocess.CompletedProcess(command, process.returncode, out.read(), err.read())
 
-        # ranks first: their loaders' workers then die with stacks of their own, not because torchrun has ended them
-        for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-            with suppress(psutil.NoSuchProcess, ProcessLookupError):
-                one.send_signal(signal.SIGABRT)
-        out, err = process.communicate()
-    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+def _marked(mark: str) -> list[int]:
+    """The processes of a launch, whose parents may have ended, as Linux tells of them; the oldest first."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended, or belongs to somebody else
+            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return sorted(found)
+
+
+def _signal(mark: str, number: signal.Signals, last: int) -> None:
+    for pid in sorted(_marked(mark), key=lambda pid: pid == last):
+        with suppress(ProcessLookupError):
+            os.kill(pid, number)
