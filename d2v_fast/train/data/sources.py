@@ -179,8 +179,8 @@ def missing(path: Path) -> Iterator[bool]:
                 stack.enter_context(lock.acquire(timeout=PATIENCE))
             except Timeout:
                 raise DataError(
-                    f"another process has made {path} for {PATIENCE:g} s, and still has the lock {lock.lock_file}. End "
-                    f"it if it hangs, or use another data.cache_dir; the same command goes on."
+                    f"another process has been making {path} for more than {PATIENCE:g} s; it has the lock "
+                    f"{lock.lock_file}. End it if it hangs, or use another data.cache_dir; the same command goes on."
                 ) from None
         except NotImplementedError:
             logger.warning("%s is on a file system without locks: other processes may make it as well", path)
