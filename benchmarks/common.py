@@ -13,12 +13,13 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import checkout
 import torch
 
 import d2v_fast
 from d2v_fast.ops import _extension
 
-ROOT = Path(__file__).parent.parent
+ROOT = checkout.ROOT
 RESULTS = ROOT / "benchmarks" / "results"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -57,6 +57,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", type=Path, nargs=2, metavar="FOLDER", help="the results of a GPU")
     parser.add_argument("--tolerance", type=float, default=5.0, help="per cent, for rows of ours")
+    parser.add_argument("--common", action="store_true", help="only rows of both: a budget may have cut off the others")
     parser.add_argument("--any", action="store_true", help="compare whatever they were measured on")
     args = parser.parse_args(argv)
     if not args.tolerance > 0:
@@ -81,8 +82,9 @@ def main(argv: list[str] | None = None) -> int:
         times = f"{pair.percent:+7.1f} %  {pair.a.ms:.4f} -> {pair.b.ms:.4f} ms"
         print(f"{times}  {op}: {case}, {mode}, {provider}{noise}{wrong}")
     for row in alone:
-        bad += is_ours(row)
-        print(f"in one run only: {', '.join(row.key)}" + ("  MISSING" if is_ours(row) else ""))
+        missing = is_ours(row) and not args.common
+        bad += missing
+        print(f"in one run only: {', '.join(row.key)}" + ("  MISSING" if missing else ""))
     ours = [pair for pair in pairs if is_ours(pair.a)]
     worst = max((abs(pair.percent) for pair in ours), default=0.0)
     print(f"{len(pairs)} rows in both, {len(ours)} of them ours: these moved by {worst:.1f} % at most; {bad} refused")

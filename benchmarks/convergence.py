@@ -19,6 +19,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import checkout  # noqa: F401
+
 MODALITIES = ("speech", "image", "text")
 ARMS = ("plain", "fused")
 SEEDS = (1, 2, 3)

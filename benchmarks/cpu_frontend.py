@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 
+import checkout  # noqa: F401
 import fairseq_eager
 import torch
 from torch import Tensor, nn

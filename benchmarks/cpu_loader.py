@@ -17,6 +17,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import checkout  # noqa: F401
 import numpy as np
 import psutil
 import soundfile

@@ -18,6 +18,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import checkout  # noqa: F401
 import numpy as np
 import torch
 

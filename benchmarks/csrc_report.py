@@ -18,6 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import checkout  # noqa: F401
 import sass
 import torch
 

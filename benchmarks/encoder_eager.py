@@ -6,6 +6,7 @@ Parameters come under the names of ``d2v_fast.nn.TransformerEncoder``. float64 i
 
 from contextlib import AbstractContextManager
 
+import checkout  # noqa: F401
 import torch
 import torch.nn.functional as F
 from torch import Tensor

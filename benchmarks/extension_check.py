@@ -14,6 +14,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 
+import checkout  # noqa: F401
+
 TOLERANCE = 2e-2  # relative norm; both sides round to 16 bits, several times in a row
 Check = tuple[str, Callable[[], list]]
 

@@ -15,6 +15,8 @@ import traceback
 from dataclasses import dataclass
 from pathlib import Path
 
+import checkout  # noqa: F401
+
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 from faults.scenarios import SCENARIOS
 from faults.stage import LONGEST, TIMEOUT, Server, Stage

@@ -16,20 +16,25 @@ Writes a JSON and a log a part to OUT/<gpu>/parts, the results to OUT/<gpu>, and
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from checkout import ROOT
 from gpu_parts import (
     BENCHMARKS,
     MEASURED,
-    ROOT,
+    NO_MEMORY,
     TEST_KINDS,
     WEIGHTS,
     Outcome,
@@ -44,7 +49,7 @@ from gpu_summary import summary
 NO_EXTENSION = "needs the CUDA extension"  # reason of a test that is skipped
 SANITIZER_SHARE = 0.15  # of the time that tests have left, if others follow; it is stopped after twice that
 TEST_SHARE = 0.45  # of the budget, when benchmarks run too
-LARGE_TESTS = 2  # tests of large tensors at a time: up to 31 GB each
+TEST_MEMORY = 0.95  # of the device's, that tests which run beside each other may need together
 SHORTEST = 15  # seconds; a part is not started with less
 GRACE = 20  # seconds for what a benchmark has begun when its time is up
 SHOWN = 80  # lines of a failed part that are printed
@@ -63,18 +68,19 @@ def run_part(part: Part, out: Path, commit: str, deadline: float, share: float =
         return Outcome(part.name, "skipped", detail="no time left")
     start = time.monotonic()
     arguments = command(part, out, commit, max(left * share, 1), resume)
-    process = subprocess.Popen(
-        arguments, cwd=part.file.parent, env=child_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, errors="replace", start_new_session=True,
-    )  # fmt: skip
+    raw = out / "parts" / f"{part.name}.out"  # a file: a pipe lasts as long as whoever else holds it
+    with raw.open("wb") as stream:
+        process = subprocess.Popen(
+            arguments, cwd=part.file.parent, env=child_environment(), stdout=stream, stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
     try:
         # a benchmark looks at its budget between measurements; one that hangs must not take the others' time
-        output, _ = process.communicate(timeout=min(left, 2 * share * left + GRACE))
-        status = "passed" if process.returncode == 0 else "failed"
+        status = "passed" if process.wait(min(left, 2 * share * left + GRACE)) == 0 else "failed"
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
+        kill(process)
         status = "incomplete"
+    output = raw.read_text(encoding="utf-8", errors="replace")
     lines = [line for line in output.splitlines() if line.strip()]
     detail = lines[-1] if lines else ""
     if part.kind in MEASURED and status == "passed" and "out of time" in output:
@@ -83,10 +89,30 @@ def run_part(part: Part, out: Path, commit: str, deadline: float, share: float =
         detail = "stopped: took more than its time"
     elif part.kind.endswith("tests") and status == "passed" and NO_EXTENSION in output:
         status, detail = "incomplete", f"{detail.strip('= ')}; no CUDA extension, its tests were skipped"
+    elif part.kind.endswith("tests") and status == "passed" and NO_MEMORY in output:
+        status, detail = "incomplete", f"{detail.strip('= ')}; too little GPU memory, its tests were skipped"
     seconds = round(time.monotonic() - start, 1)
     header = f"$ {' '.join(arguments)}\n# {status} after {seconds} s, commit {commit}\n"
     log_file(part.name, out).write_text(without_paths(header + shortened(output)), encoding="utf-8")
+    raw.unlink()
     return Outcome(part.name, status, seconds, without_paths(detail), commit)
+
+
+def kill(process: subprocess.Popen) -> None:
+    """End a process and all it started, ranks in sessions of their own among them, so that the device is free."""
+    children = defaultdict(list)
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended
+            children[int(file.read_text(errors="replace").rpartition(")")[2].split()[1])].append(int(file.parent.name))
+    family = [process.pid]
+    for pid in family:  # grows while it is read
+        family += children[pid]
+    os.killpg(process.pid, signal.SIGKILL)
+    for pid in family[1:]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    with suppress(subprocess.TimeoutExpired):  # one that the driver holds
+        process.wait(10)
 
 
 def log_file(name: str, out: Path) -> Path:
@@ -116,8 +142,30 @@ def passed_before(part: Part, out: Path, commit: str) -> bool:
     return old["status"] == "passed" and old["commit"] == commit
 
 
-def run_all(parts: list[Part], out: Path, commit: str, budget: float, jobs: int, resume: bool) -> list[Outcome]:
-    """Tests ``jobs`` at a time, then benchmarks alone, each with its share of the time that is left.
+def run_beside(
+    parts: Sequence[Part], run: Callable[[Part], Outcome], record: Callable[[Outcome], None], jobs: int, memory: float
+) -> None:
+    """``jobs`` parts at a time, fewer where they would need more than ``memory`` GB; each is recorded as it ends."""
+    waiting, running = list(parts), dict[Future[Outcome], Part]()
+    with ThreadPoolExecutor(jobs) as pool:
+        while waiting or running:
+            for part in list(waiting):
+                held = sum(other.memory for other in running.values())
+                if len(running) < jobs and (not running or held + part.memory <= memory):
+                    waiting.remove(part)
+                    running[pool.submit(run, part)] = part
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                del running[future]
+                record(future.result())
+
+
+def run_all(
+    parts: list[Part], out: Path, commit: str, budget: float, jobs: int, resume: bool, memory: float = math.inf,
+    archive: Path | None = None,
+) -> list[Outcome]:  # fmt: skip
+    """Tests ``jobs`` at a time, as ``memory`` (GB) allows, then benchmarks alone, each with its share of what is left.
+
+    After each part its outcome, ``summary.md`` and ``archive`` are written: what ends this process loses one part.
 
     The extension is built whatever has passed before: this may be another machine, and there already it costs a second.
     """
@@ -129,24 +177,38 @@ def run_all(parts: list[Part], out: Path, commit: str, budget: float, jobs: int,
     tests_end = end if not measured else time.monotonic() + TEST_SHARE * budget
 
     def record(outcome: Outcome) -> None:
-        (out / "parts" / f"{outcome.name}.json").write_text(json.dumps(asdict(outcome), indent=1) + "\n")
+        write(out / "parts" / f"{outcome.name}.json", json.dumps(asdict(outcome), indent=1) + "\n")
         print(f"{outcome.status:11} {outcome.seconds:6.1f} s  {outcome.name:34} {outcome.detail}", flush=True)
         if outcome.status == "failed":
             print("\n".join(log_file(outcome.name, out).read_text(encoding="utf-8").splitlines()[-SHOWN:]), flush=True)
         outcomes.append(outcome)
+        save(outcomes, out, archive)
 
     (out / "parts").mkdir(parents=True, exist_ok=True)
     for kind in TEST_KINDS:
         group = [part for part in parts if part.kind == kind]
         followed = any(part.kind == "tests" for part in parts)
         share = SANITIZER_SHARE if kind == "sanitizer" and followed else 1.0
-        with ThreadPoolExecutor(min(jobs, LARGE_TESTS) if kind == "gpu tests" else jobs) as pool:
-            for outcome in pool.map(lambda part, share=share: run_part(part, out, commit, tests_end, share), group):
-                record(outcome)
+        run_beside(group, lambda part, share=share: run_part(part, out, commit, tests_end, share), record, jobs, memory)
     weights = [WEIGHTS[part.kind] for part in measured]
     for i, part in enumerate(measured):
         record(run_part(part, out, commit, end, weights[i] / sum(weights[i:]), resume))
+    save(outcomes, out, archive)
     return outcomes
+
+
+def write(file: Path, text: str) -> None:
+    """Replace a file at once."""
+    partial = file.with_name(file.name + ".part")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(file)
+
+
+def save(outcomes: Sequence[Outcome], out: Path, archive: Path | None) -> None:
+    """The summary, and all results in ``archive``."""
+    write(out / "summary.md", summary(outcomes, out))
+    if archive:
+        pack(out, archive)
 
 
 def pack(out: Path, file: Path) -> int:
@@ -179,7 +241,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=jobs, help="test processes at a time")
     parser.add_argument("--resume", action="store_true", help="leave out what passed before at this commit")
     parser.add_argument("--commit", help="what to record where the checkout has no .git")
-    parser.add_argument("--pack", type=Path, metavar="FILE.tgz", help="put all results of this GPU into one archive")
+    parser.add_argument("--pack", type=Path, metavar="FILE.tgz", help="all results of this GPU, after every part anew")
     parser.add_argument("--list", action="store_true", help="print the parts and stop")
     args = parser.parse_args()
     parts = select(find_parts(), args.part)
@@ -197,20 +259,18 @@ def main() -> None:
     if not torch.cuda.is_available():
         print("gpu-check needs a CUDA device and a PyTorch built for it; on a CPU run make test", file=sys.stderr)
         sys.exit(2)
-    if str(ROOT) not in sys.path:
-        sys.path.append(str(ROOT))
     from common import device_folder, git_commit, names_code
 
     commit = git_commit(args.commit)
     out = args.out.resolve() / device_folder()
     if args.resume and not names_code(commit):
         parser.error(f"--resume needs a commit that says which code passed, got {commit}: commit first, or --commit")
-    outcomes = run_all(parts, out, commit, args.budget, args.jobs, args.resume)
-    (out / "summary.md").write_text(summary(outcomes, out), encoding="utf-8")
+    memory = TEST_MEMORY * torch.cuda.get_device_properties(0).total_memory / 2**30
+    outcomes = run_all(parts, out, commit, args.budget, args.jobs, args.resume, memory, args.pack)
     counts = {status: sum(o.status == status for o in outcomes) for status in dict.fromkeys(o.status for o in outcomes)}
     print(", ".join(f"{count} {status}" for status, count in counts.items()) + f"; {out / 'summary.md'}")
     if args.pack:
-        print(f"{args.pack}: {pack(out, args.pack) / 2**20:.1f} MiB")
+        print(f"{args.pack}: {args.pack.stat().st_size / 2**20:.1f} MiB")
     sys.exit(exit_status(outcomes, {part.name for part in parts if part.kind in ("build", "gpu tests", "tests")}))
 
 

@@ -3,13 +3,15 @@
 import ast
 import importlib.util
 import os
+import re
 import shutil
 import sys
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from checkout import ADDED, ROOT
+
 TESTS, BENCHMARKS = ROOT / "tests", ROOT / "benchmarks"
 STAND_INS = BENCHMARKS / "stand_ins"  # on the path of the tests where the real module is missing
 EXTENSION = BENCHMARKS / "extension_check.py"
@@ -27,6 +29,8 @@ ORDER += ("bench_attention", "bench_encoder", "bench_adamw_ema", "bench_layer_no
 ORDER += ("bench_residual_dropout_layer_norm", "step_speech_large", "step_image_large")
 TEST_ORDER = ("conv0", "pos_conv", "strided_conv", "speech_frontend")  # first among tests: what the extension runs
 WEIGHTS = {"step": 4.0, "bench": 1.0}  # of the time that measurements share: whole steps compile for long
+NO_MEMORY = "GB of GPU memory"  # in the reason of a test that is skipped, after how many
+CONTEXT = 2  # GB of any process that uses the device, for its context and small tensors
 CODE = "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))"  # unlike -m pytest, leaves the root off the path
 
 
@@ -38,6 +42,7 @@ class Part:
     kind: str  # one of TEST_KINDS or MEASURED
     file: Path
     needs: list[str]
+    memory: int = 0  # GB of the device that its largest test needs, of tests that run beside others
 
 
 @dataclass
@@ -124,12 +129,14 @@ def find_parts() -> list[Part]:
     """The extension, every test file that runs something on a GPU, and every benchmark, the most important first."""
     found = extension_parts()
     for file in sorted(TESTS.glob("test_*.py")):
-        nodes = list(ast.walk(ast.parse(file.read_text(encoding="utf-8"))))
+        source = file.read_text(encoding="utf-8")
+        nodes = list(ast.walk(ast.parse(source)))
         gpu = any(isinstance(node, ast.Attribute) and ast.unparse(node) == "pytest.mark.gpu" for node in nodes)
         device = any(isinstance(node, ast.Name) and node.id == "DEVICE" for node in nodes)
         if gpu or device:
             needs = sorted(missing_modules(file) | (set() if is_installed("pytest") else {"pytest"}))
-            found += [Part(f"gpu-{file.stem}", "gpu tests", file, needs)] if gpu else []
+            memory = CONTEXT + max(map(int, re.findall(rf"needs (\d+) {NO_MEMORY}", source)), default=0)
+            found += [Part(f"gpu-{file.stem}", "gpu tests", file, needs, memory)] if gpu else []
             found += [Part(file.stem, "tests", file, needs)] if device else []
     first = {f"test_{name}": i for i, name in enumerate(TEST_ORDER)}
     found.sort(key=lambda part: (TEST_KINDS.index(part.kind), first.get(part.file.stem, len(first))))
@@ -168,15 +175,14 @@ def command(part: Part, out: Path, commit: str, seconds: float, resume: bool) ->
     # the project's addopts name a plugin that may be missing
     options = ["-q", "-o", "addopts=", "--strict-markers", "--tb=short", "-rfEs", "-p", "no:cacheprovider"]
     if is_installed("pytest_timeout"):
-        options.append("--timeout=120")
+        options += ["--timeout=120", "--timeout-method=thread"]  # a signal waits for a kernel that never ends
     only = "gpu" if part.kind == "gpu tests" else "not gpu"
     return [sys.executable, "-c", CODE, *options, "-m", only, str(part.file)]
 
 
 def child_environment() -> dict[str, str]:
     """This process's, with the checkout on the path unless it is what is installed."""
-    spec = importlib.util.find_spec("d2v_fast")
-    path = [] if spec and spec.origin and ROOT in Path(spec.origin).resolve().parents else [str(ROOT)]
+    path = [str(ROOT)] if ADDED else []
     path += [] if all(map(is_installed, stand_ins())) else [str(STAND_INS)]
     inherited = os.environ.get("PYTHONPATH")
     joined = os.pathsep.join(path + ([inherited] if inherited else []))

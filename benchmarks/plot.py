@@ -10,24 +10,47 @@ import math
 import sys
 from pathlib import Path
 
+from gpu_parts import MEASURED, find_parts
+
 OURS = "d2v_fast"
 STEP = "train_step"
 BAR = 0.16  # height in inches
 
 
-def load(folder: Path) -> list[dict]:
-    """The results under ``folder``; raises ValueError when there is none, or one has nothing to draw."""
+def load(folder: Path) -> tuple[list[dict], list[str]]:
+    """The results under ``folder`` that can be drawn, and what cannot be, with the reason.
+
+    Raises:
+        ValueError: there is nothing to draw.
+    """
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder of results")
-    records = [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
-    steps = [record for record in records if isinstance(record, dict) and record.get("benchmark") == STEP]
-    records = [record for record in records if isinstance(record, dict) and "op" in record and "results" in record]
-    if not records and not steps:
-        raise ValueError(f"no results of benchmarks in {folder}: run one with --json or --out first")
-    for record in records:
-        if not any("ratio" in row for row in record["results"]):
-            raise ValueError(f"nothing was timed in the results of {record['op']}")
-    return records + steps
+    ops, steps, lacking, names = [], [], [], set()
+    for file in sorted(folder.glob("*.json")):
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            lacking.append(f"{file.name}: no JSON ({error})")
+            continue
+        if not isinstance(record, dict) or not isinstance(record.get("results"), list):
+            continue
+        rows = record["results"]
+        if record.get("benchmark") == STEP:
+            timed = {row["case"] for row in rows if row.get("ms") is not None}
+            lacking += [f"{case}: no update was timed" for case in sorted({row["case"] for row in rows} - timed)]
+            names |= {f"step_{row['case']}" for row in rows}
+            steps += [record] if timed else []
+        elif "op" in record:
+            names.add(f"bench_{record['op']}")
+            if any("ratio" in row for row in rows):
+                ops.append(record)
+            else:
+                lacking.append(f"{record['op']}: nothing was timed")
+    if not ops and not steps:
+        said = "; ".join(lacking) or "run a benchmark with --json or --out first"
+        raise ValueError(f"no results of benchmarks in {folder}: {said}")
+    known = [part.name for part in find_parts() if part.kind in MEASURED]
+    return ops + steps, lacking + [f"{name}: no results" for name in known if name not in names]
 
 
 def bars(record: dict) -> list[tuple[str, list[tuple[str, float, str]]]]:
@@ -117,7 +140,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("docs/img"), help="folder of the figures")
     args = parser.parse_args()
     try:
-        records = load(args.results)
+        records, lacking = load(args.results)
     except ValueError as error:
         sys.exit(f"error: {error}")
     args.out.mkdir(parents=True, exist_ok=True)
@@ -125,10 +148,12 @@ def main() -> None:
         if record.get("benchmark") != STEP:
             draw(record, args.out / f"{record['op']}.png")
             print(args.out / f"{record['op']}.png")
-    steps = [record for record in records if record.get("benchmark") == STEP and isinstance(record["results"], list)]
-    if any(row.get("ms") is not None for record in steps for row in record["results"]):
+    steps = [record for record in records if record.get("benchmark") == STEP]
+    if steps:
         draw_steps(steps, args.out / f"{STEP}.png")
         print(args.out / f"{STEP}.png")
+    for line in lacking:
+        print(f"not drawn: {line}")
 
 
 if __name__ == "__main__":

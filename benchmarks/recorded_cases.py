@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import checkout  # noqa: F401
 import torch
 from torch import Tensor
 

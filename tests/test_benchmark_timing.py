@@ -198,7 +198,14 @@ def test_summary_and_plot(fake_gpu_times, tmp_path):
     assert "| fairseq | 1.00 | 1.00 | 1.0000 | 2.0000 | 3.0000 |" in text and "| peer | not installed |" in text
     assert [cli.line(row, gpu=True) for row in record["results"]]
     pytest.importorskip("matplotlib")
-    plot.draw(plot.load(tmp_path)[0], tmp_path / "ema.png")
+    (tmp_path / "l2_norm.json").write_text(json.dumps({"op": "l2_norm", "results": [{"status": "skipped"}]}))
+    (tmp_path / "cut.json").write_text("{")
+    records, lacking = plot.load(tmp_path)
+    assert [one["op"] for one in records] == ["ema"]
+    assert lacking[0].startswith("cut.json: no JSON") and lacking[1] == "l2_norm: nothing was timed"
+    assert {"bench_conv0: no results", "step_text_base: no results"} <= set(lacking[2:])
+    assert not {"bench_ema: no results", "bench_l2_norm: no results"} & set(lacking)
+    plot.draw(records[0], tmp_path / "ema.png")
     assert (tmp_path / "ema.png").stat().st_size > 5000
 
 
@@ -213,7 +220,10 @@ def test_plot_of_steps(tmp_path, monkeypatch, capsys):
         (tmp_path / f"train_step_{recipe}.json").write_text(json.dumps(record))
     monkeypatch.setattr(sys, "argv", ["plot.py", str(tmp_path), "--out", str(tmp_path / "img")])
     plot.main()
-    assert capsys.readouterr().out.split() == [str(tmp_path / "img" / "train_step.png")]
+    drawn, *lacking = capsys.readouterr().out.splitlines()
+    assert drawn == str(tmp_path / "img" / "train_step.png")
+    assert "not drawn: step_image_base: no results" in lacking and "not drawn: bench_ema: no results" in lacking
+    assert not any("text_base" in line for line in lacking)
     assert (tmp_path / "img" / "train_step.png").stat().st_size > 5000
     with pytest.raises(ValueError, match="no update was timed"):
         plot.draw_steps([{"environment": environment, "results": [{"status": "x"}]}], tmp_path / "x.png")

@@ -51,6 +51,12 @@ def test_verdict(tmp_path, capsys, second, status, said):
     assert said in printed
 
 
+def test_rows_that_a_budget_cut_off(tmp_path, capsys):
+    folders = [str(run(tmp_path / "a")), str(run(tmp_path / "b", {"d2v_fast": None, "fairseq": 10.0}))]
+    assert compare_runs.main([*folders, "--common"]) == 0
+    assert "in one run only: ema, a, fwd, d2v_fast\n" in capsys.readouterr().out
+
+
 def test_worst_first_and_tolerance(tmp_path, capsys):
     folders = [str(run(tmp_path / "a")), str(run(tmp_path / "b", {"d2v_fast": 1.02, "fairseq": 5.0}, graph=4.0))]
     assert compare_runs.main([*folders, "--tolerance", "30"]) == 0
@@ -102,3 +108,10 @@ def test_names_of_steps(tmp_path):
     (folder / "train_step_smoke.json").write_text(json.dumps({**record, "smoke": True, "results": [{"case": "y"}]}))
     rows = measured.load(folder).providers("train_step", "text_base", "step")
     assert rows["ours"].ms == 4.0 and rows["reference"].provider == "as written"
+    for row in record["results"]:
+        row |= {"d2v_fast": {"machine": "a", "mean_ms": 4.5}, "eager": {"machine": "a"}}.get(row["provider"], {})
+    file.write_text(json.dumps(record))
+    rows = measured.load(folder).providers("train_step", "text_base", "step")
+    assert (rows["ours"].ms, rows["eager"].ms, rows["reference"].ms) == (4.5, 9.0, None)
+    assert rows["reference"].status == measured.OTHER_MACHINE
+    file.write_text(json.dumps({**record, "results": [{**row, "machine": "a"} for row in record["results"]]}))

@@ -9,6 +9,7 @@ import sys
 import tarfile
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,6 +121,12 @@ def test_tests_without_the_extension_are_not_a_pass(tmp_path):
     skips = f"import pytest\ndef test_a(): pytest.skip({gpu_check.NO_EXTENSION!r})\ndef test_b(): pass\n"
     tests = part(tmp_path, "test_skips", skips, kind="tests")
     build = part(tmp_path, "extension", "print('built')", kind="build")
+    (tmp_path / "parts").mkdir()
+    small = part(
+        tmp_path, "test_small", skips.replace(gpu_check.NO_EXTENSION, "needs 40 GB of GPU memory"), kind="tests"
+    )
+    outcome = gpu_check.run_part(small, tmp_path, "abc", gpu_check.time.monotonic() + 100)
+    assert outcome.status == "incomplete" and "too little GPU memory" in outcome.detail
     for _ in range(2):
         outcomes = gpu_check.run_all([build, tests], tmp_path, "abc", budget=100, jobs=1, resume=True)
         assert {o.name: o.status for o in outcomes} == {"extension": "passed", "test_skips": "incomplete"}
@@ -225,6 +232,7 @@ def test_whole_command_on_a_device_that_only_has_a_name(tmp_path, monkeypatch, c
     """One process a part, summary, archive, exit status; and again, with nothing left to do."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Some GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=2**36))
     parts = [part(tmp_path, "bench_a", "print('timed')"), part(tmp_path, "bench_b", "import sys; sys.exit('wrong')")]
     monkeypatch.setattr(gpu_check, "find_parts", lambda: parts)
     archive = tmp_path / "x.tgz"
@@ -242,6 +250,51 @@ def test_whole_command_on_a_device_that_only_has_a_name(tmp_path, monkeypatch, c
     with pytest.raises(SystemExit) as stop:
         gpu_check.main()
     assert stop.value.code == 2 and "--pack must name a .tgz file" in capsys.readouterr().err
+
+
+def test_every_part_is_recorded_and_packed_as_it_ends(tmp_path, monkeypatch):
+    """The slow one first in the order, recorded last; what ends the check then loses only what runs."""
+    archive, packed = tmp_path / "results.tgz", []
+
+    def run_part(part, *_):
+        gpu_check.time.sleep(0.5 if part.name == "test_slow" else 0)
+        return gpu_parts.Outcome(part.name, "passed")
+
+    def pack(out, file, really=gpu_check.pack):
+        packed.append(sorted(f.stem for f in (out / "parts").glob("*.json")))
+        return really(out, file)
+
+    monkeypatch.setattr(gpu_check, "run_part", run_part)
+    monkeypatch.setattr(gpu_check, "pack", pack)
+    parts = [part(tmp_path, name, "", kind="tests") for name in ("test_slow", "test_quick")]
+    out = tmp_path / "some-gpu"
+    gpu_check.run_all(parts, out, "abc", 100, 2, False, archive=archive)
+    assert packed[:2] == [["test_quick"], ["test_quick", "test_slow"]]
+    with tarfile.open(archive) as content:
+        assert "| test_slow | passed |" in content.extractfile("some-gpu/summary.md").read().decode()
+
+
+def test_tests_run_beside_each_other_as_memory_allows(tmp_path):
+    """Small ones pass large ones that have to wait; one that is larger than all there is runs alone."""
+    found, together = [], []
+
+    def run(part):
+        found.append(part)
+        together.append({p.name for p in found})
+        gpu_check.time.sleep(0.2)
+        found.remove(part)
+        return gpu_parts.Outcome(part.name, "passed")
+
+    sizes = {"a": 50, "b": 40, "c": 20, "d": 2, "huge": 100}
+    parts = [gpu_parts.Part(name, "gpu tests", tmp_path, [], size) for name, size in sizes.items()]
+    done = []
+    gpu_check.run_beside(parts, run, done.append, jobs=3, memory=76)
+    assert {o.name for o in done} == set(sizes) and all(
+        sum(map(sizes.get, names)) <= 76 or names == {"huge"} for names in together
+    )
+    assert {"a", "c", "d"} in together
+    memory = {p.name: p.memory for p in gpu_parts.find_parts()}
+    assert memory["gpu-test_pos_conv"] > 40 > memory["gpu-test_adamw_ema_promises"] > 31 and memory["bench_ema"] == 0
 
 
 def test_pack(tmp_path):
@@ -357,6 +410,50 @@ def test_budget_ends_what_hangs(tmp_path, monkeypatch):
         ("skipped", "no time left"),
     ]
     assert outcomes[0].seconds < 30
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
+def test_what_a_part_started_ends_with_it(tmp_path, monkeypatch):
+    """Ranks are in sessions of their own; one that lives on would hold the device, and waiting for it the budget."""
+    monkeypatch.setattr(gpu_check, "SHORTEST", 0.1)
+    pid = tmp_path / "pid"
+    started = f"import time, pathlib, os; pathlib.Path({str(pid)!r}).write_text(str(os.getpid())); time.sleep(60)"
+    code = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {started!r}], start_new_session=True)"
+    hangs = part(tmp_path, "gpu-test_ranks", "", kind="bench")
+    hangs.file.write_text(code)
+    (outcome,) = gpu_check.run_all([hangs], tmp_path, "abc", budget=3, jobs=1, resume=False)
+    assert outcome.status == "incomplete" and outcome.seconds < 20
+    stat = Path("/proc", pid.read_text(), "stat")
+    for _ in range(100):
+        if not stat.exists() or stat.read_text().rpartition(")")[2].split()[0] == "Z":
+            return
+        gpu_check.time.sleep(0.1)
+    pytest.fail("the rank lives on")
+
+
+FROM_ANYWHERE = """
+import importlib.util, os, runpy, sys
+import torch
+assert importlib.util.find_spec("d2v_fast") is None
+for file in sys.argv[1:]:
+    if os.fork() == 0:
+        sys.argv, sys.path[0] = [file, "--help"], os.path.dirname(file)
+        runpy.run_path(file, run_name="__main__")
+    _, status = os.wait()
+    if status:
+        print("failed:", os.path.basename(file))
+"""
+
+
+def test_scripts_run_from_a_checkout_that_is_not_installed():
+    """With PyTorch on the path, and no PYTHONPATH that names the checkout."""
+    names = ("profile_op", "tune", "convergence", "publish", "compare_runs", "bench_ema", "bench_encoder")
+    files = [str(BENCHMARKS / f"{name}.py") for name in names]
+    where = os.pathsep.join({str(Path(module.__file__).parent.parent) for module in (torch, pytest)})
+    command = [sys.executable, "-S", "-c", FROM_ANYWHERE, *files]
+    environment = {**os.environ, "PYTHONPATH": where}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd="/", check=False)
+    assert done.returncode == 0 and "failed:" not in done.stdout, done.stdout[-500:] + done.stderr[-2000:]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
