@@ -10,8 +10,10 @@ peer with ``d2v_fast.patch``: its own model and optimizer, our ops. Without ve-f
 and text are compared with its restatement in plain PyTorch (``reference_*.py``), which is not patched.
 
 On a GPU: the published recipes at their batch for one GPU (``step_recipes.py``), a provider after the other. A provider
-that runs out of memory or fails is a row that says so. The file is written after each provider; ``--resume`` keeps its
-rows of the same code, on the same device and PyTorch, and tries those again last that failed.
+that runs out of memory or fails is a row that says so; one that leaves an unusable device ends the process. The file is
+written after each provider; ``--resume`` keeps its rows of the same code, on the same device and PyTorch, and tries
+those again last that failed. torch.compile comes behind all other providers of all recipes. Where another machine has
+timed some providers of a recipe and others are left, all are timed again: its rows get no ratios.
 
 Before anything is timed, losses and norms of the gradients of all sides must be equal, with equal weights and without
 dropout, for two layers of the full width in float32.
@@ -40,7 +42,7 @@ from d2v_fast.train.step import train_step
 OPTIM = OptimConfig(lr=5e-4)
 SIZES = {"speech": (2, 5 * 16_000), "text": (4, 512), "image": (2, 224)}  # rows; samples, tokens or pixels
 FIRST = {"speech": (2, 16_000), "text": (1, 32), "image": (1, 224)}  # of the step that allocates and is not timed
-# relative, of losses and of norms of gradients; on a GPU convolutions are TF32
+# relative, of losses and of norms of gradients; a GPU adds in another order (without TF32)
 APART = {"loss": 1e-5, "norm": 1e-4} if DEVICE.type == "cpu" else {"loss": 1e-4, "norm": 1e-3}
 
 
@@ -65,6 +67,11 @@ def loss_and_norm(loss: Tensor, parameters: list[nn.Parameter]) -> dict[str, flo
 
 def check_equal(modality: str, model: str = "base") -> None:
     """Refuse to time models that do not compute the same thing; two layers of the full width show it."""
+    with step_peers.tf32(products=False, convolutions=False):
+        _check_equal(modality, model)
+
+
+def _check_equal(modality: str, model: str) -> None:
     torch.manual_seed(1)
     config = make_config(modality, model, dropout=False, layers=2)
     with DEVICE:
@@ -172,10 +179,17 @@ class Results:
         self.tried = {key for key, row in self.rows.items() if row["status"].startswith("failed")}
         self.rates: dict[str, float | None] = {}
 
-    def left(self, recipe: str, names: list[str]) -> list[str]:
-        """What there is no row of; last, what failed, as that may leave a device on which everything fails."""
+    def left(self, recipe: str, names: list[str], machine: str) -> list[str]:
+        """What there is no row of, or has failed; if there is any, what another machine has timed too."""
         missing = [n for n in names if (recipe, n) not in self.rows or (recipe, n) in self.tried]
-        return sorted(missing, key=lambda name: (recipe, name) in self.tried)
+        if not missing:
+            return []
+        rows = {n: self.rows.get((recipe, n), {}) for n in names}
+        return [n for n in names if n in missing or (rows[n]["status"] == "ok" and rows[n].get("machine") != machine)]
+
+    def tries(self, recipe: str, name: str) -> int:
+        """How often it has failed."""
+        return self.rows[recipe, name].get("tries", 1) if (recipe, name) in self.tried else 0
 
     def add(self, row: dict, relate: Callable[[list[dict]], None]) -> None:
         """Put ``row`` in the place of the one before; ``relate`` adds to the rows of a recipe what compares them."""
@@ -191,15 +205,21 @@ def on_gpu(args: argparse.Namespace) -> list[dict]:
     """A row for each recipe and provider."""
     import step_gpu
 
-    results, deadline = Results(args), time.monotonic() + args.budget
+    results, deadline, machine = Results(args), time.monotonic() + args.budget, step_gpu.machine()
     counts = step_gpu.Counts(2, 3, 1) if args.smoke else step_gpu.Counts(args.warm_up, args.rounds)
-    todo = {recipe: results.left(recipe, args.providers or list(step_gpu.PROVIDERS)) for recipe in args.recipe}
-    count, rates = sum(map(len, todo.values())), None
-    for recipe, names in todo.items():
-        if not names:
-            continue
+    groups: dict[tuple[int, bool, int], list[str]] = {}  # what has failed and what is compiled comes last, over all
+    for number, recipe in enumerate(args.recipe):
+        wanted = args.providers or step_gpu.providers_of(RECIPES[recipe].modality)
+        for name in results.left(recipe, wanted, machine):
+            key = results.tries(recipe, name), name == step_gpu.COMPILED, number
+            groups.setdefault(key, []).append(name)
+    shares, rates, checked = sum(step_gpu.share(name) for names in groups.values() for name in names), None, set()
+    for (tries, _, number), names in sorted(groups.items()):
+        recipe = args.recipe[number]
         made = RECIPES[recipe]
-        check_equal(made.modality, made.model)
+        if recipe not in checked:
+            check_equal(made.modality, made.model)
+            checked.add(recipe)
         rates = rates or step_gpu.device_rates()
         results.rates = {"matmul_tflop_per_s": rates.matmul, "peak_tflop_per_s": rates.peak}
         torch.manual_seed(0)
@@ -210,15 +230,25 @@ def on_gpu(args: argparse.Namespace) -> list[dict]:
         about = {"case": recipe, "modality": made.modality, "layers": config.encoder.layers, "dim": config.encoder.dim}
         for name in names:
             batch = batches[name == step_gpu.GRAPH]
-            row = {**about, "batch": list(batch.inputs.shape), "provider": name}
-            seconds, count = (deadline - time.monotonic()) / count, count - 1
+            row = {**about, "batch": list(batch.inputs.shape), "provider": name, "machine": machine}
+            part = step_gpu.share(name)
+            seconds, shares = (deadline - time.monotonic()) * part / shares, shares - part
             if seconds > 0:
-                results.add(row | {"status": step_gpu.STOPPED}, step_gpu.relate)
+                failed = {"status": step_gpu.STOPPED, "tries": tries + 1}
+                results.add(row | failed, step_gpu.relate)
                 row |= step_gpu.measure(name, config, batch, made.optim, rates, counts, seconds)
+                row |= {"tries": tries + 1} if row["status"].startswith("failed") else {}
+            elif (recipe, name) in results.rows:  # of another machine, or its failure: says more than this would
+                continue
             else:
                 row |= {"status": step_gpu.OUT_OF_TIME}
             results.add(row, step_gpu.relate)
             print(step_gpu.line(row), flush=True)
+            if row.get("device_lost"):
+                sys.exit(
+                    f"{recipe} {name} left a device on which nothing can be measured: {row['status']}; the same "
+                    "command with --resume goes on with the others"
+                )
         del batches, batch
     return list(results.rows.values())
 

@@ -48,6 +48,8 @@ STEP_COLUMNS = (  # of a row: key, label, digits
     ("units_per_s", "units/s", 0),
     ("percent_of_peak", "% of peak", 1),
     ("memory_ratio", "memory / as written", 2),
+    ("computed_tflop", "TFLOP computed", 2),
+    ("tflop", "of", 2),
 )
 
 

@@ -5,7 +5,7 @@
 
 from dataclasses import dataclass
 
-from measured import GRAPH, STEP, STEP_MODE, WRITTEN_AUTOCAST
+from measured import GRAPH, STEP, STEP_MODE, WRITTEN_AUTOCAST, WRITTEN_TODAY
 
 BOTH = "fwd+bwd"
 ROOFLINE = "percent_of_roofline"
@@ -291,12 +291,19 @@ class Headline:
     case: str  # a pattern of its name that no other case has
     mode: str = BOTH
     share: str = "percent_of_copy"
+    reference: str = ""  # another provider than the usual one
 
 
 HEADLINES = (
     *(
         Headline(f"update of `{recipe}`", STEP, recipe, STEP_MODE, "percent_of_matmul")
         for recipe in ("speech_base", "text_base", "image_base", "speech_large", "image_large")
+    ),
+    *(
+        Headline(
+            f"update of `{recipe}`, reference without TF32", STEP, recipe, STEP_MODE, "percent_of_matmul", WRITTEN_TODAY
+        )
+        for recipe in ("image_base", "image_large")
     ),
     Headline("`data2vec_loss`, speech base, instance K=8", "data2vec_loss", "speech base, instance K=8"),
     Headline("`data2vec_loss`, text, layer K=10", "data2vec_loss", "text base, layer K=10"),

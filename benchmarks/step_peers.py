@@ -6,12 +6,14 @@ PyTorch (``tests/beit_style.py``), with the dropout, DropPath and teacher of the
 
 A step is made in two ways: as the trainer of its authors makes it (:attr:`Peer.as_trained`), and with float32
 parameters under one autocast to bfloat16 (:func:`autocast_step`). Neither has a loss scaler, as bfloat16 needs none.
+BEiT's teacher is in float32 then, so that its time hangs on TF32: :func:`tf32` sets it, the caller says which.
 Masks come with the batch, while fairseq draws them for speech inside of the model.
 """
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -44,10 +46,22 @@ class Peer:
     parameters: list[nn.Parameter]  # that are trained
     loss: Callable[[Batch], Tensor]  # mean over the masked positions, differentiable
     follow: Callable[[int], object]  # the teacher's step after so many updates
-    optimizer: Callable[[OptimConfig], torch.optim.Optimizer]  # as its authors call it: tensor by tensor
+    optimizer: Callable[[OptimConfig], torch.optim.Optimizer]  # as its authors call it
     norm: Callable[[list[nn.Parameter], float], Tensor]  # of the gradients, clipped unless the second is 0
     as_trained: Callable[[OptimConfig], Step]  # the update as its trainer makes it; changes the peer's precision
     patch: Callable[[], Patch] | None  # puts our ops under it; None where only its authors' code can be patched
+
+
+@contextmanager
+def tf32(products: bool, convolutions: bool) -> Iterator[None]:
+    """Inside, float32 products and convolutions on a GPU are allowed to round their factors to TF32, or not."""
+    matmul, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = matmul.allow_tf32, cudnn.allow_tf32
+    matmul.allow_tf32, cudnn.allow_tf32 = products, convolutions
+    try:
+        yield
+    finally:
+        matmul.allow_tf32, cudnn.allow_tf32 = before
 
 
 def load(ours: Data2Vec, *, restated: bool = False) -> Peer:
@@ -280,7 +294,7 @@ def _beit(ours: Data2Vec) -> Peer:
         free = [p for name, p in student.named_parameters() if p.ndim == 1 or name == "cls_token"]
         decayed = [p for name, p in student.named_parameters() if not (p.ndim == 1 or name == "cls_token")]
         groups = [{"params": decayed}, {"params": free} | ({} if optim.decay_vectors else {"weight_decay": 0.0})]
-        return torch.optim.AdamW(groups, **_settings(optim), foreach=False)
+        return torch.optim.AdamW(groups, **_settings(optim))  # foreach on a GPU, PyTorch's default
 
     def as_trained(optim: OptimConfig) -> Step:  # the trainer calls the teacher outside of its autocast
         return autocast_step(replace(peer, loss=partial(loss, teacher_autocast=False)), optim)

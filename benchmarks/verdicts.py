@@ -108,7 +108,7 @@ def headline(results: Results, line: Headline) -> Line | None:
     for name in results.cases(line.op, line.mode):
         rows = results.providers(line.op, name, line.mode)
         if fnmatchcase(name, line.case) and "ours" in rows and rows["ours"].ms is not None:
-            reference = rows.get("reference", rows.get("fairseq"))
+            reference = rows.get(line.reference) if line.reference else rows.get("reference", rows.get("fairseq"))
             reference = reference if reference and reference.ms is not None else None
             share, unit = rows["ours"].get(line.share), MEASURES[line.share].removeprefix("% ")
             return Line(line.name, reference, fastest_compiled(rows), rows["ours"], share, unit)

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
 
 import bench_train_step
 import gpu_summary
+import measured
 import step_gpu
 import step_peers
 import step_plain
@@ -131,10 +132,45 @@ def test_providers_make_steps(modality):
             assert modality != "image" and name == step_gpu.PATCHED and not step_peers.fairseq_is_installed()
             continue
         step, about = built
-        assert ("peer" in about) == (name in (step_gpu.WRITTEN, step_gpu.WRITTEN_AUTOCAST, step_gpu.PATCHED))
+        assert ("peer" in about) == (name in step_gpu.PEERS)
         step(batch)
     with pytest.raises(RuntimeError, match="CUDA graphs need a CUDA device"):
         step_gpu.provider(step_gpu.GRAPH, config, OPTIM)[0](batch)
+
+
+def test_order_and_shares():
+    """What takes long or may leave an unusable device comes behind all others; the names are those of the tables."""
+    order = step_gpu.providers_of("image")
+    assert order == list(step_gpu.PROVIDERS) and len(set(order)) == len(order)
+    assert order[:2] == [step_gpu.OURS, step_gpu.WRITTEN] and order[-2:] == [step_gpu.GRAPH, step_gpu.COMPILED]
+    assert set(order) - set(step_gpu.providers_of("text")) == {step_gpu.WRITTEN_TODAY}
+    assert step_gpu.share(step_gpu.COMPILED) > step_gpu.share(step_gpu.GRAPH) == step_gpu.share(step_gpu.OURS)
+    for name in ("OURS", "GRAPH", "WRITTEN", "WRITTEN_TODAY", "WRITTEN_AUTOCAST"):
+        assert getattr(step_gpu, name) == getattr(measured, name)
+    assert step_gpu.COMPILED in measured.COMPILED
+
+
+def test_precision_of_references(monkeypatch):
+    """TF32 in products only as BEiT's code has it with the PyTorch it pins; AdamW as that code calls it."""
+    seen = {}
+
+    def look(name, *_):
+        seen[name] = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+        return {"status": "ok"}
+
+    monkeypatch.setattr(step_gpu, "_measure", look)
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    for name in step_gpu.PROVIDERS:
+        step_gpu._row(name, None, None, OPTIM, RATES, COUNTS, 1.0)
+    assert {name for name, (products, _) in seen.items() if products} == {step_gpu.WRITTEN}
+    assert all(convolutions for _, convolutions in seen.values())
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
+    with pytest.raises(KeyError), step_peers.tf32(products=True, convolutions=False):
+        raise KeyError
+    assert (torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32) == before
+    optimizer = step_peers.load(Data2Vec(without_dropout("image")).train()).optimizer(OPTIM)
+    assert type(optimizer) is torch.optim.AdamW
+    assert all(group["foreach"] is None and not group["fused"] for group in optimizer.param_groups)
 
 
 @pytest.mark.parametrize("modality", ["text", "image"])
@@ -212,6 +248,9 @@ def test_a_row(monkeypatch):
     assert 0 < row["ms_p20"] <= row["ms"] <= row["ms_p80"] and row["wall_ms"] <= 4 * row["ms_p80"]
     assert row["units_per_s"] == pytest.approx(batch.inputs.numel() / row["ms"] * 1e3)
     assert row["percent_of_matmul"] == pytest.approx(100 * row["tflop"] / row["ms"] * 1e3 / 700.0)
+    unpruned = step_gpu.measure(step_gpu.UNPRUNED, config, batch, OPTIM, RATES, COUNTS, 60.0)
+    assert row["computed_tflop"] < row["tflop"] == unpruned["computed_tflop"] == unpruned["tflop"]
+    assert 100 * unpruned["mfu"] == pytest.approx(unpruned["percent_of_peak"])
     assert 100 * row["mfu"] < row["percent_of_peak"] == pytest.approx(0.7 * row["percent_of_matmul"])
     hurried = step_gpu.measure(step_gpu.EAGER, config, batch, OPTIM, replace(RATES, peak=None), COUNTS, 0.0)
     assert (hurried["warm_up"], hurried["rounds"]) == (2, 2) and "mfu" not in hurried
@@ -231,6 +270,43 @@ def test_a_provider_that_fails_is_a_row(monkeypatch):
     assert step_gpu.measure("c", *arguments) == {"status": step_gpu.OUT_OF_MEMORY}
 
 
+def test_nothing_left_out(monkeypatch):
+    made = []
+    monkeypatch.setattr(step_gpu, "Data2Vec", lambda config: made.append(config) or Data2Vec(config))
+    for name in (step_gpu.OURS, step_gpu.AGAIN, step_gpu.UNPRUNED):
+        step_gpu.provider(name, without_dropout("text"), OPTIM)
+    ours, again, unpruned = made
+    assert ours == again == replace(unpruned, prune=ours.prune)
+    assert any(vars(ours.prune).values()) and not any(vars(unpruned.prune).values())
+
+
+def test_a_lost_device_is_told(monkeypatch):
+    """After a failure only, and where the launches could not be counted, whose row keeps its times."""
+    assert step_gpu.device_works()
+    lost = []
+
+    def rand(*_, **__):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def fail(*_):
+        lost.append(True)
+        monkeypatch.setattr(torch, "rand", rand)
+        raise RuntimeError("no")
+
+    config, real = without_dropout("text"), torch.rand
+    arguments = (config, tiny_batch(config), OPTIM, RATES, COUNTS, 60.0)
+    with monkeypatch.context():
+        monkeypatch.setattr(step_gpu, "launches", fail)
+        row = step_gpu.measure(step_gpu.OURS, *arguments)
+        assert (
+            row["status"] == "ok" and row["ms"] > 0 and row["device_lost"] and "RuntimeError" in row["launches_failed"]
+        )
+        monkeypatch.setattr(torch, "rand", real)
+        monkeypatch.setattr(step_gpu, "provider", fail)
+        assert step_gpu.measure("x", *arguments) == {"status": "failed: RuntimeError: no", "device_lost": True}
+    assert len(lost) == 2
+
+
 @pytest.fixture
 def on_gpu(monkeypatch, tmp_path):
     """Runs the command as on a GPU, with tiny models; measured names, and the rows of the file."""
@@ -242,8 +318,10 @@ def on_gpu(monkeypatch, tmp_path):
     def measure(name, *arguments):
         measured.append(name)
         rows = json.loads(path.read_text())["results"]  # written before it begins
-        assert [row["status"] for row in rows if row["provider"] == name][-1] == step_gpu.STOPPED
-        return {"status": "failed: E: x"} if name in failing else real(name, *arguments)
+        assert step_gpu.STOPPED in [row["status"] for row in rows if row["provider"] == name]
+        if name in failing:
+            return {"status": "failed: E: x"} | ({"device_lost": True} if "lost" in failing else {})
+        return real(name, *arguments)
 
     failing: set[str] = set()
     monkeypatch.setattr(bench_train_step, "RECIPES", recipes)
@@ -264,6 +342,7 @@ def on_gpu(monkeypatch, tmp_path):
         content = json.loads(path.read_text())
         return list(measured), {(row["case"], row["provider"]): row for row in content["results"]}, content
 
+    run.measured = measured
     return run
 
 
@@ -300,6 +379,52 @@ def test_failed_providers_come_last(on_gpu):
     assert names == ["eager", "d2v_fast"]
 
 
+def test_a_lost_device_ends_the_process(on_gpu, tmp_path):
+    """Its culprit alone has failed; the others are measured by the next process, and it comes last of all recipes."""
+    command = ["--recipe", "text_base", "image_base", "--providers", "d2v_fast", "as written", "eager", "--resume"]
+    with pytest.raises(SystemExit, match="text_base as written left a device on which nothing can be measured"):
+        on_gpu(*command, fail={"as written", "lost"})
+    rows = {row["provider"]: row for row in json.loads((tmp_path / "step.json").read_text())["results"]}
+    assert {name: row["status"] for name, row in rows.items()} == {"d2v_fast": "ok", "as written": "failed: E: x"}
+    assert rows["as written"]["tries"] == 1
+    with pytest.raises(SystemExit, match="image_base as written left"):
+        on_gpu(*command, fail={"as written", "lost"})
+    with pytest.raises(SystemExit, match="text_base as written left"):
+        on_gpu(*command, fail={"as written", "lost"})
+    rows = {(r["case"], r["provider"]): r for r in json.loads((tmp_path / "step.json").read_text())["results"]}
+    assert {key for key, row in rows.items() if row["status"] == "ok"} == {
+        (recipe, name) for recipe in ("text_base", "image_base") for name in ("d2v_fast", "eager")
+    }
+    tries = {recipe: rows[recipe, "as written"]["tries"] for recipe in ("text_base", "image_base")}
+    assert tries == {"text_base": 2, "image_base": 1}
+    names, rows, content = on_gpu(*command)
+    assert names == ["as written"] * 2 and content["complete"]
+
+
+def test_compiled_updates_come_behind_all_recipes(on_gpu):
+    some = ["torch.compile", "eager", "as written"]
+    with pytest.raises(SystemExit, match="failed: "):
+        on_gpu("--recipe", "text_base", "image_base", "--providers", *some, fail=set(some))
+    assert on_gpu.measured == [*some[1:], *some[1:], "torch.compile", "torch.compile"]
+
+
+def test_another_machine(on_gpu, monkeypatch):
+    """What it has timed stays where nothing is left; else all is timed again here, and until then has no ratio."""
+    monkeypatch.setattr(step_gpu, "machine", lambda: "a")
+    some = ["--providers", "d2v_fast", "d2v_fast again", "eager"]
+    names, rows, _ = on_gpu("--recipe", "text_base", *some)
+    ours = rows["text_base", "d2v_fast"]
+    assert ours["noise"] > 0 and ours["mean_ms"] == (ours["ms"] + rows["text_base", "d2v_fast again"]["ms"]) / 2
+    monkeypatch.setattr(step_gpu, "machine", lambda: "b")
+    names, rows, _ = on_gpu("--recipe", "text_base", *some, "--resume")
+    assert names == [] and rows["text_base", "d2v_fast"] == ours
+    names, rows, _ = on_gpu("--recipe", "text_base", *some, "as written", "--resume", "--budget", "0")
+    assert names == [] and {row["machine"] for row in rows.values() if row["status"] == "ok"} == {"a"}
+    names, rows, _ = on_gpu("--recipe", "text_base", *some, "as written", "--resume")
+    assert names == [*some[1:], "as written"]
+    assert {row["machine"] for row in rows.values()} == {"b"} and all("ratio" in row for row in rows.values())
+
+
 def test_arguments(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         bench_train_step.main(["--recipe", "text_base"])
@@ -319,6 +444,14 @@ def test_related_rows():
     step_gpu.relate(rows)
     assert [(row["ratio"], row["memory_ratio"]) for row in rows[:2]] == [(1.0, 0.25), (3.0, 1.0)]
     assert "ratio" not in rows[2]
+    rows.append({"provider": "d2v_fast again", "status": "ok", "ms": 2.5, "peak_mib": 5.0})
+    step_gpu.relate(rows)
+    assert (rows[0]["mean_ms"], rows[0]["noise"], rows[0]["ratio"]) == (2.25, 0.25, 1.0)
+    assert rows[1]["ratio"] == pytest.approx(6 / 2.25)
+    for row in rows[1:]:
+        row["machine"] = "another"
+    step_gpu.relate(rows)
+    assert not {"noise", "mean_ms"} & set(rows[0]) and not any("ratio" in row for row in rows[1:])
 
 
 def test_summary_has_the_steps(tmp_path):

@@ -108,6 +108,7 @@ def test_no_measurement_is_no_number(tmp_path):
 
 def test_time_from_a_measurement(tmp_path):
     rows = [row(), row("d2v_fast graph", units_per_s=200.0), row("as written", units_per_s=900.0), row(modality="text")]
+    rows += [row("d2v_fast again", units_per_s=300.0), row("d2v_fast, nothing left out", units_per_s=300.0)]
     result(tmp_path, "gpu-a", rows)
     result(tmp_path, "gpu-b", [row(units_per_s=50.0)])
     config = load_config("speech_base", ["data.path=x"])

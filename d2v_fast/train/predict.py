@@ -90,7 +90,7 @@ def measurements(folder: Path = RESULTS) -> list[Measurement]:
     for path in sorted(folder.glob("*/train_step*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
         for row in content["results"] if isinstance(content["results"], list) else ():
-            if not row["provider"].startswith("d2v_fast") or "units_per_s" not in row:
+            if row["provider"] not in ("d2v_fast", "d2v_fast graph") or "units_per_s" not in row:
                 continue
             key = content["environment"]["device"], row["modality"], row["layers"], row["dim"]
             found = Measurement(*key, row["units_per_s"])
