@@ -5,10 +5,12 @@ Three checks for each modality, over the seeds that both arms have:
 * beginning: loss of the fused arm over that of the plain one, less 1, at each of the first ``BEGINNING`` updates, where
   both arms still have nearly the same weights. Runs without dropout in float32 must agree to ``EXACT`` at each of the
   first ``EXACT_UPDATES``; others to ``CLOSE`` in the mean over updates and seeds.
-* final loss, the mean of the last 10 % of updates: the difference of the arms' means is at most Student's t (95 %, two
-  samples of equal variance) times its standard error, sqrt(2 / n) times the pooled deviation over n seeds.
+* final loss, the mean of the last 10 % of updates: differences of the arms in pairs of a seed, and Student's 95 %
+  interval of their mean (n - 1 degrees of freedom). "ok" if all of it is within ``EQUAL`` of the plain arm's loss, so
+  that a larger difference is excluded; "FAILED" if it reaches beyond and all of it is on one side of 0; "undecided" if
+  it reaches beyond and holds 0: so wide an interval says nothing.
 * probe: the fused arm's mean accuracy is lower than the plain one's by at most the larger of two standard errors from
-  seeds, as above, and one binomial standard error of the test set, which all seeds share.
+  seeds (sqrt(2 / n) times the pooled deviation) and one binomial standard error of the test set, which all seeds share.
 """
 
 import json
@@ -25,6 +27,8 @@ from scipy import stats
 EXACT, EXACT_UPDATES = 1e-4, 20
 CLOSE, BEGINNING = 5e-3, 40  # the presets warm up for so long; later, what dropout drew decides when a loss falls
 LEVEL = 0.95
+EQUAL = 0.02  # of the final loss: a difference that two arms may have and still be the same
+OK, FAILED, UNDECIDED = "ok", "FAILED", "undecided"
 SMOOTHED = 0.02  # of the updates: window of the curves that are drawn
 COLORS = {"plain": "black", "fused": "C1"}
 ALIKE = ("updates", "data")  # what all runs of a modality have in common
@@ -37,7 +41,11 @@ class Check:
 
     name: str
     text: str
-    passed: bool
+    verdict: str  # OK, FAILED or UNDECIDED
+
+
+def _decided(name: str, text: str, passed: bool) -> Check:
+    return Check(name, text, OK if passed else FAILED)
 
 
 def load(files: Sequence[str | Path], seeds: int) -> tuple[dict[str, Runs], dict[str, Any]]:
@@ -111,7 +119,7 @@ def checks(runs: Runs) -> list[Check]:
     plain, fused = (losses(runs, arm) for arm in ARMS)
     bad = [arm for arm, x in zip(ARMS, (plain, fused), strict=True) if not np.isfinite(x).all()]
     if bad:
-        return [Check("loss", f"not finite in the {' and the '.join(bad)} arm", False)]
+        return [Check("loss", f"not finite in the {' and the '.join(bad)} arm", FAILED)]
     return [_beginning(runs, plain, fused), _final(plain, fused), _probe(runs)]
 
 
@@ -120,25 +128,32 @@ def _beginning(runs: Runs, plain: np.ndarray, fused: np.ndarray) -> Check:
     if exact:
         largest = np.abs(fused / plain - 1)[:, :EXACT_UPDATES].max()
         text = f"at most {largest:.1e} apart in {EXACT_UPDATES} updates, {EXACT:.0e} allowed (float32, no dropout)"
-        return Check("beginning", text, bool(largest <= EXACT))
+        return _decided("beginning", text, bool(largest <= EXACT))
     first = (fused / plain - 1)[:, :BEGINNING]
     mean = first.mean()
     text = f"fused / plain - 1 = {mean:+.3%} in the mean of {first.shape[1]} updates, {CLOSE:.1%} allowed"
-    return Check("beginning", text, bool(abs(mean) <= CLOSE))
+    return _decided("beginning", text, bool(abs(mean) <= CLOSE))
 
 
 def _final(plain: np.ndarray, fused: np.ndarray) -> Check:
     count = max(1, plain.shape[1] // 10)
     a, b = (x[:, -count:].mean(1) for x in (plain, fused))
-    difference, allowed = b.mean() - a.mean(), stats.t.ppf((1 + LEVEL) / 2, 2 * len(a) - 2) * standard_error(a, b)
-    text = f"plain {a.mean():.4f}, fused {b.mean():.4f}: {difference:+.4f}, {allowed:.4f} allowed from {len(a)} seeds"
-    return Check("final loss", text, bool(abs(difference) <= allowed))
+    difference, seeds = b - a, len(a)
+    half = stats.t.ppf((1 + LEVEL) / 2, seeds - 1) * difference.std(ddof=1) / math.sqrt(seeds)
+    low, high = (100 * (difference.mean() + side * half) / a.mean() for side in (-1, 1))
+    text = (
+        f"plain {a.mean():.4f}, fused {b.mean():.4f}: {difference.mean():+.4f}; from {seeds} pairs of a seed between "
+        f"{low:+.2f} % and {high:+.2f} % with {LEVEL:.0%}, {100 * EQUAL:.0f} % allowed"
+    )
+    if max(abs(low), abs(high)) <= 100 * EQUAL:
+        return Check("final loss", text, OK)
+    return Check("final loss", text, UNDECIDED if low <= 0 <= high else FAILED)
 
 
 def _probe(runs: Runs) -> Check:
     rows = [[{row["name"]: row for row in runs[arm][seed]["probe"]} for seed in sorted(runs[arm])] for arm in ARMS]
     if not all(row.keys() >= {"pretrained", "untrained"} for arm in rows for row in arm):
-        return Check("probe", "a run has no probe", False)
+        return Check("probe", "a run has no probe", FAILED)
     a, b = (np.array([row["pretrained"]["test_accuracy"] for row in arm]) for arm in rows)
     binomial = float(np.mean([row["pretrained"]["test_stderr"] for row in rows[0]]))
     untrained = np.mean([row["untrained"]["test_accuracy"] for row in rows[0]])
@@ -147,7 +162,7 @@ def _probe(runs: Runs) -> Check:
         f"plain {a.mean():.1%}, fused {b.mean():.1%} (untrained {untrained:.1%}): {100 * difference:+.2f} points, "
         f"{100 * -allowed:.2f} allowed"
     )
-    return Check("probe", text, bool(difference >= -allowed))
+    return _decided("probe", text, bool(difference >= -allowed))
 
 
 def _smooth(y: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from checks import INTERPRET
+from scipy import stats
 from tiny import NO_DROPOUT, tiny_config
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
@@ -171,7 +172,7 @@ def test_report_sees_a_planted_fault(prepared, runs, tmp_path, capsys, modality,
     for seed in SEEDS:
         changed[modality, seed, "fused"] = convergence_arms.run(faulty, "fused", seed, UPDATES)
     assert convergence.main(["report", written(tmp_path, changed), "--seeds", "2"]) == 1
-    assert f"FAILED {modality:6} beginning" in capsys.readouterr().out
+    assert f"FAILED    {modality:6} beginning" in capsys.readouterr().out
 
 
 def synthetic(seeds=3, updates=200, exact=False, **fused):
@@ -210,7 +211,8 @@ def at(values, part, change):
         ({"accuracy": 0.1}, []),  # a better probe is no fault
         ({"loss": lambda x: at(x, 0.5, lambda y: y + 0.5)}, ["final loss"]),
         ({"loss": lambda x: at(x, 0.5, lambda y: y - 0.5)}, ["final loss"]),
-        ({"loss": lambda x: 1.01 * x}, ["beginning"]),
+        ({"loss": lambda x: 1.01 * x}, ["beginning"]),  # the same final loss, as far as that can be told
+        ({"loss": lambda x: at(x, 0.5, lambda y: 1.03 * y)}, ["final loss"]),
         ({"loss": lambda x: at(x, 0.99, lambda y: y * np.nan)}, ["loss"]),
         ({"accuracy": -0.1}, ["probe"]),
         ({"exact": True}, ["beginning"]),  # what noise hides otherwise
@@ -221,6 +223,43 @@ def test_verdict(tmp_path, capsys, changes, failed):
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0].split(maxsplit=2)[2] for line in lines if line.startswith("FAILED")] == failed
     assert code == (1 if failed else 0)
+
+
+@pytest.mark.parametrize(
+    ("differences", "verdict"),
+    [
+        ((0.0, 0.0, 0.0), "ok"),
+        ((0.010, 0.011, 0.012), "ok"),  # on one side of 0, and more than 2 % is excluded
+        ((0.018, 0.020, 0.022), "FAILED"),  # of 1: reaches beyond 2 %
+        ((-0.018, -0.020, -0.022), "FAILED"),
+        ((-0.02, 0.0, 0.02), "undecided"),  # 0 +- 5 %
+        ((0.0, 0.01, 0.02), "undecided"),  # 1 +- 2.5 %
+    ],
+)
+def test_final_losses_in_pairs(differences, verdict):
+    """The seeds themselves are far apart, which says nothing about the arms."""
+    plain = np.array([[0.5] * 20, [1.0] * 20, [1.5] * 20])
+    check = convergence_report._final(plain, plain + np.array(differences)[:, None])
+    assert check.verdict == verdict, check.text
+
+
+def test_interval_of_pairs():
+    """As SciPy's paired t-test has it."""
+    rng = np.random.default_rng(0)
+    plain = 3 + rng.standard_normal((5, 1))
+    fused = plain + 0.01 * rng.standard_normal((5, 1))
+    low, high = stats.ttest_rel(fused[:, 0], plain[:, 0]).confidence_interval(0.95)
+    said = f"between {100 * low / plain.mean():+.2f} % and {100 * high / plain.mean():+.2f} % with 95%"
+    assert said in convergence_report._final(plain, fused).text
+
+
+def test_undecided_is_neither_status(tmp_path, capsys):
+    runs = synthetic()
+    for seed, factor in ((1, 0.9), (2, 1.0), (3, 1.1)):
+        curves = runs["text", seed, "fused"]["curves"]
+        curves["loss"] = at(np.array(curves["loss"]), 0.5, lambda y, f=factor: f * y).tolist()
+    assert convergence.main(["report", written(tmp_path, runs)]) == 3
+    assert "undecided text   final loss" in capsys.readouterr().out
 
 
 def test_standard_error():
@@ -290,7 +329,7 @@ def test_finished_runs_are_not_repeated(files, tmp_path, monkeypatch, capsys):
     """Of the same commit, data and settings; a run that fails is named, and the others are kept."""
     made = []
 
-    def apart(args, key):
+    def apart(args, key, commit):
         made.append(key)
         if key == ("text", 2, "fused"):
             return None, "broken"
@@ -313,6 +352,53 @@ def test_finished_runs_are_not_repeated(files, tmp_path, monkeypatch, capsys):
         assert len(made) == 4
 
 
+def test_runs_that_nobody_collected_are_kept(files, tmp_path, monkeypatch, capsys):
+    """The collecting process was ended first; a file of another device is not continued, nor written over."""
+    file, key = tmp_path / "runs.json", ("text", 1, "plain")
+    digest = Prepared.load(files / "text.npz").digest
+    run = synthetic()[key] | {"data": digest, "updates": 20, "asked": ["auto", "auto"]}
+    convergence._write(convergence._part(file, key), {key: run}, "abc")
+    monkeypatch.setattr(convergence, "_run_apart", lambda args, key, commit: (run | {"arm": "fused"}, ""))
+    command = ["run", "--data", str(files), "--json", str(file), "--modality", "text", "--seed", "1"]
+    command += ["--updates", "20", "--commit", "abc"]
+    assert convergence.main(command) == 0
+    assert "1 of 2 runs are there" in capsys.readouterr().out
+    assert [one["arm"] for one in json.loads(file.read_text())["runs"]] == ["fused", "plain"]
+    text = file.read_text()
+    file.write_text(text.replace('"device": "', '"device": "another '))
+    with pytest.raises(SystemExit, match="has runs of device another"):
+        convergence.main(command)
+
+
+def test_budget_begins_no_run_that_would_outlast_it(files, tmp_path, monkeypatch, capsys):
+    runs = synthetic(seeds=2)
+    digest = Prepared.load(files / "text.npz").digest
+    clock = [0.0]
+
+    def apart(args, key, commit):
+        clock[0] += 40
+        return runs[key] | {"data": digest, "updates": 20, "asked": ["auto", "auto"]}, ""
+
+    monkeypatch.setattr(convergence, "_run_apart", apart)
+    monkeypatch.setattr(convergence.time, "monotonic", lambda: clock[0])
+    command = [
+        "run",
+        "--data",
+        str(files),
+        "--json",
+        str(tmp_path / "runs.json"),
+        "--modality",
+        "text",
+        "--seed",
+        "1",
+        "2",
+    ]
+    assert convergence.main([*command, "--updates", "20", "--commit", "abc", "--budget", "100"]) == 3
+    assert "no time left for 2 runs, of 40 s each: text, seed 2, plain" in capsys.readouterr().out
+    assert convergence.main([*command, "--updates", "20", "--commit", "abc", "--budget", "100"]) == 0
+    assert len(json.loads((tmp_path / "runs.json").read_text())["runs"]) == 4
+
+
 @on_cpu
 def test_run_needs_no_train_extra(files, tmp_path):
     """As on a machine that lacks what reads configurations, audio, images and text."""
@@ -329,7 +415,7 @@ def test_run_needs_no_train_extra(files, tmp_path):
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert len(json.loads((tmp_path / "x.json").read_text())["curves"]["loss"]) == 2
+    assert len(json.loads((tmp_path / "x.json").read_text())["runs"][0]["curves"]["loss"]) == 2
 
 
 @pytest.mark.gpu
