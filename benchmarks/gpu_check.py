@@ -51,6 +51,8 @@ SANITIZER_SHARE = 0.15  # of the time that tests have left, if others follow; it
 TEST_SHARE = 0.45  # of the budget, when benchmarks run too
 TEST_MEMORY = 0.95  # of the device's, that tests which run beside each other may need together
 SHORTEST = 15  # seconds; a part is not started with less
+DEVICE_LOST = "nothing can be measured"  # what a benchmark says of a device after an error that stays
+RESTARTS = 3  # of a benchmark after such errors
 GRACE = 20  # seconds for what a benchmark has begun when its time is up
 SHOWN = 80  # lines of a failed part that are printed
 LOG_HEAD, LOG_TAIL = 64 * 2**10, 192 * 2**10  # characters of a log that are kept
@@ -96,6 +98,20 @@ def run_part(part: Part, out: Path, commit: str, deadline: float, share: float =
     log_file(part.name, out).write_text(without_paths(header + shortened(output)), encoding="utf-8")
     raw.unlink()
     return Outcome(part.name, status, seconds, without_paths(detail), commit)
+
+
+def run_measured(part: Part, out: Path, commit: str, deadline: float, share: float, resume: bool) -> Outcome:
+    """:func:`run_part`, and again where a provider left a device that only a new process can use: it goes on."""
+    from common import names_code
+
+    outcome = run_part(part, out, commit, deadline, share, resume)
+    for _ in range(RESTARTS):
+        lost = outcome.status == "failed" and DEVICE_LOST in outcome.detail
+        if not (lost and names_code(commit) and deadline - time.monotonic() > SHORTEST):
+            break
+        print(f"started again: {part.name} ({outcome.detail})", flush=True)
+        outcome = run_part(part, out, commit, deadline, share, resume=True)
+    return outcome
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -192,7 +208,7 @@ def run_all(
         run_beside(group, lambda part, share=share: run_part(part, out, commit, tests_end, share), record, jobs, memory)
     weights = [WEIGHTS[part.kind] for part in measured]
     for i, part in enumerate(measured):
-        record(run_part(part, out, commit, end, weights[i] / sum(weights[i:]), resume))
+        record(run_measured(part, out, commit, end, weights[i] / sum(weights[i:]), resume))
     save(outcomes, out, archive)
     return outcomes
 

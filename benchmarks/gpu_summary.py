@@ -12,7 +12,11 @@ def summary(outcomes: Sequence[Outcome], out: Path) -> str:
     lines = ["# GPU check", "", "| part | status | seconds | |", "|---|---|---|---|"]
     lines += [f"| {o.name} | {o.status} | {o.seconds:.0f} | {o.detail.strip('= ')} |" for o in outcomes]
     for file in sorted(out.glob("*.json")):
-        record = json.loads(file.read_text(encoding="utf-8"))
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:  # cut off by an end from outside: no reason to lose the others
+            lines += ["", f"{file.name}: no JSON ({error})"]
+            continue
         if record.get("benchmark") == "train_step":
             lines += step_table(record)
         if record.get("kind") != "gpu":

@@ -192,14 +192,15 @@ def test_summary_and_plot(fake_gpu_times, tmp_path):
     bench = bench_of("ema")
     record = gpu_record(bench)
     (tmp_path / "ema.json").write_text(json.dumps(record))
+    (tmp_path / "cut.json").write_text("{")
     outcomes = [gpu_parts.Outcome("bench_ema", "passed", 3.0, "written")]
     text = gpu_summary.summary(outcomes, tmp_path)
     assert "| bench_ema | passed | 3 |" in text and "copy 100 GB/s" in text
+    assert "cut.json: no JSON" in text
     assert "| fairseq | 1.00 | 1.00 | 1.0000 | 2.0000 | 3.0000 |" in text and "| peer | not installed |" in text
     assert [cli.line(row, gpu=True) for row in record["results"]]
     pytest.importorskip("matplotlib")
     (tmp_path / "l2_norm.json").write_text(json.dumps({"op": "l2_norm", "results": [{"status": "skipped"}]}))
-    (tmp_path / "cut.json").write_text("{")
     records, lacking = plot.load(tmp_path)
     assert [one["op"] for one in records] == ["ema"]
     assert lacking[0].startswith("cut.json: no JSON") and lacking[1] == "l2_norm: nothing was timed"

@@ -412,6 +412,32 @@ def test_budget_ends_what_hangs(tmp_path, monkeypatch):
     assert outcomes[0].seconds < 30
 
 
+def test_a_benchmark_that_lost_its_device_goes_on(tmp_path, monkeypatch, capsys):
+    """In a new process, with what it has; not where the commit does not say that this belongs together."""
+    monkeypatch.setattr(gpu_check, "SHORTEST", 0.1)
+    code = """
+import pathlib, sys
+file = pathlib.Path(sys.argv[sys.argv.index("--json") + 1])
+rows = file.read_text().split() if "--resume" in sys.argv and file.exists() else []
+file.write_text(" ".join([*rows, "row"]))
+if len(rows) < 1:
+    sys.exit("graph left a device on which nothing can be measured: failed: illegal access")
+sys.exit("failed: graph")
+"""
+    loses = part(tmp_path, "bench_loses", code)
+    file = tmp_path / "out" / "loses.json"
+    monkeypatch.setattr(gpu_check, "summary", lambda *_: "")
+    (outcome,) = gpu_check.run_all([loses], file.parent, "abc", budget=60, jobs=1, resume=False)
+    assert (outcome.status, outcome.detail, file.read_text()) == ("failed", "failed: graph", "row row")
+    assert "started again: bench_loses" in capsys.readouterr().out
+    (outcome,) = gpu_check.run_all([loses], file.parent, "abc-dirty", budget=60, jobs=1, resume=False)
+    assert outcome.status == "failed" and file.read_text() == "row"
+
+
+def test_step_benchmark_says_that_a_device_is_lost():
+    assert gpu_check.DEVICE_LOST in gpu_parts.STEP.read_text()
+
+
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="needs /proc")
 def test_what_a_part_started_ends_with_it(tmp_path, monkeypatch):
     """Ranks are in sessions of their own; one that lives on would hold the device, and waiting for it the budget."""
