@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from threading import Lock
@@ -65,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         _run_here(args, wanted[0], commit)
         return 0
     done = _finished(args, commit)
+    if any(_part(args.json, key).is_file() for key in done):
+        _write(args.json, done, commit)
     missing = [key for key in wanted if key not in done]
     print(f"{len(wanted) - len(missing)} of {len(wanted)} runs are there", flush=True)
     lock, failed, left = Lock(), [], []
@@ -84,13 +87,14 @@ def run(args: argparse.Namespace) -> int:
                 return
             done[key] = result
             _write(args.json, done, commit)
-            _part(args.json, key).unlink(missing_ok=True)
             longest = max(longest, time.monotonic() - start)
             last = result["curves"]["loss"][-1]
             print(f"{_name(key)}: last loss {last}, {time.monotonic() - start:.0f} s", flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool:
         list(pool.map(one, missing))
+    with suppress(OSError):  # there is none, or runs of other settings are in it
+        _part(args.json, wanted[0]).parent.rmdir()
     if left:
         print(f"no time left for {len(left)} runs, of {longest:.0f} s each: {'; '.join(map(_name, left))}")
     return 1 if failed else 3 if left else 0
@@ -167,6 +171,7 @@ def _run_here(args: argparse.Namespace, key: Key, commit: str) -> None:
 
 
 def _write(file: Path, done: dict[Key, dict[str, Any]], commit: str) -> None:
+    """All finished runs in ``file``; those of their own files are not needed any more."""
     from common import environment
 
     runs = [done[key] for key in sorted(done)]
@@ -179,6 +184,8 @@ def _write(file: Path, done: dict[Key, dict[str, Any]], commit: str) -> None:
         encoding="utf-8",
     )
     partial.replace(file)
+    for key in done:
+        _part(file, key).unlink(missing_ok=True)
 
 
 def report(args: argparse.Namespace) -> int:

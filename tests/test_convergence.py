@@ -358,11 +358,15 @@ def test_runs_that_nobody_collected_are_kept(files, tmp_path, monkeypatch, capsy
     digest = Prepared.load(files / "text.npz").digest
     run = synthetic()[key] | {"data": digest, "updates": 20, "asked": ["auto", "auto"]}
     convergence._write(convergence._part(file, key), {key: run}, "abc")
-    monkeypatch.setattr(convergence, "_run_apart", lambda args, key, commit: (run | {"arm": "fused"}, ""))
+    monkeypatch.setattr(convergence, "_run_apart", lambda *_: (None, "broken"))
     command = ["run", "--data", str(files), "--json", str(file), "--modality", "text", "--seed", "1"]
     command += ["--updates", "20", "--commit", "abc"]
-    assert convergence.main(command) == 0
+    assert convergence.main(command) == 1
     assert "1 of 2 runs are there" in capsys.readouterr().out
+    assert [one["arm"] for one in json.loads(file.read_text())["runs"]] == ["plain"]
+    assert not convergence._part(file, key).parent.exists()
+    monkeypatch.setattr(convergence, "_run_apart", lambda args, key, commit: (run | {"arm": "fused"}, ""))
+    assert convergence.main(command) == 0
     assert [one["arm"] for one in json.loads(file.read_text())["runs"]] == ["fused", "plain"]
     text = file.read_text()
     file.write_text(text.replace('"device": "', '"device": "another '))
