@@ -27,6 +27,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import checkout  # noqa: F401
 import step_peers
 import step_plain
 import torch

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import checkout  # noqa: F401
 import reference_fairseq
 import torch
 from common import DEVICE

@@ -473,7 +473,7 @@ for file in sys.argv[1:]:
 
 def test_scripts_run_from_a_checkout_that_is_not_installed():
     """With PyTorch on the path, and no PYTHONPATH that names the checkout."""
-    names = ("profile_op", "tune", "convergence", "publish", "compare_runs", "bench_ema", "bench_encoder")
+    names = ("profile_op", "tune", "convergence", "publish", "compare_runs", "bench_ema", "bench_train_step")
     files = [str(BENCHMARKS / f"{name}.py") for name in names]
     where = os.pathsep.join({str(Path(module.__file__).parent.parent) for module in (torch, pytest)})
     command = [sys.executable, "-S", "-c", FROM_ANYWHERE, *files]
